@@ -1,0 +1,31 @@
+"""Train language models with GRPO in a notebook."""
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("grpo_nb")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+# The public face. Each name is imported on first use, so that `import grpo_nb` and the command line stay quick.
+_public = {
+    "FastLanguageModel": ("grpo_nb.models", "FastLanguageModel"),
+    "PatchFastRL": ("grpo_nb.rl.patch", "PatchFastRL"),
+    "UnpatchFastRL": ("grpo_nb.rl.patch", "UnpatchFastRL"),
+    "GRPORun": ("grpo_nb.run", "GRPORun"),
+    "rewards": ("grpo_nb.rewards", None),
+    "tasks": ("grpo_nb.tasks", None),
+}
+__all__ = list(_public)
+
+
+def __getattr__(name):
+    if name not in _public: raise AttributeError(f"module 'grpo_nb' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _public[name]
+    found = import_module(module)
+    value = found if attribute is None else getattr(found, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted([*globals(), *__all__])
