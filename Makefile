@@ -1,0 +1,70 @@
+# Two commands do everything on a fresh clone: `make demo` (the main job, on the CPU) and `make test`.
+# Each makes its own virtual environment first and installs the versions of constraints.txt into it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Two threads that contend for two cores run several times slower than one each.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-fast test-slow test-browser lint export readme docs clean setup
+
+setup: $(VENV)/.ready
+
+# torch first, and the CPU build where there is no GPU: a bare `torch` would bring gigabytes of CUDA libraries.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install -q "torch==$(TORCH)"; \
+	else \
+	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)" 2>/dev/null \
+	  || $(BIN)/pip install -q "torch==$(TORCH)"; \
+	fi
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch settings.ini setup.py pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,tasks]"
+	@touch $@
+
+# The main job: run the quickstart without a browser and keep it with its outputs.
+demo: setup
+	@mkdir -p demo
+	$(BIN)/jupyter nbconvert --to notebook --execute nbs/tutorials/quickstart.ipynb --output-dir demo --output quickstart.ipynb
+	$(BIN)/jupyter nbconvert --to html demo/quickstart.ipynb --output-dir demo --output quickstart.html
+	@$(BIN)/python tools/checks.py demo
+
+test: setup
+	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
+	$(BIN)/python tools/checks.py export
+	$(BIN)/python tools/checks.py readme
+	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/python tools/checks.py docs
+	$(BIN)/pytest -n 2
+
+test-fast: setup
+	$(BIN)/pytest -n 2 -x
+
+# Slower checks, by name.
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+test-browser: setup
+	@command -v chromium >/dev/null 2>&1 || (apt-get update -q && apt-get install -y -q chromium)
+	$(BIN)/pytest -m browser
+
+lint: setup
+	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
+
+export: setup
+	$(BIN)/nbdev-export
+
+readme: setup
+	$(BIN)/python tools/checks.py readme --write
+
+docs: setup
+	$(BIN)/nbdev-docs
+
+clean:
+	rm -rf _proc _docs build dist demo *.egg-info

@@ -1,0 +1,112 @@
+"""The project's own files: metadata from settings.ini, layers, the public face."""
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+package = root / "grpo_nb"
+
+# The table of the design: a module may import its own layer and those below it.
+LAYERS = {
+    0: ("check", "events", "patch", "batch"),
+    1: ("ops", "packing", "algo"),
+    2: ("models", "device", "engines", "answers", "rewards", "guard", "tasks", "tiny"),
+    3: ("rl", "run", "doctor", "memory", "demo", "bench"),
+    4: ("ui", "cli"),
+}
+STANDARD_LIBRARY_ONLY = ("check", "events", "patch")
+
+
+def layer(module):
+    "The layer of `grpo_nb.<module>...`, by its first name below the package."
+    return next(n for n, names in LAYERS.items() if module.split(".")[0] in names)
+
+
+def modules():
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        if path.stem not in ("__init__", "_modidx"): yield name, path
+
+
+def imports(name, path):
+    "Absolute names that a module imports, at any depth of its code."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = ["grpo_nb", *name.split(".")][: -node.level]
+                base = ".".join([*parts, node.module] if node.module else parts)
+            else: base = node.module
+            yield base
+            if base in ("grpo_nb", "grpo_nb.ops", "grpo_nb.algo", "grpo_nb.rl", "grpo_nb.ui", "grpo_nb.patch", "grpo_nb.engines"):
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name,path", modules(), ids=[n for n, _ in modules()])
+def test_layers(name, path):
+    own = layer(name)
+    for imported in imports(name, path):
+        if imported.startswith("grpo_nb."):
+            inner = imported.removeprefix("grpo_nb.")
+            if inner.split(".")[0] in ("__version__", "_modidx"): continue
+            assert layer(inner) <= own, f"{name} (layer {own}) imports {imported} (layer {layer(inner)})"
+        if imported.split(".")[0] == "trl":
+            assert name.split(".")[0] in ("rl", "run", "demo", "bench"), f"{name} imports TRL: only layer 3 does"
+        if name.split(".")[0] in STANDARD_LIBRARY_ONLY and imported.split(".")[0] != "grpo_nb":
+            assert imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}: standard library only"
+
+
+def metadata(folder, tmp_path):
+    "The core metadata that the build backend writes for a source tree."
+    out = tmp_path / "metadata"
+    out.mkdir(exist_ok=True)
+    code = f"from setuptools.build_meta import prepare_metadata_for_build_wheel as p; print(p({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = out / done.stdout.strip().splitlines()[-1]
+    return (found / "METADATA").read_text(), (found / "entry_points.txt").read_text()
+
+
+def test_settings_ini_makes_the_metadata(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"): shutil.copy(root / name, tree)
+    shutil.copytree(package, tree / "grpo_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    text, entry_points = metadata(tree, tmp_path)
+    assert "Requires-Dist: trl>=1.12" in text and "grpo-nb = grpo_nb.cli:main" in entry_points
+    for extra in ("vllm", "gpu", "tasks", "dev"): assert f"Provides-Extra: {extra}" in text
+
+    ini = tree / "settings.ini"
+    ini.write_text(ini.read_text().replace("name = grpo_nb", "name = renamed").replace("version = 0.1.0", "version = 9.8.7")
+                   .replace("min_python = 3.11", "min_python = 3.12").replace("    trl>=1.12\n", "    trl>=1.12\n    six>=1.16\n")
+                   .replace("gpu_requirements =", "gpu_requirements =\n    some-kernels>=2"))
+    text, _ = metadata(tree, tmp_path)
+    for line in ("Name: renamed", "Version: 9.8.7", "Requires-Python: >=3.12", "Requires-Dist: six>=1.16"): assert line in text
+    assert 'some-kernels>=2; extra == "gpu"' in text
+
+
+def test_static_files_ship(tmp_path):
+    "Subpackages and the front end's files are part of what is installed."
+    from setuptools import find_packages
+
+    found = set(find_packages(str(root), include=["grpo_nb*"]))
+    folders = {".".join(p.relative_to(root).parts) for p in [package, *package.rglob("*")] if p.is_dir() and list(p.glob("*.py"))}
+    assert {f for f in folders if "__pycache__" not in f} <= found
+
+
+def test_public_face():
+    import grpo_nb
+
+    assert {"FastLanguageModel", "PatchFastRL", "GRPORun", "rewards"} <= set(dir(grpo_nb))
+    for name in grpo_nb.__all__: assert getattr(grpo_nb, name) is not None
+    with pytest.raises(AttributeError, match="FastLanguageModel"): grpo_nb.FastLangageModel  # noqa: B018
+
+
+def test_import_is_light():
+    "`import grpo_nb` loads neither torch nor TRL: the command line answers at once."
+    code = "import sys, grpo_nb; print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
