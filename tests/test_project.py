@@ -62,8 +62,8 @@ def test_layers(name, path):
 
 def metadata(folder, tmp_path):
     "The core metadata that the build backend writes for a source tree."
-    out = tmp_path / "metadata"
-    out.mkdir(exist_ok=True)
+    out = tmp_path / f"metadata{len(list(tmp_path.iterdir()))}"
+    out.mkdir()
     code = f"from setuptools.build_meta import prepare_metadata_for_build_wheel as p; print(p({str(out)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
