@@ -38,7 +38,8 @@ def target_device(device_map=None, # None, a device, an index, a dict of devices
     what = f"device_map={device_map!r}"
     try: device = torch.device(device_map)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{what} is not a device.{nearest(device_map, ['cpu', 'cuda', 'mps', 'xpu', *_plans])} "
+        hint = " Did you mean 'cuda'?" if "gpu" in str(device_map).lower() else nearest(device_map, ["cpu", "cuda", *_plans])
+        raise ValueError(f"{what} is not a device.{hint} "
                          f"Give None, a device such as 'cpu' or 'cuda:0', a dict, or one of {', '.join(_plans)}.") from error
     if not _present(device): raise ValueError(f"{what}: this machine has no such device; the default here is {str(_default_device())!r}.")
     return device
@@ -101,7 +102,7 @@ def four_bit_problem(device, # a torch.device, or what makes one
                 "`python -m bitsandbytes` prints what it is missing.")
     return "" if off < 0.2 else f"bitsandbytes {bnb.__version__} returns wrong numbers on {device}: off by {off:.2f} where 0.2 is the most."
 
-# %% ../nbs/25_device.ipynb #07cc6f49
+# %% ../nbs/25_device.ipynb #3697f46a
 def keep_gradients(model:torch.nn.Module, # changed in place
                    ) -> int: # how many 4-bit layers it has
     "Stop bitsandbytes' 4-bit layers from losing their gradient on CPUs with AVX512-BF16."

@@ -63,7 +63,7 @@ class Stat:
     def of(cls, x:Tensor, mask:Tensor): # x: (B, T), or (B, 1) for one value a sequence
         "Over tokens, or over sequences where `x` has one value a sequence (as TRL's `global_masked_mean`)."
         x = x.detach().float()
-        if x.shape[1] == 1 and mask.shape[1] != 1:
+        if x.shape[1] == 1:
             return cls(x.sum(), torch.tensor(float(x.shape[0]), device=x.device), x.squeeze(1))
         return cls((x * mask).sum(), mask.sum().float(), (x * mask).sum(-1) / mask.sum(-1))
 
@@ -79,11 +79,11 @@ def clipped(inputs, ratio, s): # PPO's clip: GRPO 2402.03300 eq. 3, DAPO 2503.14
     return -torch.min(free * inputs.advantages, bounded * inputs.advantages)
 
 
-def cispo(inputs, ratio, s): # MiniMax-M1 2506.13585 eq. 4: the weight is clipped and detached, so every token keeps a gradient
+def cispo(inputs, ratio, s): # MiniMax-M1 2506.13585: the weight is clipped and detached, so every token keeps a gradient
     return -ratio.clamp(max=s.epsilon_high).detach() * inputs.advantages * inputs.logps
 
 
-def sapo(inputs, ratio, s): # 2511.20347 eq. 5: a sigmoid gate in place of the hard clip
+def sapo(inputs, ratio, s): # 2511.20347: a sigmoid gate in place of the hard clip
     temperature = torch.where(inputs.advantages > 0, s.sapo_temperature_pos, s.sapo_temperature_neg)
     return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * inputs.advantages
 
