@@ -8,7 +8,6 @@ One JSON line a case, a short table last. `error_*` are relative, ||x - truth|| 
 import argparse
 import gc
 import json
-import resource
 import statistics
 import sys
 import time
@@ -64,21 +63,30 @@ def truth_of(mode, hidden, weight, target, grad):
     return run({"backend": "naive"}, mode, h, w, target, grad.double())
 
 
+def high_water():
+    "The process's peak resident bytes (Linux; 0 elsewhere)."
+    path = Path("/proc/self/status")
+    return next((int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("VmHWM")), 0) if path.exists() else 0
+
+
 def timed(f, device, repeats):
-    "Median milliseconds, spread, and peak bytes above what stood before (on a CPU: growth of the process's peak)."
+    "Median milliseconds, spread, and peak bytes above what stood before."
     cuda = device == "cuda"
     f()
     if cuda:
         gc.collect(); torch.cuda.empty_cache(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else: before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        gc.collect(); reset = Path("/proc/self/clear_refs")
+        if reset.exists(): reset.write_text("5")                          # the process's peak starts again from here
+        before = high_water()
     times = []
     for _ in range(repeats):
         if cuda:
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             a.record(); f(); b.record(); b.synchronize(); times.append(a.elapsed_time(b))
         else: a = time.perf_counter(); f(); times.append((time.perf_counter() - a) * 1e3)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else high_water()
     return statistics.median(times), max(times) - min(times), peak - before
 
 

@@ -36,7 +36,7 @@ def target_device(device_map=None, # None, a device, an index, a dict of devices
         found = [target_device(d) for d in device_map.values() if d != "disk"]
         return next((d for d in found if d.type != "cpu"), torch.device("cpu"))
     what = f"device_map={device_map!r}"
-    try: device = torch.device(device_map)
+    try: device = torch.device(_default_device().type, device_map) if isinstance(device_map, int) else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         hint = " Did you mean 'cuda'?" if "gpu" in str(device_map).lower() else nearest(device_map, ["cpu", "cuda", *_plans])
         raise ValueError(f"{what} is not a device.{hint} "
@@ -61,8 +61,8 @@ def best_dtype(device=None, # a torch.device, or what makes one; None: the defau
     return torch.float16 if device.type == "cuda" else torch.float32
 
 # %% ../nbs/25_device.ipynb #4710ca7d
-_names = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
-          "float32": torch.float32, "fp32": torch.float32, "float": torch.float32}
+_names = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16, "float32": torch.float32,
+          "fp32": torch.float32}
 
 def dtype_for(dtype, # None, a torch.dtype, or a name such as "bfloat16"
               device, # a torch.device, or what makes one

@@ -288,13 +288,17 @@ def _say_loaded(model, device, held_as):
 _usual = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 _not_options = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"}
 
-def _check_modules(argument, wanted, model):
-    "Raise `ValueError` for the first of `wanted` that no module's name ends in."
-    names = [n for n, m in model.named_modules() if n]
-    leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and getattr(m, "weight", None) is not None})
+def _layers(model, least=1): # names of modules without children
+    "The layers whose weight has at least `least` dimensions; 2 leaves out norms, which take no adapter."
+    dims = lambda m: getattr(getattr(m, "weight", None), "ndim", 2)
+    return [n for n, m in model.named_modules() if n and next(m.children(), None) is None and dims(m) >= least and next(m.parameters(), None) is not None]
+
+def _check_modules(argument, wanted, layers):
+    "Raise `ValueError` for the first of `wanted` in which no name of `layers` ends."
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in layers})
     for target in wanted:
-        if not any(n == target or n.endswith(f".{target}") for n in names):
-            raise ValueError(f"{argument}: {target!r} is not in this model.{nearest(target, leaves)} It has {', '.join(leaves)}.")
+        if not any(n == target or n.endswith(f".{target}") for n in layers):
+            raise ValueError(f"{argument}: {target!r} is no layer of this model that can be named here.{nearest(target, leaves)} It has {', '.join(leaves)}.")
 
 def _targets(target_modules, model): # what PEFT takes: a list, or a string
     "The layers to adapt; None: those of the usual seven that the model has, or every linear layer where it has none."
@@ -302,12 +306,12 @@ def _targets(target_modules, model): # what PEFT takes: a list, or a string
         leaves = {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()}
         return [t for t in _usual if t in leaves] or "all-linear"
     if target_modules == "all-linear": return target_modules
+    layers = _layers(model, least=2)
     if isinstance(target_modules, str):
-        if any(re.fullmatch(target_modules, n) for n, _ in model.named_modules()): return target_modules
-        _check_modules("target_modules", [target_modules], model)
-        return [target_modules]
+        if any(re.fullmatch(target_modules, n) for n in layers): return target_modules
+        target_modules = [target_modules]
     if not target_modules: raise ValueError(f"target_modules={target_modules!r} is empty. Leave it out, or name layers, or give 'all-linear'.")
-    _check_modules("target_modules", target_modules, model)
+    _check_modules("target_modules", target_modules, layers)
     return list(target_modules)
 
 # %% ../nbs/25_models.ipynb #20f2972d
@@ -325,15 +329,16 @@ def _check_adapter(model, r, lora_alpha, lora_dropout, bias, use_gradient_checkp
     _number("lora_dropout", lora_dropout, lambda x: 0 <= x < 1, "a probability: at least 0, less than 1")
     one_of("bias", bias, ["none", "all", "lora_only"])
     one_of("use_gradient_checkpointing", use_gradient_checkpointing, [False, True, "auto"])
-    _check_modules("modules_to_save", modules_to_save or [], model)
+    if isinstance(modules_to_save, str): raise TypeError(f"modules_to_save={modules_to_save!r} should be a list of layer names.")
+    _check_modules("modules_to_save", modules_to_save or [], _layers(model))
 
 # %% ../nbs/25_models.ipynb #431aa8c8
 @patch(cls_method=True)
 def get_peft_model(cls:FastLanguageModel,
                    model, # from `from_pretrained`, or another transformers model; changed in place
                    r:int=16, # rank, at most the model's max_lora_rank
-                   target_modules=None, # layer names, "all-linear" or a regular expression; None: attention and MLP projections
                    lora_alpha:float=16, # the update's scale is lora_alpha / r
+                   target_modules=None, # layer names, "all-linear" or a regular expression; None: attention and MLP projections
                    lora_dropout:float=0.0, # probability, on the adapter's input
                    bias:str="none", # which biases train: "none", "all", "lora_only"
                    use_gradient_checkpointing=False, # recompute activations: True, "auto" (on a GPU only); False: the trainer decides

@@ -256,7 +256,7 @@ def tile_shape(hidden:torch.Tensor, # (N, H)
                triton=False): # tokens and vocabulary entries of a tile
     "The tile's shape: as asked for, or what was fastest where it was measured."
     tokens, entries = chunk_size if isinstance(chunk_size, (tuple, list)) else (chunk_size, None)
-    default = (4096, 16384) if hidden.device.type != "cpu" else (256, 4096)
+    default = (4096, 16384) if hidden.device.type != "cpu" else (512, 2048)
     return tokens or default[0], min(entries or default[1], 32768 if triton else vocabulary or 1)
 
 def _check(hidden, weight, target, bias, temperature, softcap, chunk_size, backend):

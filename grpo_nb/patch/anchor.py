@@ -306,15 +306,15 @@ def signature_difference(expected:str, # "(self, model, inputs)"
     have, notes = installed(target), []
     if gone := [n for n in want if n not in have]: notes.append("missing: " + ", ".join(gone))
     if not more and (new := [n for n in have if n not in want]): notes.append("new: " + ", ".join(new))
-    for name in want.keys() & have.keys():
+    common = [n for n in want if n in have]
+    for name in common:
         (kind, default), (kind_now, default_now) = want[name], have[name]
         if kind != kind_now: notes.append(f"{name} was {kind}, is {kind_now}")
         if default != default_now and (default != "..." or default_now is None):
             notes.append(f"{name} " + ("had no default" if default is None else f"had the default {default}")
                          + (", has none" if default_now is None else f", has {default_now}"))
-    common = [n for n in want if n in have]
-    last = max((list(have).index(n) for n in common), default=-1)
-    inserted = [n for n in list(have)[:last] if n not in want and have[n][0] == "positional"]
+    last = max((i for i, n in enumerate(have) if n in want and have[n][0] == "positional"), default=0)
+    inserted = [n for n in list(have)[:last] if n not in want] # later arguments have moved, although more may follow
     if common != [n for n in have if n in want]: notes.append("in another order")
-    elif more and inserted and want[list(have)[last]][0] == "positional": notes.append("inserted: " + ", ".join(inserted))
+    elif more and inserted: notes.append("inserted: " + ", ".join(inserted))
     return f"expected {expected}, found {shown} ({'; '.join(notes)})" if notes else ""

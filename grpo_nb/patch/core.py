@@ -7,9 +7,9 @@ __all__ = ['active', 'COLOURS', 'release', 'Versions', 'Place', 'look_up', 'spli
            'build', 'applied', 'inherited', 'change_of', 'original_place', 'Finding', 'Report', 'holds', 'findings',
            'installed', 'shown', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
 
-# %% ../../nbs/03_patch.core.ipynb #65c0fa0f
-import inspect
+# %% ../../nbs/03_patch.core.ipynb #3a982979
 import re
+import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import KW_ONLY, dataclass
 from difflib import unified_diff
@@ -148,6 +148,10 @@ class Finding:
     problem: str = "" # what moved, in words; empty where it holds
     where: str = "" # "grpo_trainer.py:3098"
 
+    def __str__(self):
+        if self.problem.startswith("Anchor "): return self.problem # which names it
+        return f"{self.what}: {self.problem or 'holds'}" + (f" ({self.where})" if self.where else "")
+
 @dataclass(frozen=True)
 class Report:
     "What holds and what moved, for one patch."
@@ -163,8 +167,7 @@ class Report:
     def ok(self): return not self.moved
 
     def __str__(self):
-        lines = [f"{self.patch.name} ({self.patch.where})"]
-        lines += [f"  {f.what}: {f.problem or 'holds'}" + (f" ({f.where})" if f.where else "") for f in self.findings]
+        lines = [f"{self.patch.name} ({self.patch.where})", *(f"  {f}" for f in self.findings)]
         known = f"; known to work with {self.patch.versions}" if self.patch.versions else ""
         return "\n".join([*lines, f"  installed: {self.installed}{known}"])
 
@@ -191,7 +194,8 @@ def installed(patch) -> tuple: # ("trl 1.16.0", whether it was tested)
     module = owner.partition(":")[0] if isinstance(owner, str) else getattr(owner, "__module__", None) or type(owner).__module__
     known = patch.versions or Versions(module.partition(".")[0], "0", "0")
     there = known.installed
-    if not patch.versions: return f"{known.distribution} {there}".strip(), None
+    if not patch.versions and known.distribution in sys.stdlib_module_names: return "Python " + sys.version.split()[0], None
+    if not patch.versions: return f"{known.distribution} {there or '(version not known)'}", None
     return f"{known.distribution} {there or '(not installed)'}", bool(there) and there in known
 
 # %% ../../nbs/03_patch.core.ipynb #acc9d08a
@@ -301,7 +305,7 @@ def refusal(reports, of:int) -> PatchError: # of the reports that are not ok
     lines = [f"{len(reports)} of {of} patches do not fit what is installed ({names}); nothing was changed."]
     for r in reports:
         known = f" (known to work with {r.patch.versions})" if r.patch.versions else ""
-        lines += [f"- {r.patch.name}, {r.patch.where}{known}", *(f"    {f.what}: {f.problem}" for f in r.moved)]
+        lines += [f"- {r.patch.name}, {r.patch.where}{known}", *(f"    {f}" for f in r.moved)]
     return PatchError("\n".join(lines), reports)
 
 # %% ../../nbs/03_patch.core.ipynb #ea111b73

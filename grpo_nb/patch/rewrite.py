@@ -184,7 +184,7 @@ def rewrite(entry, # a function, static or class method, or property: what stand
         if isinstance(decorator, ast.Name) and decorator.id in DESCRIPTORS: continue
         if isinstance(entry, property) and isinstance(decorator, ast.Attribute): continue # `@x.getter`
         try: made = eval(compile(ast.Expression(decorator), filename, "eval"), original.__globals__)(made)
-        except Exception as error: # noqa: BLE001, a decorator may raise anything; it is reported
+        except Exception as error: # a decorator may raise anything; it is reported
             raise RewriteError(f"{name}: @{ast.unparse(decorator)} of {source.label} failed: {error!r}.") from error
     if list(layers(made)) != list(layers(outer)):
         raise RewriteError(f"{name}: {source.label} has been wrapped by something else than its decorators.")

@@ -136,7 +136,7 @@ class LiveCharts:
         self._lock, self._sending = threading.Lock(), threading.RLock()
         self._steps, self._values, self._columns, self._version = array("d"), {}, [], 0
         self._sent = self._sent_version = 0 # rows and version that the front end has
-        self._id, self._widget, self._handle, self._timer, self._context = uuid.uuid4().hex[:12], None, None, None, contextvars.copy_context()
+        self._id, self._widget, self._handle, self._timer = uuid.uuid4().hex[:12], None, None, None
         self._live, self._total, self._drawn, self._static_due, self._static_wait = False, 0, -1, 0.0, 2.0
         self._stop = []
 
@@ -253,7 +253,7 @@ def panels(self) -> list: # of grpo_nb.ui.svg.Panel
             last = next((v for v in reversed(y) if math.isfinite(v)), math.nan)
             if s["role"] == "main":
                 latest = number(last)
-                if s["band"]: lines.append(Line(steps, soft, "", MAIN, width=0, band=values[s["band"]]))
+                if s["band"]: lines.append(Line(steps, soft, chart.band_label, MAIN, width=0, band=values[s["band"]]))
                 lines += [Line(steps, y, "", MAIN, width=1, opacity=0.35), Line(steps, soft, chart.label, MAIN, width=2)]
             else: lines.append(Line(steps, soft, s["label"], s["colour"], width=1.1, share=s["role"] == "share", dash="2 2" if s["role"] == "share" else ""))
         out.append(Panel(chart.title, tuple(lines), latest, chart.empty if steps else "waiting for the first step", chart.log))
@@ -262,7 +262,7 @@ LiveCharts.panels = panels
 
 def _static(self):
     "The charts as HTML without scripts."
-    caption = f"{number(self._steps[-1])} steps; the bold line is smoothed" if self._steps else ""
+    caption = f"step {number(self._steps[-1])}; lines are smoothed, the faint one is not" if self._steps else ""
     return f'<div class="grpo-nb-static">{_HIDE}{page(self.panels(), caption)}</div>'
 
 def _summary(self):
@@ -291,7 +291,6 @@ def show(self):
     if self.mode == "text": return self
     from IPython import get_ipython
     from IPython.display import display
-    self._context = contextvars.copy_context() # updates belong to this cell
     if self.mode == "widget":
         try:
             view = dict(version_major=2, version_minor=0, model_id=self._view().model_id)
@@ -328,7 +327,7 @@ def _later(self):
     "Send what is new after `interval`, unless that is already planned."
     with self._lock:
         if self._timer is not None: return
-        self._timer = threading.Timer(self.interval, self._context.copy().run, (self._send,))
+        self._timer = threading.Timer(self.interval, contextvars.copy_context().run, (self._send,))
         self._timer.daemon = True
     self._timer.start()
 
@@ -349,7 +348,7 @@ def _send(self, final=False):
 
 def flush(self) -> None:
     "Send now what is new, and renew the picture."
-    if self._handle is not None: self._context.copy().run(self._send, True)
+    if self._handle is not None: self._send(True)
 
 def _asked(self, content):
     "A front end has come up, or asks for all rows."
@@ -404,7 +403,7 @@ def to_html(self,
             path, # the file to write
             title:str="Training run", # the page's title
             ) -> Path: # the file
-    "The live charts as one page of about 0.6 MB that needs nothing else: no kernel and no network."
+    "The live charts as one page (0.6 MB and the rows) that needs nothing else: no kernel and no network."
     whole = self._everything()
     encode = lambda b: base64.b64encode(b).decode()
     data = json.dumps(dict(meta=whole["meta"], at=whole["at"], rows=encode(whole["rows"]), plotly=encode(_plotly())))

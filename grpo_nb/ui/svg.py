@@ -19,7 +19,7 @@ def ticks(low:float, # smallest value shown
     raw = (high - low) / max(count, 1)
     if not (raw > 0 and math.isfinite(raw)): return [low]
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.8)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -112,8 +112,8 @@ def _legend(lines, width):
         need = 16 + 5.6 * len(text)
         if x + need > width - (30 if i + 1 < len(named) else 0):
             out.append(_text(x, 33, f"+{len(named) - i}")); break
-        out.append(f'<line x1="{x:.1f}" y1="29.5" x2="{x + 10:.1f}" y2="29.5" stroke="{escape(line.colour)}" stroke-width="2" '
-                   f'stroke-dasharray="{escape(line.dash)}"/>' + _text(x + 13, 33, text))
+        out.append(f'<line x1="{x:.1f}" y1="29.5" x2="{x + 10:.1f}" y2="29.5" stroke="{escape(line.colour)}" stroke-width="{2 if line.width else 8}" '
+                   f'stroke-opacity="{1 if line.width else 0.25}" stroke-dasharray="{escape(line.dash)}"/>' + _text(x + 13, 33, text))
         x += need + 8
     return out
 
@@ -134,7 +134,7 @@ def panel(p:Panel, # what to draw
     share = any(line.share for line, _ in drawn)
     left, right, top, bottom = 38, width - (32 if share else 8), 46, height - 22
     if p.value: out.append(_text(width - 8, 14, p.value, 13, "end", 600, 0.95))
-    out += _legend([line for line, _ in drawn], width)
+    out += _legend(sorted((line for line, _ in drawn), key=lambda line: -line.width), width)
     x0, x1 = min(q[0][0] for _, q in drawn), max(q[-1][0] for _, q in drawn)
     if x1 <= x0: x0, x1 = x0 - 0.5, x1 + 0.5
     main = [y + s * b for line, q in drawn if not line.share for _, y, b in q for s in (-1, 1)]

@@ -141,7 +141,7 @@ class Card {
     return {
       margin: { l: 38, r: share ? 34 : 8, t: 8, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       font: { size: 11, color: ink }, hovermode: "x unified", hoverdistance: 40, dragmode: "zoom", uirevision: "keep",
-      hoverlabel: { bgcolor: this.view.paper, bordercolor: faded(ink, 0.25), font: { size: 11, color: ink } },
+      hoverlabel: { bgcolor: this.view.paper, bordercolor: faded(ink, 0.25), font: { size: 11, color: ink }, namelength: -1 },
       xaxis: { ...axis, showgrid: false, nticks: 5, tickformat: "~s", hoverformat: ",d", unifiedhovertitle: { text: "step %{x:,d}" } },
       yaxis: { ...axis, nticks: 5, type: this.log ? "log" : "linear", tickformat: this.log ? "~g" : "", hoverformat: ".4~g",
                exponentformat: "e", ...(this.log ? { dtick: "D2" } : {}) },
@@ -158,7 +158,7 @@ class Card {
   }
   labels() {
     this.legend.replaceChildren();
-    for (const s of this.spec.series) {
+    for (const s of [...this.spec.series].sort((a, b) => (b.role === "main") - (a.role === "main"))) {
       const item = make("span", "", undefined), swatch = make("i");
       swatch.style.borderTopColor = s.colour;
       if (s.role === "share") swatch.style.borderTopStyle = "dotted";
@@ -246,7 +246,7 @@ class View {
   }
   arrange() {
     const width = this.root.clientWidth, n = this.store.meta.charts.length || 1;
-    const columns = width >= 780 ? Math.min(n, 3) : width >= 520 && n % 2 === 0 ? 2 : 1;
+    const columns = width >= 780 && n !== 4 ? Math.min(n, 3) : width >= 520 && n % 2 === 0 ? 2 : 1;
     this.root.style.setProperty("--grpo-nb-columns", columns);
     if (!this.Plotly || !width) return;
     this.cards.forEach(card => card.resize());
