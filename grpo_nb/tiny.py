@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from .check import known_arguments
 from .evaluate import accuracy
 
 # %% ../nbs/24_tiny.ipynb #a470b85e
@@ -120,16 +121,17 @@ def _warm_up(model, tokenizer, warm, excluded, steps, batch_size, learning_rate,
         if on_step is not None: on_step(step + 1, steps, losses[-1])
     return losses
 
-# %% ../nbs/24_tiny.ipynb #c01cbccb
-def _check_task(task, steps):
-    "Raise before anything is made where `task` has no warm start."
+# %% ../nbs/24_tiny.ipynb #cb73d553
+def _check(task, steps, batch_size):
+    "Raise before anything is made where `task` has no warm start, or a number is out of range."
     if not hasattr(task, "warm_start"):
         hint = f" Write tasks.get({task!r})." if isinstance(task, str) else ""
         raise TypeError(f"task={task!r} is not a Task.{hint}")
     if task.warm_start is None:
         raise ValueError(f"task={task.name!r} has no warm start, so no tiny model can be made for it. Use a pretrained model for it, "
                          "or a task that has a warm start: sort_digits, reverse_string, add_numbers, count_letters.")
-    if steps is not None and (not isinstance(steps, int) or steps < 0): raise ValueError(f"steps={steps!r} must be a whole number, 0 or more.")
+    for name, value, low in (("steps", steps, 0), ("batch_size", batch_size, 1)):
+        if value is not None and (not isinstance(value, int) or value < low): raise ValueError(f"{name}={value!r} must be a whole number, {low} or more.")
 
 def tiny_model(task, # a `Task` of `grpo_nb.tasks` that has a warm start
                path=None, # folder for the complete model; None: keep it in memory only
@@ -144,9 +146,8 @@ def tiny_model(task, # a `Task` of `grpo_nb.tasks` that has a warm start
                ): # (model, tokenizer); `model.warm_start` is a `WarmStarted`
     "Make a small model for `task` that is right about a third of the time; the same seed makes the same model."
     import torch
-    from grpo_nb.check import known_arguments
     known_arguments("tiny_model", shape, ("hidden_size", "layers", "vocab_size"))
-    _check_task(task, steps)
+    _check(task, steps, batch_size)
     if path is not None and Path(path).is_file(): raise NotADirectoryError(f"path={str(path)!r} is a file; give a folder for the model.")
     started, warm = time.perf_counter(), task.warm_start
     chance = random.Random(0)

@@ -150,7 +150,7 @@ def evaluate(trainer, model, pack, i, share, kind):
 
 def one_pass(trainer) -> bool:
     "Whether a pack's loss depends on the other packs through known denominators alone."
-    return (trainer.loss_type in POLICY_TERMS and getattr(trainer, "top_entropy_quantile", 1.0) >= 1.0
+    return (getattr(trainer, "loss_type", "rloo") in POLICY_TERMS and getattr(trainer, "top_entropy_quantile", 1.0) >= 1.0
             and not getattr(trainer, "use_adaptive_entropy", False) and trainer.accelerator.distributed_type != "DEEPSPEED")
 
 
@@ -179,7 +179,9 @@ def log_metrics(trainer, mode, settings, stats, packs):
         total, count = accelerator.reduce(torch.stack([stat.total, stat.count]), reduction="sum")
         return (total / count.clamp(min=1.0)).item()
 
-    if getattr(trainer, "_entropy_bonus_enabled", False): metrics["policy_loss"].append(accelerator.gather(stats["loss"].total).nanmean().item())
+    if getattr(trainer, "_entropy_bonus_enabled", False):
+        metrics["policy_loss"].append(accelerator.gather(stats["loss"].total).nanmean().item())
+        if mode == "train" and accelerator.sync_gradients: metrics["entropy_coef"].append(trainer.entropy_coef)
     if "kl" in stats: metrics["kl"].append(mean(stats["kl"]))
     metrics["entropy"].append(mean(stats["entropy"]))
     if "low_clip" in stats:

@@ -88,13 +88,13 @@ def padded_packs(batch:RolloutBatch, max_tokens:int, n_packs:int|None=None, keep
     rows = sorted((r for r in kept if counts[r]), key=lambda r: -(prompts[r] + counts[r]))
     for r in rows:
         if not prompts[r]: raise ValueError(f"Row {r} has a completion of {counts[r]} tokens and an empty prompt: nothing predicts its first token.")
-    chunks, size = [], -(-len(rows) // n_packs) if n_packs else None
-    for r in rows: # longest first, so the first of a chunk is its width
+    if n_packs: chunks = [rows[i * len(rows) // n_packs:(i + 1) * len(rows) // n_packs] for i in range(min(n_packs, len(rows)))]
+    else: chunks = []
+    for r in rows if not n_packs else (): # longest first, so the first of a chunk is its width
         width = prompts[chunks[-1][0]] + counts[chunks[-1][0]] if chunks else 0
-        full = not chunks or (len(chunks[-1]) == size if size else (len(chunks[-1]) + 1) * width > max_tokens)
-        if full: chunks.append([])
+        if not chunks or (len(chunks[-1]) + 1) * width > max_tokens: chunks.append([])
         chunks[-1].append(r)
-    return [_padded(batch, ids, mask, prompts, counts, chunk) for chunk in chunks]
+    return [_padded(batch, ids, mask, prompts, counts, chunk) for chunk in chunks if chunk]
 
 
 def _padded(batch, ids, mask, prompts, counts, chunk):

@@ -1,0 +1,316 @@
+"""Our step against stock TRL, in fp32: loss, every gradient and every metric."""
+import copy
+
+import pytest
+import torch
+from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
+
+from grpo_nb.rl import grpo
+
+TOLERANCE = 1e-5 # relative, the bound that the design sets for fp32
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+OURS = ("packing/packs", "packing/tokens", "packing/efficiency")
+
+
+@pytest.fixture(scope="module")
+def stock():
+    from trl import GRPOTrainer, RLOOTrainer
+
+    return {cls: (cls._compute_loss, cls._get_per_token_logps_and_entropies) for cls in (GRPOTrainer, RLOOTrainer)}
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    "One trainer a family, made when it is first asked for."
+    made = {}
+
+    def get(family="qwen3", **config):
+        key = family, *sorted(config.items())
+        if key not in made: made[key] = grpo_trainer(tiny(family), tmp_path_factory.mktemp(family), **{"loss_type": "dapo", **config})
+        trainer = made[key]
+        trainer.loss_type, trainer.beta, trainer.importance_sampling_level = "dapo", 0.0, "token"
+        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
+        trainer.args.delta = trainer.off_policy_mask_threshold = trainer.args.off_policy_mask_threshold = None
+        trainer.top_entropy_quantile, trainer.use_vllm = 1.0, False
+        trainer._entropy_bonus_enabled, trainer.entropy_coef, trainer.use_adaptive_entropy = False, 0.0, False
+        trainer.args.max_tokens_per_pack, trainer.args.step, trainer.args.unsloth_num_chunks = 22, "packed", -1
+        trainer._grpo_nb_factor = 1.0
+        trainer.model.train()
+        return trainer
+    return get
+
+
+def off_policy(trainer, inputs, stock_logps, seed=1, ref=True, old=True):
+    "Old and reference log-probs near the policy's own."
+    g = torch.Generator().manual_seed(seed)
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad(): logps, *_ = stock_logps(trainer, trainer.model, ids, mask, inputs["completion_ids"].shape[1])
+    near = lambda: logps + 0.3 * torch.randn(logps.shape, generator=g)
+    if ref: inputs["ref_per_token_logps"] = near()
+    if old: inputs["old_per_token_logps"] = near()
+    return inputs
+
+
+def compare(trainer, inputs, stock, scale=1.0, tolerance=TOLERANCE):
+    "Loss, gradients and metrics of stock TRL and of ours on one micro-batch."
+    cls = next(c for c in stock if isinstance(trainer, c))
+    loss_of, logps_of = stock[cls]
+    wrap = grpo.compute_rloo_loss if cls.__name__ == "RLOOTrainer" else grpo.compute_loss
+    theirs = loss_and_gradients(trainer, inputs, loss_of, scale)
+    try:
+        cls._get_per_token_logps_and_entropies = grpo.per_token_logps(logps_of)
+        ours = loss_and_gradients(trainer, inputs, wrap(loss_of), scale)
+    finally: cls._get_per_token_logps_and_entropies = logps_of
+    assert torch.isfinite(ours[0]) and torch.isclose(ours[0], theirs[0], rtol=tolerance, atol=tolerance), (ours[0], theirs[0])
+    assert relative(ours[1], theirs[1]) < tolerance
+    for name, value in theirs[2].items():
+        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+    assert set(ours[2]) - set(theirs[2]) <= set(OURS)
+    return ours
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_objective(trainers, stock, loss_type, beta, level, accumulation):
+    "Every loss type, with and without KL, token and sequence level, with and without accumulation; on and off policy."
+    trainer = trainers()
+    logps = next(iter(stock.values()))[1]
+    trainer.loss_type, trainer.importance_sampling_level, trainer.beta = loss_type, level, beta
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = accumulation
+    for seed, old in ((0, True), (1, False)):
+        inputs = off_policy(trainer, micro_batch(seed=seed), logps, seed, ref=beta != 0, old=old)
+        ours = compare(trainer, inputs, stock)
+        assert ours[2]["packing/packs"][0] > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_every_family(trainers, stock, family, budget):
+    "Each architecture, with a budget smaller than one row, in the middle, and larger than the batch."
+    extra = {"router_aux_loss_coef": 0.0} if family == "mixtral" else {}
+    trainer = trainers(family, **extra)
+    trainer.args.max_tokens_per_pack = budget
+    inputs = off_policy(trainer, micro_batch(seed=3), next(iter(stock.values()))[1], ref=False)
+    ours = compare(trainer, inputs, stock)
+    assert "packing/packs" in ours[2]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("step", ["packed", "padded", "trl"])
+def test_every_path(trainers, stock, step, chunks):
+    trainer = trainers()
+    trainer.args.step, trainer.args.unsloth_num_chunks = step, chunks
+    ours = compare(trainer, off_policy(trainer, micro_batch(seed=5), next(iter(stock.values()))[1]), stock)
+    if step != "trl": assert ours[2]["packing/packs"] == [chunks]
+
+
+@pytest.mark.parametrize("case", [
+    dict(completion=(0, 12), full_mask_row=True), dict(completion=(1, 1), prompt=(1, 1)), dict(groups=8), dict(groups=1, shuffled=False),
+    dict(rows=1, groups=1, completion=(5, 5), full_mask_row=False), dict(completion=(0, 12), prompt=(9, 9), pad_inside=True),
+], ids=["ragged", "one token each", "no group shares", "one group", "one row", "equal prompts"])
+def test_shapes_of_batches(trainers, stock, case):
+    trainer = trainers()
+    compare(trainer, off_policy(trainer, micro_batch(seed=11, **case), next(iter(stock.values()))[1]), stock)
+
+
+@pytest.mark.parametrize("setting", ["delta", "off_policy_mask", "top_entropy_quantile", "entropy bonus", "adaptive entropy", "tool mask"])
+def test_other_settings(trainers, stock, setting):
+    trainer = trainers()
+    inputs = off_policy(trainer, micro_batch(seed=7), next(iter(stock.values()))[1])
+    if setting == "delta": trainer.args.delta = 1.3
+    if setting == "off_policy_mask": trainer.off_policy_mask_threshold = trainer.args.off_policy_mask_threshold = 0.01
+    if setting == "top_entropy_quantile": trainer.top_entropy_quantile = 0.4
+    if setting == "entropy bonus": trainer._entropy_bonus_enabled, trainer.entropy_coef = True, 0.02
+    if setting == "adaptive entropy":
+        trainer._entropy_bonus_enabled, trainer.entropy_coef, trainer.use_adaptive_entropy = True, 0.02, True
+        trainer.args.entropy_target, trainer._last_world_entropy, trainer._entropy_window_stats = 9.0, 1.0, None
+        trainer.args.entropy_coef_delta = 0.0
+    if setting == "tool mask":
+        inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+        inputs["tool_mask"][:, 1:3] = 0
+    compare(trainer, inputs, stock)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_sampler_correction(trainers, stock, mode, loss_type):
+    "The weight itself comes from TRL; the loss uses it as TRL's does."
+    from grpo_nb.algo.ratio import sampling_correction
+
+    trainer = trainers()
+    trainer.loss_type, trainer.use_vllm, trainer.vllm_importance_sampling_correction = loss_type, True, True
+    inputs = off_policy(trainer, micro_batch(seed=9), next(iter(stock.values()))[1])
+    sampled = inputs["old_per_token_logps"] + 0.2 * torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(2))
+    inputs["importance_sampling_ratio"] = sampling_correction(inputs["old_per_token_logps"], sampled, inputs["completion_mask"], mode, 0.5, 2.0)
+    inputs["sampling_per_token_logps"] = sampled
+    compare(trainer, inputs, stock)
+
+
+def test_incoming_gradient_is_respected(trainers, stock):
+    "A subclass or a scaler may scale the loss by anything; the guess is put right, and is right the next time."
+    trainer = trainers()
+    inputs = off_policy(trainer, micro_batch(seed=13), next(iter(stock.values()))[1])
+    for scale in (0.25, 0.25, -3.0, 1024.0): compare(trainer, inputs, stock, scale)
+    assert trainer._grpo_nb_factor == pytest.approx(1024.0)
+
+
+def test_rows_without_advantage(trainers, stock):
+    "Rows that cannot teach take no backward, and every number stays TRL's."
+    trainer = trainers()
+    inputs = micro_batch(seed=17, full_mask_row=False)
+    inputs["advantages"][1:6] = 0.0
+    some = compare(trainer, inputs, stock)
+    trainer.args.skip_zero_advantage = False
+    every = compare(trainer, inputs, stock)
+    trainer.args.skip_zero_advantage = True
+    assert some[2]["packing/tokens"][0] < every[2]["packing/tokens"][0]
+    inputs["advantages"][:] = 0.0
+    loss, grads, _ = compare(trainer, inputs, stock)
+    assert loss == 0 and all((g == 0).all() for g in grads.values())
+
+
+def test_fully_masked_batch(trainers, stock):
+    trainer = trainers()
+    inputs = micro_batch(seed=19)
+    inputs["completion_mask"][:] = 0
+    loss, grads, _ = loss_and_gradients(trainer, inputs, grpo.compute_loss(stock[next(iter(stock))][0]))
+    assert loss == 0 and all((g == 0).all() for g in grads.values())
+
+
+def test_infinity_at_masked_places_does_not_leak(trainers, stock):
+    trainer = trainers()
+    inputs = off_policy(trainer, micro_batch(seed=21), next(iter(stock.values()))[1])
+    clean = loss_and_gradients(trainer, inputs, grpo.compute_loss(None))
+    holes = inputs["completion_mask"] == 0
+    inputs["completion_ids"] = inputs["completion_ids"].masked_fill(holes, 5)
+    inputs["prompt_ids"] = inputs["prompt_ids"].masked_fill(inputs["prompt_mask"] == 0, 9)
+    other = loss_and_gradients(trainer, inputs, grpo.compute_loss(None))
+    assert clean[0] == other[0] and relative(other[1], clean[1]) == 0
+
+
+def test_padding_order_and_cuts_do_not_matter(trainers, stock):
+    "Invariance to the amount and side of padding, to row order, and to how packs are cut."
+    trainer = trainers()
+    inputs = micro_batch(seed=23)
+    base = loss_and_gradients(trainer, inputs, grpo.compute_loss(None))
+    wide = dict(inputs)
+    for name in ("prompt_ids", "prompt_mask"): wide[name] = torch.nn.functional.pad(inputs[name], (5, 0))
+    for name in ("completion_ids", "completion_mask"): wide[name] = torch.nn.functional.pad(inputs[name], (0, 7))
+    right = dict(inputs, prompt_ids=left_aligned(inputs["prompt_ids"], inputs["prompt_mask"]), prompt_mask=inputs["prompt_mask"].sort(1, descending=True)[0])
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    mixed = {k: v[order] if v.dim() else v for k, v in inputs.items()}
+    for other in (wide, right, mixed):
+        for budget in (1, 25, 1000):
+            trainer.args.max_tokens_per_pack = budget
+            got = loss_and_gradients(trainer, other, grpo.compute_loss(None))
+            assert torch.isclose(got[0], base[0], atol=1e-6) and relative(got[1], base[1]) < TOLERANCE
+
+
+def left_aligned(ids, mask):
+    "The same prompts with their padding on the right."
+    out = torch.zeros_like(ids)
+    for i in range(len(ids)): out[i, :mask[i].sum()] = ids[i][mask[i].bool()]
+    return out
+
+
+def test_log_probs_without_gradient(trainers, stock):
+    trainer = trainers()
+    logps_of = next(iter(stock.values()))[1]
+    inputs = micro_batch(seed=25)
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        theirs = logps_of(trainer, trainer.model, ids, mask, 12, compute_entropy=True)
+        ours = grpo.per_token_logps(logps_of)(trainer, trainer.model, ids, mask, 12, compute_entropy=True)
+    real = inputs["completion_mask"].bool()
+    for a, b in zip(ours[:2], theirs[:2]): assert torch.allclose(a[real], b[real], atol=1e-5) and (a[~real] == 0).all()
+    assert (ours[0] <= 0).all() and (ours[1] >= 0).all() and (ours[1] <= torch.log(torch.tensor(67.0)) + 1e-5).all()
+
+
+def test_evaluation(trainers, stock):
+    "No gradients, no accumulation: the loss of an evaluation batch is TRL's."
+    trainer = trainers()
+    loss_of = stock[next(iter(stock))][0]
+    inputs = micro_batch(seed=27)
+    trainer.model.eval()
+    with torch.no_grad():
+        theirs, ours = loss_of(trainer, trainer.model, copy.copy(inputs)), grpo.compute_loss(loss_of)(trainer, trainer.model, copy.copy(inputs))
+    trainer._metrics["eval"].clear()
+    assert torch.isclose(theirs, ours, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [dict(use_reentrant=False), dict(use_reentrant=True)])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_gradient_checkpointing(trainers, stock, family, checkpointing):
+    "Layers are run again in the backward, which must see the same mask."
+    trainer = trainers(family)
+    model = trainer.model
+    model.gradient_checkpointing_enable(checkpointing)
+    if checkpointing["use_reentrant"]: model.enable_input_require_grads()
+    try: compare(trainer, off_policy(trainer, micro_batch(seed=29), next(iter(stock.values()))[1], ref=False), stock)
+    finally:
+        model.gradient_checkpointing_disable()
+        if checkpointing["use_reentrant"]: model.disable_input_require_grads()
+
+
+def test_lora_with_dropout_takes_rows(tmp_path, stock):
+    "A shared prompt would share its dropout; rows are laid out one by one, and two runs of a pack draw the same."
+    from peft import LoraConfig, get_peft_model
+
+    from grpo_nb.rl.layout import choose_path
+
+    model = get_peft_model(tiny(), LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"))
+    trainer = grpo_trainer(model, tmp_path)
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, 0, 0.1)
+    assert choose_path(trainer.model).name == "rows" and "dropout" in choose_path(trainer.model).reason
+    trainer.args.max_tokens_per_pack = 40
+    inputs, ours = micro_batch(seed=31), grpo.compute_loss(None)
+    results = []
+    for guess in (1.0, 0.5): # a right guess, and one that is put right
+        torch.manual_seed(0)
+        trainer._grpo_nb_factor = guess
+        results.append(loss_and_gradients(trainer, inputs, ours))
+    assert results[0][0] == results[1][0] and relative(results[1][1], results[0][1]) < TOLERANCE
+    trainer.model.eval()
+    assert choose_path(trainer.model).name == "shared"
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_rloo(tmp_path, stock, accumulation):
+    from trl import RLOOConfig, RLOOTrainer
+    from parity import tokenizer
+    from datasets import Dataset
+
+    args = RLOOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, bf16=False,
+                      use_cpu=True, report_to=[], gradient_checkpointing=False, beta=0.0)
+    trainer = RLOOTrainer(model=tiny(), reward_funcs=lambda completions, **kw: [0.0] * len(completions), processing_class=tokenizer(), args=args,
+                          train_dataset=Dataset.from_list([{"prompt": "w3 w4"}] * 8))
+    trainer.current_gradient_accumulation_steps = accumulation
+    trainer.args.max_tokens_per_pack = 40
+    trainer.model.train()
+    inputs = micro_batch(seed=33)
+    off_policy(trainer, inputs, stock[RLOOTrainer][1], ref=False)
+    inputs["old_logps"] = (inputs.pop("old_per_token_logps") * inputs["completion_mask"]).sum(1)
+    for scale in (1.0, 1 / accumulation): compare(trainer, inputs, stock, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_is_no_further_from_the_truth(trainers, stock, dtype):
+    "In bf16, our gradients are no further from fp32's than TRL's own are."
+    trainer = trainers()
+    loss_of, logps_of = stock[next(iter(stock))]
+    inputs = off_policy(trainer, micro_batch(seed=35), logps_of)
+    truth = loss_and_gradients(trainer, inputs, loss_of)[1]
+    model, half = trainer.model, copy.deepcopy(trainer.model).to(dtype)
+    errors = {}
+    for name, compute in (("trl", loss_of), ("ours", grpo.compute_loss(loss_of))):
+        half.zero_grad()
+        del half.forward # both heads are attached to the instance they were made for
+        from trl.trainer.utils import add_fused_lm_head
+        add_fused_lm_head(half, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+        compute(trainer, half, copy.copy(inputs)).backward()
+        got = gradients(half)
+        errors[name] = sum((got[k].float() - v).norm() ** 2 for k, v in truth.items()) ** 0.5 / sum(v.norm() ** 2 for v in truth.values()) ** 0.5
+    assert model is trainer.model and errors["ours"] < errors["trl"] * 1.25 + 1e-3, errors
