@@ -95,15 +95,19 @@ def parts(shape, tile, dtype, repeats):
     from grpo_nb.ops import logit_stats
     from grpo_nb.ops.linear_logprob import Head
     (n, h, v), (tokens, entries) = shape, tile
+    tokens, entries = min(tokens, n), min(entries, v)
     hidden, weight, target, _ = inputs(tokens, h, entries, "cuda", dtype, False)
     hidden = hidden.detach()
     buffer, acc = torch.empty(tokens, entries, dtype=dtype, device="cuda"), torch.zeros(tokens, h, device="cuda")
     state, head, walks = torch.zeros(4, tokens, device="cuda"), Head(entropy=True, dtype=dtype), n * v / (tokens * entries)
     logits = lambda: torch.mm(hidden, weight.t(), out=buffer)
     many = lambda f: (lambda: [f() for _ in range(10)])
-    def fold(acc_): return lambda: logit_stats.fold(buffer, None, target, state, acc_, 0, head)
+    def fold(acc_, launch=logit_stats.LAUNCH): return lambda: logit_stats.fold(buffer, None, target, state, acc_, 0, head, launch)
     logits()
     jobs = {"mm": logits, "fold_read": fold(None), "fold_write": fold(acc), "add_product": lambda: add_product(acc, buffer, weight)}
+    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)):
+        launch = logit_stats.Launch(block, warps)
+        jobs |= {f"fold_read_{block}_{warps}": fold(None, launch), f"fold_write_{block}_{warps}": fold(acc, launch)}
     ms = {name: timed(many(f), "cuda", repeats)[0] / 10 for name, f in jobs.items()}
     out = {f"{name}_ms": round(t * walks, 2) for name, t in ms.items()}
     out |= {"mm_tflops": round(2e-9 * tokens * h * entries / ms["mm"]), "add_tflops": round(2e-9 * tokens * h * entries / ms["add_product"]),
@@ -123,6 +127,33 @@ def variants(device, sweep, shape):
     return rows
 
 
+def measure(how, mode, shape, tensors, truth, few, a):
+    "One case: errors over the last rows, median time, peak memory."
+    last = slice(-a.check_rows, None)
+    case = {"kind": "case", "shape": shape, "mode": mode, "dtype": str(tensors[0].dtype)[6:], **how}
+    try:
+        got = run(how, mode, *tensors)
+        case |= {f"error_{name}": relative(x[last] if x is not None else None, t)
+                 for name, x, t in zip(("logprob", "entropy", "hidden"), got, truth)}
+        del got
+        if mode == "trained" and "tokens" not in how: case["error_weight"] = relative(run(how, mode, *few)[3], truth[3])
+        few[0].grad = few[1].grad = None
+        case["ms"], case["spread"], case["peak_bytes"] = timed(lambda: run(how, mode, *tensors), a.device, a.repeats)
+    except RuntimeError as error: case["failed"] = f"{type(error).__name__}: {error}"[:300]
+    print(json.dumps(case), flush=True)
+    return case
+
+
+def one_mode(mode, shape, dtype, a):
+    "Every implementation on the same inputs."
+    tensors = inputs(*shape, a.device, dtype, mode == "trained")
+    last = slice(-a.check_rows, None)
+    few = [tensors[0].detach()[last].clone().requires_grad_(), tensors[1], tensors[2][last], tensors[3][last]]
+    truth = truth_of(mode, *few)
+    chosen = [how for how in variants(a.device, a.sweep and mode != "no_grad", shape) if not a.backends or how["backend"] in a.backends.split(",")]
+    return [measure(how, mode, shape, tensors, truth, few, a) for how in chosen]
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -135,33 +166,14 @@ def main():
     p.add_argument("--check-rows", type=int, default=128)
     a = p.parse_args()
     dtype = getattr(torch, a.dtype or ("bfloat16" if a.device == "cuda" else "float32"))
-    repeats, table = a.repeats or (7 if a.device == "cuda" else 3), []
+    a.repeats, table = a.repeats or (7 if a.device == "cuda" else 3), []
     machine = torch.cuda.get_device_name() if a.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(json.dumps({"kind": "machine", "device": machine, "torch": torch.__version__, "triton": has_triton(torch.device(a.device)), "trl": bool(TRL)}))
     for shape in [tuple(map(int, s.split(","))) for s in a.shape] if a.shape else SHAPES[a.device]:
-        for mode in a.modes.split(","):
-            tensors = inputs(*shape, a.device, dtype, mode == "trained")
-            last = slice(-a.check_rows, None)
-            few = [tensors[0].detach()[last].clone().requires_grad_(), tensors[1], tensors[2][last], tensors[3][last]]
-            truth = truth_of(mode, *few)
-            for how in variants(a.device, a.sweep and mode != "no_grad", shape):
-                if a.backends and how["backend"] not in a.backends.split(","): continue
-                case = {"kind": "case", "shape": shape, "mode": mode, "dtype": str(dtype)[6:], **how}
-                try:
-                    got = run(how, mode, *tensors)
-                    case |= {f"error_{name}": relative(x[last] if x is not None else None, t)
-                             for name, x, t in zip(("logprob", "entropy", "hidden"), got, truth)}
-                    del got
-                    if mode == "trained" and "tokens" not in how: case["error_weight"] = relative(run(how, mode, *few)[3], truth[3])
-                    few[0].grad = few[1].grad = None
-                    case["ms"], case["spread"], case["peak_bytes"] = timed(lambda: run(how, mode, *tensors), a.device, repeats)
-                except RuntimeError as error: case["failed"] = f"{type(error).__name__}: {error}"[:300]
-                print(json.dumps(case), flush=True)
-                table.append(case)
-            del tensors, few, truth
+        for mode in a.modes.split(","): table += one_mode(mode, shape, dtype, a)
         if a.device == "cuda":
             for tile in [tile_shape(torch.empty(0, device="cuda"), shape[2])] + ([(4096, 32768), (8192, 8192), (2048, 8192)] if a.sweep else []):
-                print(json.dumps(parts(shape, tile, dtype, repeats)), flush=True)
+                print(json.dumps(parts(shape, tile, dtype, a.repeats)), flush=True)
     print(f"\n{'shape':>20} {'mode':>8} {'backend':>8} {'tile':>12} {'ms':>8} {'spread':>7} {'MiB':>7}  logprob entropy  hidden  weight")
     for c in table:
         tile = f"{c['tokens']}x{c['vocabulary']}" if "tokens" in c else ""

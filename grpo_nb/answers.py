@@ -6,8 +6,10 @@
 __all__ = ['normalise', 'numbers', 'to_number', 'after_thinking', 'tagged', 'boxed', 'hashed', 'marked', 'stated', 'find_number',
            'exact', 'same_number']
 
-# %% ../nbs/20_answers.ipynb #fba5e4d6
-import re, unicodedata
+# %% ../nbs/20_answers.ipynb #b17d6b13
+import re
+import unicodedata
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
@@ -172,9 +174,8 @@ def find_number(text, # a completion, or an answer of the data set: text or a nu
         return number if inner is None else to_number(inner, percent)
     if marked_only: return None
     if (number := stated(text := normalise(text), percent)) is not False: return number
-    last = None
-    for last in _number.finditer(text): pass
-    return None if last is None else _value(last, percent)
+    last = deque(_number.finditer(text), maxlen=1)
+    return _value(last[0], percent) if last else None
 
 def exact(number, # int, float, Decimal, Fraction or a numpy scalar
           ) -> Fraction|None: # its value as it is written; `None` for NaN and infinity

@@ -6,8 +6,14 @@
 __all__ = ['shorten', 'RewardError', 'name_of', 'is_async', 'is_model', 'check_value', 'check_values', 'locate', 'locate_async',
            'guard']
 
-# %% ../nbs/22_guard.ipynb #3fae43d0
-import asyncio, contextvars, functools, inspect, math, sys, threading
+# %% ../nbs/22_guard.ipynb #922b5941
+import asyncio
+import contextvars
+import functools
+import inspect
+import math
+import sys
+import threading
 from collections.abc import Iterable
 
 # %% ../nbs/22_guard.ipynb #c03337ec
@@ -41,7 +47,7 @@ def name_of(function) -> str: # the name in logs and errors
 def is_async(function) -> bool: # whether a call returns a coroutine
     "Whether a reward is a coroutine function, a partial of one, or has an async `__call__`."
     while isinstance(function, functools.partial): function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or (callable(function) and inspect.iscoroutinefunction(function.__call__))
 
 def is_model(function) -> bool: # a string, or a `torch.nn.Module`
     "Whether a reward is a reward model, which TRL runs itself."
@@ -203,12 +209,16 @@ def guard(function, # a reward: function, partial or callable, sync or async; a 
     if hasattr(function, "check_ready"): function.check_ready()
     name = name_of(function)
 
+    def scored(*args, **named): # a generator runs here, where its exceptions are caught
+        values = function(*args, **named)
+        return list(values) if inspect.isgenerator(values) else values
+
     def guarded(*args, **named):
         completions = _completions(args, named)
-        try: values = _in_thread(function, timeout, name, args, named, completions) if timeout else function(*args, **named)
+        try: values = _in_thread(scored, timeout, name, args, named, completions) if timeout else scored(*args, **named)
         except RewardError: raise
         except Exception as error: # raised again as a RewardError, with this one as its cause
-            raise _raised(name, error, locate(function, args, named, completions), completions) from error
+            raise _raised(name, error, locate(scored, args, named, completions), completions) from error
         return check_values(name, values, completions)
 
     async def guarded_async(*args, **named):

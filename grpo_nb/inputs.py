@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_model', 'check_dataset', 'first_prompt', 'check_tokenizer', 'check_rewards', 'check_reward_columns',
-           'machine_precision', 'make_config']
+           'machine_precision', 'make_config', 'check_reference']
 
 # %% ../nbs/34_inputs.ipynb #d668f530
 import copy
@@ -154,3 +154,12 @@ def make_config(config, # a GRPOConfig, a dict of some of its fields, or None
     config = copy.copy(config)
     config.reward_weights = weights
     return config
+
+# %% ../nbs/34_inputs.ipynb #755c07e3
+def check_reference(model, # the model of the run
+                    config, # its config
+                    ) -> None:
+    "Raise `ValueError` where `config.beta` needs a reference model and there is nowhere to load one from."
+    if not config.beta or hasattr(model, "peft_config") or getattr(model.config, "_name_or_path", None): return
+    raise ValueError(f"config has beta={config.beta}, which needs a reference model, and model was made in memory: there is no path to load it "
+                     "from a second time. Set beta=0, add adapters with FastLanguageModel.get_peft_model(model), or save the model and load it.")

@@ -6,9 +6,14 @@
 __all__ = ['text_of', 'Reward', 'reward', 'correctness', 'numeric_answer', 'math_verify', 'format_tags', 'tag_count', 'regex',
            'soft_overlong', 'length_target', 'repetition_penalty', 'available', 'get', 'weighted']
 
-# %% ../nbs/21_rewards.ipynb #f8bc1d21
-import asyncio, functools, importlib, inspect, re, threading
-from collections.abc import Mapping
+# %% ../nbs/21_rewards.ipynb #38ddba97
+import asyncio
+import functools
+import importlib
+import inspect
+import re
+import threading
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from .answers import after_thinking, find_number, marked
 from .check import known_arguments, nearest, one_of
@@ -93,7 +98,7 @@ def _batch(self, prompts=None, # a list; not used
     self.check_ready()
     if isinstance(completions, str): raise TypeError(f"completions={completions!r} is text; it must be a list, one entry for each completion.")
     options = {k: v for k, v in self.options.items() if k != "name"}
-    columns, n = {**columns, "prompt": prompts}, len(completions)
+    columns, n = columns if prompts is None else {**columns, "prompt": prompts}, len(completions)
     rename = {"answer": options.get("column", self.defaults.get("column", "answer"))}
     values = {k: _column(self.__name__, rename.get(k, k), required, columns, n) for k, required in self.needs.items()}
     required = [k for k, needed in self.needs.items() if needed]
@@ -211,7 +216,7 @@ def _check_regex(pattern, full):
 
 @reward(check=_check_regex)
 def regex(text, # what the model wrote
-          *, pattern=inspect.Parameter.empty, # a regular expression, as text or compiled
+          *, pattern, # a regular expression, as text or compiled
           full=False): # True: the whole text has to match
     "1 where the completion matches a regular expression."
     return float(bool((re.fullmatch if full else re.search)(pattern, text)))
@@ -225,8 +230,8 @@ def _check_overlong(max_length, cache):
 @reward(check=_check_overlong)
 def soft_overlong(text, # not used
                   completion_ids, # the completion's tokens, from TRL
-                  *, max_length=inspect.Parameter.empty, # L_max, tokens
-                  cache=inspect.Parameter.empty): # L_cache, tokens
+                  *, max_length, # L_max, tokens
+                  cache): # L_cache, tokens
     "0 up to `max_length - cache` tokens, falling to -1 at `max_length`, -1 beyond (DAPO, eq. 13)."
     return float(max(Fraction(-1), min(Fraction(0), Fraction(max_length - cache - len(completion_ids), cache))))
 
@@ -245,7 +250,7 @@ def _check_length(target, width, unit):
 @reward(check=_check_length)
 def length_target(text, # what the model wrote
                   completion_ids=None, # the completion's tokens, from TRL; needed where unit="tokens"
-                  *, target=inspect.Parameter.empty, # the wanted length
+                  *, target, # the wanted length
                   width=None, # how far from it the reward is 0; `None`: the target itself, at least 1
                   unit="tokens"): # "tokens", "words" or "characters"
     "1 at the target length, falling linearly to 0 at `width` from it."
@@ -277,16 +282,15 @@ def get(reward, # a name out of `available()`, or a function, which is returned 
         **options): # the reward's options
     "A reward by its name, with options; raises for an unknown name, option or value, with the nearest match."
     if callable(reward) and not options: return reward
-    found = _known.get(reward.kind) if isinstance(reward, Reward) else _known[one_of("reward", reward, _known)]
+    found = reward if isinstance(reward, Reward) else _known[one_of("reward", reward, _known)]
     return found(**options) if options else (found.check_ready() or found)
 
 # %% ../nbs/21_rewards.ipynb #5ed45b95
 def _pairs(parts): # [(reward, weight)], checked
-    try: pairs = [(get(f), w) for f, w in (parts.items() if isinstance(parts, Mapping) else parts)]
-    except TypeError as error:
-        if not isinstance(parts, Mapping) and not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in parts):
-            raise TypeError("weighted() takes {reward: weight, ...} or pairs [(reward, weight), ...].") from error
-        raise
+    listed = list(parts.items() if isinstance(parts, Mapping) else parts) if isinstance(parts, Iterable) else [None]
+    if not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in listed):
+        raise TypeError(f"weighted() takes {{reward: weight, ...}} or pairs [(reward, weight), ...], not {parts!r}.")
+    pairs = [(get(f), w) for f, w in listed]
     if not pairs: raise ValueError("weighted() was given no rewards.")
     for function, weight in pairs:
         name = name_of(function)

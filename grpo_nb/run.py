@@ -26,15 +26,15 @@ from .check import known_arguments
 from .events import (Bus, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped,
                             StepLogged, say)
 from .guard import guard
-from .inputs import (check_dataset, check_model, check_reward_columns, check_rewards, check_tokenizer, first_prompt,
-                            make_config)
+from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
+                            first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt
 
 # %% ../nbs/35_run.ipynb #fe5a8146
 class _Listener(TrainerCallback):
     "Passes the trainer's moments on to the run."
     def __init__(self, run): self.run = run
-    def on_train_begin(self, args, state, control, **kwargs): self.run._emit(RunStarted, total_steps=state.max_steps)
+    def on_train_begin(self, args, state, control, **kwargs): self.run._began()
     def on_log(self, args, state, control, logs=None, **kwargs): self.run._logged(logs or {}, control)
     def on_step_end(self, args, state, control, **kwargs): self.run._step_ended(control)
 
@@ -89,6 +89,7 @@ class GRPORun:
         functions, weights = check_rewards(rewards)
         check_reward_columns(functions, dataset.column_names)
         config = make_config(config, weights)
+        if kwargs.get("peft_config") is None: check_reference(model, config)
         guarded = [guard(f, timeout=reward_timeout) for f in functions]
         _free_reference(model)
 
@@ -96,6 +97,7 @@ class GRPORun:
         self.state = "ready" # ready, running, paused, stopped, finished or failed
         self.result = None # TRL's TrainOutput, once the run has ended without an error
         self._stop, self._pause, self._thread, self._failure, self._log_due = None, False, None, None, False
+        self._from = None # the checkpoint it goes on from
         self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self.trainer = trainer_class(model=model, processing_class=tokenizer, reward_funcs=guarded, args=config, train_dataset=dataset,
                                      eval_dataset=eval_dataset, callbacks=[_Listener(self), *callbacks], **kwargs)
@@ -167,6 +169,7 @@ def _end(self:GRPORun, state, kind, **fields):
 @patch
 def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
+    self._from = checkpoint
     try:
         with nullcontext() if in_background else first_interrupt(self._interrupt):
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
@@ -210,6 +213,23 @@ def _forget_unfinished(self:GRPORun):
         if hasattr(self.trainer, name): setattr(self.trainer, name, value)
     for metrics in getattr(self.trainer, "_metrics", {}).values(): metrics.clear()
 
+# %% ../nbs/35_run.ipynb #65569a9f
+@patch
+def _reload_adapter(self:GRPORun, folder):
+    "Load the trained adapter from a checkpoint that has folders of other adapters."
+    if not Path(folder, "adapter_config.json").is_file() or not list(Path(folder).glob("*/adapter_config.json")): return
+    from peft import set_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+    model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+    set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"), adapter_name=model.active_adapters[0])
+
+@patch
+def _began(self:GRPORun):
+    "The trainer is about to do its first step."
+    if self._from: self._reload_adapter(self._from)
+    self._emit(RunStarted, total_steps=self.trainer.state.max_steps)
+
+# %% ../nbs/35_run.ipynb #5bb0cb94
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -237,7 +257,7 @@ def start(self:GRPORun,
 
 _past = {"ready": "not been started", "stopped": "been stopped", "finished": "finished", "failed": "failed"}
 
-# %% ../nbs/35_run.ipynb #489b6d47
+# %% ../nbs/35_run.ipynb #2fae61ec
 @patch
 def _check_going(self:GRPORun, what):
     "Raise `RuntimeError` unless the run goes on."
@@ -272,7 +292,7 @@ def stop(self:GRPORun) -> GRPORun: # the run itself
     self._wake.set()
     return self
 
-# %% ../nbs/35_run.ipynb #faa40a89
+# %% ../nbs/35_run.ipynb #140be90e
 @patch
 def wait(self:GRPORun,
          timeout=None, # seconds; None: until the run has ended
@@ -288,7 +308,7 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../nbs/35_run.ipynb #4bd76af2
+# %% ../nbs/35_run.ipynb #5d8162cf
 @patch
 def __repr__(self:GRPORun):
     steps = f", step {self.step} of {self.total_steps}" if self.total_steps else ""

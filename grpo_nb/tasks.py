@@ -106,7 +106,7 @@ def sort_digits(digits:int=4, # how many, 2 to 12
         number = "".join(chance.choices("0123456789", k=digits))
         answer = "".join(sorted(number))
         return Example(f"Sort the digits: {number}", answer, answer[::-1], int(number) * 3 < 10**digits)
-    return _Recipe(f"Sort {digits} digits in ascending order.", draw, digits + 4, 250)
+    return _Recipe(f"Sort {digits} digits in ascending order.", draw, digits + 4, 200)
 
 def reverse_string(length:int=5, # letters in the string, 2 to 12
                    alphabet:str="abcdefghij", # the letters it is made of
@@ -129,7 +129,7 @@ def add_numbers(digits:int=2, # of each number, 1 to 6
         return Example(f"What is {a}+{b}?", str(a + b), str(a + b + slip), (a - low) * 3 < high - low)
     return _Recipe(f"Add two numbers of {digits} digit{'s' * (digits > 1)}.", draw, digits + 4, 400)
 
-def count_letters(length:int=5, # letters in the string, 2 to 9
+def count_letters(length:int=7, # letters in the string, 2 to 9
                   alphabet:str="abc", # the letters it is made of
                   ) -> _Recipe: # the mistake: one too many
     "Count a letter in a string."

@@ -111,7 +111,9 @@ class JupyterLab:
         for _ in range(240):
             accept = page.locator(".jp-Dialog .jp-mod-accept")
             if accept.count(): accept.first.click() # which kernel: the one proposed
-            with urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}") as answer: kernels = json.load(answer)
+            kernels = []
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}", timeout=5) as answer:
+                kernels = json.load(answer) # a kernel that is just starting can make this an error 500
             if any(k["connections"] and k["execution_state"] == "idle" for k in kernels): break
             page.wait_for_timeout(250)
         page.wait_for_timeout(1000) # the front end has to hear of it too

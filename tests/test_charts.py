@@ -97,6 +97,22 @@ def test_an_update_stays_under_a_kilobyte_at_any_length(length):
     assert len(charts.history) == length
 
 
+def test_a_burst_is_made_up_for_but_not_over_and_over(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    charts, front, whole = LiveCharts(), FrontEnd(), 0
+    charts.append(0, VALUES); front.receive(*charts._update())
+    for step in range(1, 60_001): # 100 rows a second for ten minutes
+        charts.append(step, VALUES); clock[0] += 0.01
+        if step % 34 == 0:
+            update = charts._update(); whole += update[0]["kind"] == "all"
+            assert front.receive(*update)
+    assert 3 <= whole <= 9, "the wait doubles each time"
+    assert len(front.rows) < 60_001
+    front.receive(*charts._update(final=True))
+    assert len(front.rows) == 60_001 and charts._update(final=True) is None
+
+
 def test_at_most_three_updates_a_second_and_append_does_not_wait():
     charts = live(LiveCharts())
     start = time.monotonic()

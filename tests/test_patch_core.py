@@ -10,7 +10,7 @@ import pytest
 
 from grpo_nb.patch.core import (MISSING, Anchor, Edit, Patch, PatchConflict, PatchError, PatchSet, Undo, Value, Versions, Wrap,
                                 applied)
-from grpo_nb.patch.rewrite import RewriteError, rewrite
+from grpo_nb.patch.rewrite import RewriteError, edited, rewrite
 
 CODE = '''
 from __future__ import annotations
@@ -211,6 +211,9 @@ def test_decorators_are_applied_again(lib):
     both = rewrite(lib.Trainer.__dict__["both"], [Edit("x + 1", "x + 2")])
     assert isinstance(both, staticmethod) and both.__func__(1) == 3
     assert rewrite(lib.Trainer.__dict__["size"], [Edit("self._size", "self._size * 2")]).fset is lib.Trainer.size.fset
+    again = rewrite(timed, [Edit("x + 2", "x + 3")])
+    assert again(None, 1) == 4 and inspect.getsource(again).lstrip().startswith("@profiled")
+    assert rewrite(rewrite(lib.Trainer.__dict__["both"], [Edit("x + 1", "x + 2")]), [Edit("x + 2", "x + 3")]).__func__(1) == 4
     lib.Trainer.timed = lib.profiled(lib.Trainer.timed)
     with pytest.raises(RewriteError, match="wrapped by something else"): rewrite(lib.Trainer.timed, [Edit("x + 1", "x + 2")])
 
@@ -242,6 +245,10 @@ def test_edits_before_and_after_an_expression_go_beside_its_statement(lib):
     new.__globals__["seen"] = seen = []
     new(lib.Trainer(), 1, 1)
     assert seen == [1, 2]
+
+
+def test_an_edit_after_the_last_line_of_a_text_without_a_newline():
+    assert edited("a = c", [Edit("a = _x_", "b = _x_", "after")]) == "a = c\nb = c\n"
 
 
 # ---- patches

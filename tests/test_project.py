@@ -14,7 +14,7 @@ package = root / "grpo_nb"
 LAYERS = {
     0: ("check", "events", "patch", "batch"),
     1: ("ops", "packing", "algo"),
-    2: ("models", "device", "engines", "answers", "rewards", "guard", "tasks", "tiny"),
+    2: ("models", "device", "modes", "engines", "answers", "rewards", "guard", "tasks", "tiny"),
     3: ("rl", "run", "doctor", "memory", "demo", "bench"),
     4: ("ui", "cli"),
 }

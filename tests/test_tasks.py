@@ -229,3 +229,9 @@ def test_gsm8k_hub_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a: {"train": {k: v[:4] for k, v in part.items()}, "test": {k: v[4:] for k, v in part.items()}})
     task = tasks.gsm8k()
     assert (len(task.train), len(task.test)) == (4, 2)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_defaults(name):
+    task = tasks.get(name)
+    assert (len(task.train), len(task.test)) == (2000, 200)

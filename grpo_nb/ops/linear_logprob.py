@@ -134,7 +134,7 @@ def add_product(acc, a, b):
 # %% ../../nbs/12_ops.linear_logprob.ipynb #8a12fef8
 def _tiles(hidden, weight, bias, head):
     "Every tile: its products, its bias, its part of the head, its first entry and its tokens."
-    n, v = min(head.tokens, len(hidden)), min(head.vocabulary, len(weight))
+    n, v = max(1, min(head.tokens, len(hidden))), min(head.vocabulary, len(weight))
     buffer = hidden.new_empty(n, v)
     for start in range(0, len(weight), v):
         part = weight[start:start + v].to(head.dtype)
@@ -253,11 +253,11 @@ def has_triton(device:torch.device, # where the tensors are
 def tile_shape(hidden:torch.Tensor, # (N, H)
                vocabulary:int, # V
                chunk_size=None, # None, tokens of a tile, or (tokens, vocabulary entries)
-               triton=False): # tokens and vocabulary entries of a tile
+               ): # tokens and vocabulary entries of a tile
     "The tile's shape: as asked for, or what was fastest where it was measured."
     tokens, entries = chunk_size if isinstance(chunk_size, (tuple, list)) else (chunk_size, None)
     default = (4096, 16384) if hidden.device.type != "cpu" else (512, 2048)
-    return tokens or default[0], min(entries or default[1], 32768 if triton else vocabulary or 1)
+    return tokens or default[0], min(entries or default[1], vocabulary)
 
 def _check(hidden, weight, target, bias, temperature, softcap, chunk_size, backend):
     "Raise for shapes and values that cannot be right, before anything is computed."
@@ -306,6 +306,6 @@ def linear_logprob(hidden:torch.Tensor, # (N, H)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     form = torch.is_grad_enabled() and hidden.requires_grad and not trained and not entropy_grad
     dtype = compute_dtype(hidden, fp32_head)
-    head = Head(temperature, softcap, logit_scale, entropy, dtype, *tile_shape(hidden, len(weight), chunk_size, triton),
+    head = Head(temperature, softcap, logit_scale, entropy, dtype, *tile_shape(hidden, len(weight), chunk_size),
                 triton and dtype is not torch.float64, form)
     return LinearLogprob.apply(hidden, weight, bias, target, keep, head)

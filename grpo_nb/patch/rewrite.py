@@ -13,7 +13,7 @@ import inspect
 import io
 import linecache
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import dedent
 from types import CellType, CodeType, FunctionType
 
@@ -98,6 +98,7 @@ def edited(target, # see `source_of`
            ) -> str: # indented as the original; raises `AnchorError`, `RewriteError`
     "The source with all edits made."
     source, text = source_of(target), ""
+    if not source.text.endswith("\n"): source = replace(source, text=source.text + "\n")
     changes = sorted((change(e, source) for e in edits), key=lambda c: c[:2])
     for (_, stop, _), (start, _, _) in zip(changes, changes[1:]):
         if start < stop: raise RewriteError(f"Two edits change {source.place(start[0])}.")
@@ -124,7 +125,7 @@ def renamed(code:CodeType, old:str, new:str) -> CodeType:
     inner = tuple(renamed(c, old, new) if isinstance(c, CodeType) else c for c in code.co_consts)
     return code.replace(co_consts=inner, co_qualname=new + code.co_qualname.removeprefix(old))
 
-def compiled(node, # the `def`, without decorators, at the line numbers of `filename`
+def compiled(node, # the `def`, at the line numbers of `filename`; its decorators count for its first line only
              original:FunctionType,
              filename:str,
              ) -> CodeType:
@@ -138,15 +139,15 @@ def compiled(node, # the `def`, without decorators, at the line numbers of `file
     holder.body[0].body = inside
     flags = original.__code__.co_flags & FUTURES
     code = compile(ast.fix_missing_locations(holder), filename, "exec", flags=flags, dont_inherit=True)
-    for _ in range(2 + (inside[0] is not node)): # module -> scope -> class -> function
-        code = next(c for c in code.co_consts if isinstance(c, CodeType))
+    for name in ["grpo_nb_scope", *([outer[-1]] if inside[0] is not node else []), node.name]: # module -> scope -> class -> function
+        code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return renamed(code, code.co_qualname, original.__qualname__)
 
 def new_function(code, original, owner): # `original` with another code object
     cells = dict(zip(original.__code__.co_freevars, original.__closure__ or ()))
     if isinstance(owner, type): cells.setdefault("__class__", CellType(owner))
     made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__,
-                        tuple(cells[name] for name in code.co_freevars))
+                        tuple(cells[name] for name in code.co_freevars) or None)
     made.__kwdefaults__, made.__annotations__ = original.__kwdefaults__, original.__annotations__
     made.__doc__, made.__module__, made.__qualname__ = original.__doc__, original.__module__, original.__qualname__
     made.__dict__.update(original.__dict__)
@@ -177,10 +178,9 @@ def rewrite(entry, # a function, static or class method, or property: what stand
         raise RewriteError(f"{name}: an edit must not change the name or the parameters of {source.label}.")
     filename = f"<{name} of {source.label}>"
     ast.increment_lineno(node, source.first - 1)
-    decorators, node.decorator_list = node.decorator_list, []
     try: made = new_function(compiled(node, original, filename), original, owner)
     except SyntaxError as error: raise RewriteError(f"{name}: the edited {source.label} does not compile: {error.msg}.") from error
-    for decorator in reversed(decorators):
+    for decorator in reversed(node.decorator_list):
         if isinstance(decorator, ast.Name) and decorator.id in DESCRIPTORS: continue
         if isinstance(entry, property) and isinstance(decorator, ast.Attribute): continue # `@x.getter`
         try: made = eval(compile(ast.Expression(decorator), filename, "eval"), original.__globals__)(made)

@@ -136,6 +136,7 @@ class LiveCharts:
         self._lock, self._sending = threading.Lock(), threading.RLock()
         self._steps, self._values, self._columns, self._version = array("d"), {}, [], 0
         self._sent = self._sent_version = 0 # rows and version that the front end has
+        self._left_out, self._whole_due, self._whole_wait = 0, 0.0, 2.0 # rows not in the live view; when to send everything
         self._id, self._widget, self._handle, self._timer = uuid.uuid4().hex[:12], None, None, None
         self._live, self._total, self._drawn, self._static_due, self._static_wait = False, 0, -1, 0.0, 2.0
         self._stop = []
@@ -200,8 +201,8 @@ def to_csv(self,
     return out.getvalue() if path is None else Path(path).write_text(out.getvalue(), "utf-8")
 LiveCharts.to_csv = to_csv
 
-# %% ../../nbs/40_ui.charts.ipynb #2c05073b
-ROOM = 384 # bytes of rows in one update
+# %% ../../nbs/40_ui.charts.ipynb #e64de91f
+ROOM = 320 # bytes of rows in one update
 
 def _packed(self, rows):
     "Rows as float32, one after the other: the step, then each column (call with the lock held)."
@@ -220,27 +221,33 @@ def _everything(self):
     "All rows and what they mean."
     with self._lock: return dict(meta=self._meta(), at=len(self._steps), rows=self._packed(range(len(self._steps))))
 
-def _update(self):
-    "The message and the bytes that bring a front end up to date; None where it is."
+def _update(self, final=False):
+    "The message and the bytes that bring a front end up to date, None where it is; `final`: with all rows that were left out."
     with self._lock:
         n = len(self._steps)
-        if self._sent_version != self._version: message = None
+        whole = self._left_out and final or self._left_out > 100 and time.monotonic() >= self._whole_due
+        if whole or self._sent_version != self._version: message = None
         elif n == self._sent: return None
         else:
             rows, fit = range(self._sent, n), max(1, ROOM // (4 * (len(self._columns) + 1)))
-            if len(rows) > fit: rows = [rows[(k + 1) * len(rows) // fit - 1] for k in range(fit)]
+            if len(rows) > fit:
+                if not self._left_out: self._whole_due = time.monotonic() + self._whole_wait
+                self._left_out += len(rows) - fit
+                rows = [rows[(k + 1) * len(rows) // fit - 1] for k in range(fit)]
             message = dict(kind="add", v=self._version, at=self._sent, n=n - self._sent), self._packed(rows)
             self._sent = n
     if message is None:
         whole = self._everything()
+        if self._left_out: self._left_out, self._whole_wait = 0, self._whole_wait * 2
         self._sent, self._sent_version = whole["at"], whole["meta"]["version"]
         message = dict(kind="all", meta=whole["meta"], at=whole["at"]), whole["rows"]
     return message
 LiveCharts._packed, LiveCharts._meta, LiveCharts._everything, LiveCharts._update = _packed, _meta, _everything, _update
 
-# %% ../../nbs/40_ui.charts.ipynb #4ccd991e
+# %% ../../nbs/40_ui.charts.ipynb #6fbbabea
+# One of the two is shown: the picture gives way to the widget, and the notice of a widget that is gone gives way to the picture.
 _HIDE = ('<style>.jp-OutputArea-child:has(.grpo-nb)+.jp-OutputArea-child:has(.grpo-nb-static){display:none}'
-         '.jp-OutputArea-child:has(>[data-mime-type*="widget-view"]):not(:has(.grpo-nb)):has(+.jp-OutputArea-child .grpo-nb-static){display:none}</style>')
+         '.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.grpo-nb)):has(+.jp-OutputArea-child .grpo-nb-static){display:none}</style>')
 
 def panels(self) -> list: # of grpo_nb.ui.svg.Panel
     "The charts as they stand, for a picture."
@@ -263,7 +270,7 @@ LiveCharts.panels = panels
 def _static(self):
     "The charts as HTML without scripts."
     caption = f"step {number(self._steps[-1])}; lines are smoothed, the faint one is not" if self._steps else ""
-    return f'<div class="grpo-nb-static">{_HIDE}{page(self.panels(), caption)}</div>'
+    return f'<div class="grpo-nb-static">{_HIDE if self.mode == "widget" else ""}{page(self.panels(), caption)}</div>'
 
 def _summary(self):
     "One line about the latest row."
@@ -336,9 +343,10 @@ def _send(self, final=False):
     with self._lock: self._timer = None
     with self._sending:
         try:
-            if self._widget is not None and self.failures < 10 and (update := self._update()): self._widget.send(update[0], [update[1]])
+            if self._widget is not None and self.failures < 10 and (update := self._update(final)): self._widget.send(update[0], [update[1]])
         except Exception as error: self._failed("reach the notebook", error)  # noqa: BLE001 training goes on; it is reported and counted
         try:
+            if self._left_out > 100 and self.failures < 10: self._later() # everything is to follow, whether or not more is logged
             if self._handle is None or self._drawn == len(self._steps) or not (final or time.monotonic() >= self._static_due): return
             self._drawn = len(self._steps)
             self._handle.update(self._picture_bundle(), raw=True)

@@ -1,0 +1,409 @@
+"""GRPORun: input checks, events, pause, resume, stop, checkpoints, failures; in a real kernel, under nbclient and in a script."""
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from grpo_nb import events
+from grpo_nb.guard import RewardError
+from grpo_nb.run import GRPORun
+from grpo_nb.tasks import get
+from grpo_nb.tiny import tiny_model
+
+TASK = get("sort_digits", n_train=64, n_test=8)
+SMALL = dict(steps=0, hidden_size=64, layers=1)
+
+
+def share_of_digits(completions, **kwargs):
+    texts = [c[-1]["content"] for c in completions]
+    return [sum(ch.isdigit() for ch in t) / max(len(t), 1) for t in texts]
+
+
+def slow_reward(completions, **kwargs):
+    time.sleep(0.05)
+    return share_of_digits(completions)
+
+
+def config(folder, **more):
+    return {**dict(output_dir=str(folder), max_steps=4, per_device_train_batch_size=8, num_generations=4, max_completion_length=4,
+                   gradient_checkpointing=False, learning_rate=1e-2, save_strategy="no"), **more}
+
+
+def make(folder, rewards=share_of_digits, dataset=TASK.train, run=None, **more):
+    model, tokenizer = tiny_model(TASK, **SMALL)
+    return GRPORun(model, tokenizer, rewards, dataset, config(folder, **more), **(run or {}))
+
+
+def until(run, state, seconds=60):
+    end = time.monotonic() + seconds
+    while run.state != state:
+        assert time.monotonic() < end, f"still {run.state}"
+        time.sleep(0.01)
+
+
+# ---- what is refused before anything is touched
+
+@pytest.fixture(scope="module")
+def parts(): return tiny_model(TASK, **SMALL)
+
+
+@pytest.mark.parametrize("change, kind, words", [
+    (dict(model="Qwen/Qwen2.5-3B"), TypeError, ["model='Qwen/Qwen2.5-3B'", "from_pretrained"]),
+    (dict(tokenizer=None), TypeError, ["tokenizer=None"]),
+    (dict(dataset=[]), TypeError, ["dataset=[]"]),
+    (dict(dataset={"train": TASK.train}), TypeError, ["dataset['train']"]),
+    (dict(dataset=TASK.train.rename_column("prompt", "question")), ValueError, ["'prompt'", "'question'", "'answer'"]),
+    (dict(eval_dataset=Dataset.from_dict({"text": ["a"]})), ValueError, ["eval_dataset", "'text'"]),
+    (dict(rewards=[]), ValueError, ["rewards is empty"]),
+    (dict(rewards=3), TypeError, ["rewards=3"]),
+    (dict(rewards=[share_of_digits, None]), TypeError, ["rewards: None"]),
+    (dict(rewards={share_of_digits: "1"}), TypeError, ["share_of_digits", "'1'"]),
+    (dict(rewards={share_of_digits: float("nan")}), TypeError, ["finite"]),
+    (dict(rewards=lambda completions, solution: []), ValueError, ["'solution'", "'answer'"]),
+    (dict(config={"learning_rat": 1}), TypeError, ["learning_rat", "Did you mean 'learning_rate'?"]),
+    (dict(config="x.yaml"), TypeError, ["config='x.yaml'"]),
+    (dict(config={"beta": 0.04}), ValueError, ["beta=0.04", "reference"]),
+    (dict(eval_datasets=TASK.test), TypeError, ["eval_datasets"]),
+], ids=lambda v: next(iter(v)) if isinstance(v, dict) else None)
+def test_bad_input(parts, change, kind, words):
+    given = dict(model=parts[0], tokenizer=parts[1], rewards=share_of_digits, dataset=TASK.train, config=None)
+    class NeverMade:
+        def __init__(self, model, peft_config=None): raise AssertionError("the trainer was made")
+    with pytest.raises(kind) as caught: GRPORun(**{**given, **change}, trainer_class=NeverMade)
+    for word in words: assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["eos", "pad"])
+def test_tokenizer_without_eos_or_pad(tmp_path, token):
+    model, tokenizer = tiny_model(TASK, **SMALL)
+    setattr(tokenizer, f"{token}_token", None)
+    with pytest.raises(ValueError, match=f"{token}_token is None"): GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path))
+
+
+def test_chat_prompts_need_a_template(tmp_path):
+    model, tokenizer = tiny_model(TASK, **SMALL)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat_template"): GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path))
+
+
+def test_frozen_model():
+    model, tokenizer = tiny_model(TASK, **SMALL)
+    with pytest.raises(ValueError, match="no parameter"): GRPORun(model.requires_grad_(False), tokenizer, share_of_digits, TASK.train)
+
+
+def test_an_unknown_reward_name_gets_the_nearest(parts):
+    pytest.importorskip("grpo_nb.rewards")
+    with pytest.raises(ValueError, match="(?i)not known|unknown|no reward"): GRPORun(*parts, "no_such_reward_at_all", TASK.train)
+
+
+def test_weights_reach_a_copy_of_the_config(tmp_path, parts):
+    from trl import GRPOConfig
+    mine = GRPOConfig(**config(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    run = GRPORun(*parts, {share_of_digits: 3}, TASK.train, mine)
+    assert run.trainer.reward_weights.tolist() == [3.0] and mine.reward_weights is None
+    mine.reward_weights = [1.0]
+    with pytest.raises(ValueError, match="one of the two"): GRPORun(*parts, {share_of_digits: 3}, TASK.train, mine)
+
+
+def test_a_list_of_rows_and_no_config(parts):
+    events.said.clear()
+    run = GRPORun(*parts, share_of_digits, list(TASK.train))
+    args = run.trainer.args
+    assert args.output_dir == "grpo_output" and args.logging_steps == 1
+    assert any(m.startswith("training in") for m in events.said)
+    if not torch.accelerator.is_available(): assert args.use_cpu and not args.bf16 and not args.fp16
+
+
+# ---- a run
+
+def test_events_and_history(tmp_path):
+    run, seen = make(tmp_path), []
+    run.events.subscribe(seen.append)
+    for call in (run.wait, run.pause, run.resume, run.stop):
+        with pytest.raises(RuntimeError, match="has not been started"): call()
+    assert run.state == "ready" and run.history == [] and "ready" in repr(run)
+    assert run.start(background=False) is run and run.wait() is run
+    kinds = [type(e).__name__ for e in seen]
+    assert kinds == ["RunStarted", *["StepLogged", "CompletionsLogged"] * 4, "RunFinished"]
+    assert [e.step for e in seen] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 4] and seen[0].total_steps == 4
+    logged = seen[2]
+    assert len(logged.prompts) == len(logged.completions) == len(logged.advantages) == 8
+    assert list(logged.rewards) == ["share_of_digits"] and len(logged.rewards["share_of_digits"]) == 8
+    rewards = [r for r in run.history if r["name"] == "reward"]
+    assert [r["step"] for r in rewards] == [1, 2, 3, 4] and rewards[0]["value"] == seen[1].metrics["reward"]
+    assert all(set(r) == {"step", "name", "value"} and isinstance(r["value"], float) for r in run.history)
+    assert run.result.global_step == 4 and "finished, step 4 of 4" in repr(run) and "<p>" in run._repr_html_()
+    for call in (run.start, lambda: run.start(resume=True), run.pause, run.stop):
+        with pytest.raises(RuntimeError, match="already finished"): call()
+
+
+def test_rewards_that_do_not_apply_are_none(tmp_path):
+    def only_some(completions, **kwargs): return [None] * 4 + [1.0] * (len(completions) - 4)
+    run, seen = make(tmp_path, rewards=[share_of_digits, only_some], max_steps=1), []
+    run.events.subscribe(seen.append, events.CompletionsLogged)
+    run.start(background=False)
+    assert seen[0].rewards["only_some"] == [None] * 4 + [1.0] * 4
+
+
+def test_pause_resume_stop(tmp_path):
+    run, seen = make(tmp_path, max_steps=500), []
+    run.events.subscribe(lambda e: seen.append(type(e).__name__), events.RunPaused, events.RunResumed, events.RunStopped)
+    run.start(background=True).pause()
+    with pytest.raises(RuntimeError, match="already"): run.pause()
+    with pytest.raises(RuntimeError, match="already (running|paused)"): run.start()
+    until(run, "paused")
+    step = run.step
+    assert run.wait(0.3).state == "paused" and run.step == step
+    assert max(r["step"] for r in run.history) == step # the step's own log comes before the pause
+    run.resume()
+    with pytest.raises(RuntimeError, match="not paused"): run.resume()
+    while run.step < step + 2: time.sleep(0.01)
+    run.pause(); until(run, "paused")
+    run.stop().wait(30)
+    assert run.state == "stopped" and run.step < 500 and run.result.global_step == run.step
+    assert seen == ["RunPaused", "RunResumed", "RunPaused", "RunStopped"]
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"): run.start(resume=True)
+    with pytest.raises(RuntimeError, match="been stopped"): run.start()
+
+
+def test_a_pause_without_a_log_and_a_stop_in_the_last_step(tmp_path):
+    run = make(tmp_path, max_steps=3, logging_steps=50)
+    run.start(background=True).pause(); until(run, "paused")
+    run.resume()
+    assert run.wait(60).state == "finished"
+    run = make(tmp_path, max_steps=2)
+    run.events.subscribe(lambda e: run.stop() if e.step == 2 else None, events.StepLogged)
+    assert run.start(background=False).state == "finished"
+
+
+def weights(run): return {k: v.detach().clone() for k, v in run.trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["same run", "new run"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_stop_then_resume_equals_an_uninterrupted_run(tmp_path, how, adapter):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=100, beta=0.05 * adapter)
+    def make(folder, **more):
+        model, tokenizer = tiny_model(TASK, **SMALL)
+        if adapter:
+            torch.manual_seed(3)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        return GRPORun(model, tokenizer, share_of_digits, TASK.train, config(folder, **more))
+    whole = make(tmp_path / "whole", **options).start(background=False)
+    run = make(tmp_path / "parts", **options)
+    off = run.events.subscribe(lambda e: run.stop() if e.step == 3 else None, events.StepLogged)
+    run.start(background=False); off()
+    assert run.state == "stopped" and run.step == 3 and (tmp_path / "parts" / "checkpoint-3").is_dir()
+    torch.manual_seed(999)
+    if how == "new run": run = make(tmp_path / "parts", **options)
+    run.start(resume=True, background=False)
+    assert run.state == "finished" and run.step == 6
+    assert [r["step"] for r in run.history if r["name"] == "reward"] == [1, 2, 3, 4, 5, 6]
+    rewards = lambda r: [h["value"] for h in r.history if h["name"] == "reward"]
+    assert rewards(run) == pytest.approx(rewards(whole), abs=1e-6)
+    for name, value in weights(whole).items(): torch.testing.assert_close(weights(run)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_resume_after_a_failure_equals_an_uninterrupted_run(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    whole = make(tmp_path / "whole", **options).start(background=False)
+    faults = [RuntimeError("the judge is away")]
+    def sometimes(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 3 and faults: raise faults.pop()
+        return share_of_digits(completions)
+    run = make(tmp_path / "parts", rewards=sometimes, **options)
+    with pytest.raises(RewardError): run.start(background=False)
+    run.start(resume=True, background=False)
+    for name, value in weights(whole).items(): torch.testing.assert_close(weights(run)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_resume_of_something_else(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint"): make(tmp_path).start(resume=str(tmp_path))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failing_reward_is_the_runs_failure(tmp_path, background, capsys):
+    def wrong_length(completions, **kwargs): return [1.0]
+    run, seen = make(tmp_path, rewards=wrong_length), []
+    run.events.subscribe(seen.append, events.RunFailed)
+    if not background:
+        with pytest.raises(RewardError): run.start(background=False)
+    else: run.start(background=True)
+    lengths = []
+    for _ in range(2):
+        with pytest.raises(RewardError, match="wrong_length") as caught: run.wait()
+        lengths.append(len(caught.traceback))
+        assert "guard" in str(caught.traceback[-1].path) # the traceback is the error's own, down to where it was raised
+    assert lengths[0] == lengths[1]
+    assert run.state == "failed" and seen[0].error.startswith("RewardError") and "RewardError" in repr(run)
+    if background: assert "run.wait() raises" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="already failed"): run.start()
+
+
+def test_a_failing_subscriber_does_not_stop_the_run(tmp_path):
+    run = make(tmp_path)
+    def broken(event): raise OSError("disk full")
+    run.events.subscribe(broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.start(background=False)
+    assert run.state == "finished" and run.events.failures == 10
+    assert sum("disk full" in str(w.message) for w in caught) == 1
+
+
+def test_adapters_and_a_second_run_on_the_same_model(tmp_path):
+    model, tokenizer = tiny_model(TASK, **SMALL)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for _ in range(2):
+        run = GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path, max_steps=2, beta=0.1)).start(background=False)
+        assert run.state == "finished" and any(r["name"] == "kl" for r in run.history)
+    assert not [n for n, p in model.named_parameters() if ".ref." in n and p.requires_grad and p.grad is not None]
+
+
+def test_progress_display_is_the_users_choice(tmp_path):
+    from transformers.trainer_callback import ProgressCallback
+    has = lambda run: any(isinstance(c, ProgressCallback) for c in run.trainer.callback_handler.callbacks)
+    assert not has(make(tmp_path)) and has(make(tmp_path, run=dict(progress=True), disable_tqdm=False))
+
+
+# ---- where it runs
+
+SETUP = """
+import time
+from grpo_nb import events
+from grpo_nb.run import GRPORun
+from grpo_nb.tasks import get
+from grpo_nb.tiny import tiny_model
+task = get("sort_digits", n_train=64, n_test=8)
+def reward(completions, **kwargs):
+    time.sleep(0.05)
+    return [float(len(c[-1]["content"])) for c in completions]
+def make(steps):
+    model, tokenizer = tiny_model(task, steps=0, hidden_size=64, layers=1)
+    return GRPORun(model, tokenizer, reward, task.train, dict(output_dir={folder!r}, max_steps=steps, per_device_train_batch_size=8,
+        num_generations=4, max_completion_length=4, gradient_checkpointing=False, save_strategy="no"))
+"""
+
+
+class Kernel:
+    "A real ipykernel, spoken to as a front end does."
+    def __init__(self, folder):
+        from jupyter_client.manager import start_new_kernel
+        self.manager, self.client = start_new_kernel(kernel_name="python3", startup_timeout=120)
+        self.run(SETUP.format(folder=str(folder)))
+
+    def send(self, code): return self.client.execute(textwrap.dedent(code), allow_stdin=True)
+
+    def reply(self, sent, timeout=120):
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            message = self.client.get_shell_msg(timeout=timeout)
+            if message["parent_header"].get("msg_id") == sent: return message["content"]
+        raise TimeoutError
+
+    def run(self, code, expression="None"):
+        "Run a cell; the value of `expression` after it."
+        content = self.reply(self.send(code))
+        assert content["status"] == "ok", content
+        sent = self.client.execute("", user_expressions={"value": f"repr({expression})"}, allow_stdin=True)
+        return eval(eval(self.reply(sent)["user_expressions"]["value"]["data"]["text/plain"]))
+
+    def until(self, state):
+        for _ in range(300):
+            if self.run("", "run.state") == state: return
+            time.sleep(0.1)
+        raise AssertionError(self.run("", "repr(run)"))
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    pytest.importorskip("ipykernel")
+    k = Kernel(tmp_path_factory.mktemp("kernel"))
+    yield k
+    k.close()
+
+
+def test_a_real_kernel_stays_free_while_it_trains(kernel):
+    kernel.run("run = make(2000); at = time.time(); run.start(); took = time.time() - at")
+    assert kernel.run("", "took") < 5 and kernel.run("", "run.state") == "running"
+    kernel.run("run.pause()"); kernel.until("paused")
+    step = kernel.run("", "run.step")
+    kernel.run("run.resume(); time.sleep(0.5)")
+    assert kernel.run("run.stop(); run.wait(30)", "run.state") == "stopped" and kernel.run("", "run.step") >= step
+
+
+def test_an_interrupt_of_an_idle_kernel_ends_the_run(kernel):
+    for _ in range(2):  # twice: the second run finds the first one's handler gone
+        kernel.run("run = make(2000).start()")
+        time.sleep(0.5)
+        kernel.manager.interrupt_kernel()
+        kernel.until("stopped")
+        assert kernel.run("", "1 + 1") == 2
+    kernel.manager.interrupt_kernel()  # nothing runs: nothing happens
+    assert kernel.run("", "run.state") == "stopped"
+
+
+@pytest.mark.parametrize("cell, status", [("run.wait()", "ok"), ("while True: time.sleep(0.01)", "error")])
+def test_an_interrupt_of_a_busy_kernel_ends_the_run(kernel, cell, status):
+    kernel.run("run = make(2000).start()")
+    sent = kernel.send(cell)
+    time.sleep(1)
+    kernel.manager.interrupt_kernel()
+    assert kernel.reply(sent, 60)["status"] == status
+    kernel.until("stopped")
+
+
+def test_a_failure_in_a_real_kernel_comes_out_of_wait(kernel):
+    kernel.run("""
+        def bad(completions, **kwargs): return ["x"] * len(completions)
+        reward_before, reward = reward, bad
+        run = make(3).start(); reward = reward_before""")
+    kernel.until("failed")
+    content = kernel.reply(kernel.send("run.wait()"))
+    assert content["status"] == "error" and content["ename"] == "RewardError"
+
+
+def test_nbclient_trains_in_the_main_thread(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    code = SETUP.format(folder=str(tmp_path)) + textwrap.dedent("""
+        import threading
+        run, seen = make(2), []
+        run.events.subscribe(lambda e: seen.append(threading.current_thread() is threading.main_thread()))
+        run.start()
+        assert run.state == "finished" and seen and all(seen)
+        print(run.state, all(seen))""")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(book, timeout=240, kernel_name="python3").execute()
+    assert "finished True" in "".join(o.get("text", "") for o in book.cells[0].outputs)
+
+
+SCRIPT = SETUP + """
+import os, signal, threading
+run = make(2000)
+def act(event):
+    if event.step == 2:
+        for _ in range({times}): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.05)
+run.events.subscribe(act, events.StepLogged)
+try: run.start()
+except KeyboardInterrupt: print("broken off")
+assert threading.current_thread() is threading.main_thread()
+print(run.state, run.step)
+"""
+
+
+@pytest.mark.parametrize("times, last", [(1, "stopped 2"), (2, "stopped 2")])
+def test_a_script_ends_cleanly_at_the_first_interrupt_and_breaks_off_at_the_second(tmp_path, times, last):
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), times=times)], capture_output=True, text=True, timeout=240)
+    lines = done.stdout.strip().splitlines()
+    assert lines[-1] == last and ("broken off" in lines) == (times == 2), done.stdout + done.stderr
