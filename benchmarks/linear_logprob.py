@@ -6,6 +6,7 @@
 One JSON line a case, a short table last. `error_*` are relative, ||x - truth|| / ||truth||, over the last rows in float64.
 """
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -69,15 +70,22 @@ def high_water():
     return next((int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("VmHWM")), 0) if path.exists() else 0
 
 
+def trim():
+    "Give freed memory back to the system, so that the next peak counts it again (glibc)."
+    try: ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError): pass
+
+
 def timed(f, device, repeats):
     "Median milliseconds, spread, and peak bytes above what stood before."
     cuda = device == "cuda"
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter   # one thread: other processes do not count
     f()
     if cuda:
         gc.collect(); torch.cuda.empty_cache(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        gc.collect(); reset = Path("/proc/self/clear_refs")
+        gc.collect(); trim(); reset = Path("/proc/self/clear_refs")
         if reset.exists(): reset.write_text("5")                          # the process's peak starts again from here
         before = high_water()
     times = []
@@ -85,7 +93,7 @@ def timed(f, device, repeats):
         if cuda:
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             a.record(); f(); b.record(); b.synchronize(); times.append(a.elapsed_time(b))
-        else: a = time.perf_counter(); f(); times.append((time.perf_counter() - a) * 1e3)
+        else: a = clock(); f(); times.append((clock() - a) * 1e3)
     peak = torch.cuda.max_memory_allocated() if cuda else high_water()
     return statistics.median(times), max(times) - min(times), peak - before
 

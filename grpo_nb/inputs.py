@@ -126,7 +126,8 @@ def machine_precision() -> dict: # `bf16` and `fp16`, and `use_cpu` where there 
 
 def _fields(config_class) -> set:
     "The names that `config_class` takes."
-    return {n for n, p in inspect.signature(config_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {n for n, p in inspect.signature(config_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named | set(getattr(config_class, "__dataclass_fields__", ())) # a patched config has fields beyond its signature
 
 def _from_dict(config, config_class):
     "A config from the fields in `config` and the defaults above."

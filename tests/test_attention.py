@@ -14,7 +14,7 @@ from tests.test_packing import batches, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 quick = settings(max_examples=40, deadline=None)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=10, deadline=None)
 BASE = dict(vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=64, pad_token_id=0)
 GEMMA = BASE | dict(head_dim=8, sliding_window=3, query_pre_attn_scalar=4)

@@ -9,6 +9,7 @@ __all__ = ['tree_mask_reference', 'intervals', 'dense_mask', 'block_mask', 'tree
 # %% ../../nbs/11_ops.attention.ipynb #598e6d44
 from contextlib import contextmanager
 from functools import cache
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -108,12 +109,7 @@ def block_mask(pack:Pack, # the pack
     return BlockMask.from_kv_blocks(*_ordered(mixed), *_ordered(full), BLOCK_SIZE=BLOCK_SIZE, mask_mod=seen,
                                     seq_lengths=(len(pack), len(pack)))
 
-# %% ../../nbs/11_ops.attention.ipynb #ec1b23f6
-@cache
-def _flex():
-    "FlexAttention, compiled once; uncompiled it computes all pairs and serves for tests."
-    return torch.compile(flex_attention)
-
+# %% ../../nbs/11_ops.attention.ipynb #e0188f26
 @cache
 def _cap(softcap:float, # the bound of the scores
          ): # a score_mod
@@ -121,13 +117,38 @@ def _cap(softcap:float, # the bound of the scores
     def capped(score, b, h, q, k): return softcap * torch.tanh(score / softcap)
     return capped
 
+def _attend(query, key, value, mask, score_mod, scaling, aux):
+    "FlexAttention with keys and values spread over the query heads that share them."
+    spread = lambda x: x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) if x.shape[1] != query.shape[1] else x
+    return flex_attention(query, spread(key), spread(value), score_mod=score_mod, block_mask=mask, scale=scaling, return_aux=aux)
+
+_LENGTHS = 48 # lengths of packs that get a kernel of their own
+
+@cache
+def _own_kernel(length:int, # positions; 0: any number
+                ): # `_attend`, compiled
+    "The kernel for packs of one length; a copy of the function, since PyTorch counts compilations by function."
+    code = _attend.__code__.replace(co_name=f"attend_{length or 'any'}")
+    copy = FunctionType(code, globals(), code.co_name, _attend.__defaults__, _attend.__closure__)
+    return torch.compile(copy, dynamic=not length)
+
+def _kernel(length:int, # positions
+            known=set(), # noqa: B006 - the lengths seen so far, for the life of the process
+            ):
+    "The kernel of this length, or the general one after too many different lengths."
+    if length not in known and len(known) == _LENGTHS:
+        say(f"packs have had {_LENGTHS} different lengths; further ones use an attention kernel for any length, which is slower.")
+        return _own_kernel(0)
+    known.add(length)
+    return _own_kernel(length)
+
 def _flex_attention(query, key, value, mask:BlockMask, scaling, softcap, sinks) -> Tensor: # (B, H, N, D)
-    "Attention through tiles."
-    run = _flex() if query.is_cuda else flex_attention
-    arguments = dict(score_mod=_cap(softcap) if softcap else None, block_mask=mask, scale=scaling,
-                     enable_gqa=query.shape[1] != key.shape[1])
-    if sinks is None: return run(query, key, value, **arguments)
-    out,aux = run(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
+    "Attention through tiles; uncompiled on a CPU, where it computes all pairs, has no backward and serves for tests."
+    run = _kernel(query.shape[2]) if query.is_cuda else _attend
+    aux = None if sinks is None else AuxRequest(lse=True)
+    out = run(query, key, value, mask, _cap(softcap) if softcap else None, scaling, aux)
+    if sinks is None: return out
+    out,aux = out
     return out * torch.sigmoid(aux.lse - sinks.view(1, -1, 1))[..., None].to(out.dtype)
 
 def _dense_attention(query, key, value, mask:Tensor, scaling, softcap, sinks, dropout) -> Tensor: # (B, H, N, D)

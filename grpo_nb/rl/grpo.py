@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ALIASES', 'per_token_logps', 'scorable', 'loss_settings', 'bonus_now', 'denominators', 'teaches', 'policy_scale',
            'compute_loss', 'evaluate', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'extreme',
-           'real_positions', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'training_step', 'log']
+           'real_positions', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'training_step', 'log']
 
-# %% ../../nbs/33_rl.grpo.ipynb #f1223809
+# %% ../../nbs/33_rl.grpo.ipynb #5bcf48e0
 import time
 from functools import reduce
+from inspect import signature
 from operator import add
 
 import torch
@@ -19,6 +20,7 @@ from ..algo.aggregate import Denominators
 from ..algo.loss import POLICY_TERMS, LossInputs, LossSettings, Stat, entropy_bonus, policy_loss
 from ..batch import RolloutBatch
 from ..events import say
+from ..models import tokenizer_of
 from .forward import install, run_pack
 from .layout import Path
 from .step import accumulate, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
@@ -223,7 +225,24 @@ def rloo_inputs(trainer, inputs, mask, rows, logps, entropies) -> LossInputs:
     old = (inputs["old_logps"][rows] / here.sum(1).clamp(min=1.0))[:, None] * here
     return LossInputs(logps=logps, mask=here, advantages=inputs["advantages"][rows][:, None], old_logps=old, entropies=entropies)
 
-# %% ../../nbs/33_rl.grpo.ipynb #35731749
+# %% ../../nbs/33_rl.grpo.ipynb #0bfb803c
+def init(original): # -> the replacement of the trainer's `__init__`
+    "TRL's constructor, with the model's own tokenizer, and adapters that fp16 training can scale."
+    takes = signature(original)
+
+    def __init__(self, *args, **kwargs):
+        given = takes.bind(self, *args, **kwargs).arguments
+        if given.get("processing_class") is None and "model" in given and (tokenizer := tokenizer_of(given["model"])) is not None:
+            kwargs["processing_class"] = tokenizer
+            args = args[:list(takes.parameters).index("processing_class") - 1]
+        original(self, *args, **kwargs)
+        adapters = [p for p in self.model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+        if self.args.fp16 and adapters:
+            for p in adapters: p.data = p.data.float()
+            say("fp16 training cannot scale the gradients of bfloat16 adapters, which TRL makes of a 4-bit model's: they are kept in fp32.")
+    return __init__
+
+# %% ../../nbs/33_rl.grpo.ipynb #ab58c26a
 def training_step(original): # -> the replacement of `training_step`
     "TRL's training step, with the rate at which completion tokens were trained on."
     def training_step(self, model, inputs, num_items_in_batch):

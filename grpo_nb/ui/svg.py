@@ -166,7 +166,7 @@ def _axes(p, left, right, top, bottom, px, xs, ys, share):
         out.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-opacity="0.1"/>')
         out.append(_text(left - 5, y + 3.5, number(10.0 ** t if p.log else t), 10, "end"))
     steps = [t for t in ticks(*xs, 4) if t == int(t)] or [xs[1]]
-    out += [_text(px(t), bottom + 14, number(t), 10, "middle") for t in steps]
+    out += [_text(px(t), bottom + 14, number(t), 10, "end" if px(t) > right - 10 and not share else "middle") for t in steps]
     if share: out += [_text(right + 4, bottom - (bottom - top) * f + 3.5, f"{f:.0%}", 9) for f in (0, 0.5, 1)]
     return out
 
@@ -175,9 +175,10 @@ def page(panels, # of Panel
          caption:str="", # a small line under them
          ) -> str: # HTML without scripts
     "Panels side by side as far as there is room: for a notebook's output."
-    each = "".join(f'<div style="flex:1 1 290px;min-width:0;max-width:480px">{panel(p, attributes=_fluid)}</div>' for p in panels)
+    each = "".join(f"<div>{panel(p, attributes=_fluid)}</div>" for p in panels)
     foot = f'<div style="font:11px system-ui,sans-serif;opacity:.65;padding-top:4px">{escape(caption)}</div>' if caption else ""
-    return f'<div style="display:flex;flex-wrap:wrap;gap:16px 20px">{each}</div>{foot}'
+    return (f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr));gap:16px 20px;'
+            f'max-width:{max(len(panels), 1) * 480}px">{each}</div>{foot}')
 
 _fluid = 'style="display:block;width:100%;height:auto"'
 

@@ -142,7 +142,7 @@ class Card {
       margin: { l: 38, r: share ? 34 : 8, t: 8, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       font: { size: 11, color: ink }, hovermode: "x unified", hoverdistance: 40, dragmode: "zoom", uirevision: "keep",
       hoverlabel: { bgcolor: this.view.paper, bordercolor: faded(ink, 0.25), font: { size: 11, color: ink }, namelength: -1 },
-      xaxis: { ...axis, showgrid: false, nticks: 5, tickformat: "~s", hoverformat: ",d", unifiedhovertitle: { text: "step %{x:,d}" } },
+      xaxis: { ...axis, showgrid: false, spikecolor: faded(ink, 0.45), spikethickness: -2, spikedash: "solid", nticks: 5, tickformat: "~s", hoverformat: ",d", unifiedhovertitle: { text: "step %{x:,d}" } },
       yaxis: { ...axis, nticks: 5, type: this.log ? "log" : "linear", tickformat: this.log ? "~g" : "", hoverformat: ".4~g",
                exponentformat: "e", ...(this.log ? { dtick: "D2" } : {}) },
       ...(share ? { yaxis2: { ...axis, overlaying: "y", side: "right", range: [0, 1.02], tickvals: [0, 0.5, 1], tickformat: ".0%",
