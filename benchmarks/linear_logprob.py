@@ -76,11 +76,12 @@ def trim():
     except (OSError, AttributeError): pass
 
 
-def timed(f, device, repeats):
+def timed(f, device, repeats, clear=()):
     "Median milliseconds, spread, and peak bytes above what stood before."
     cuda = device == "cuda"
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter   # one thread: other processes do not count
     f()
+    for x in clear: x.grad = None
     if cuda:
         gc.collect(); torch.cuda.empty_cache(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -146,7 +147,7 @@ def measure(how, mode, shape, tensors, truth, few, a):
         del got
         if mode == "trained" and "tokens" not in how: case["error_weight"] = relative(run(how, mode, *few)[3], truth[3])
         few[0].grad = few[1].grad = None
-        case["ms"], case["spread"], case["peak_bytes"] = timed(lambda: run(how, mode, *tensors), a.device, a.repeats)
+        case["ms"], case["spread"], case["peak_bytes"] = timed(lambda: run(how, mode, *tensors), a.device, a.repeats, tensors[:2])
     except RuntimeError as error: case["failed"] = f"{type(error).__name__}: {error}"[:300]
     print(json.dumps(case), flush=True)
     return case

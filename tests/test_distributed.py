@@ -12,7 +12,7 @@ here = Path(__file__).resolve().parent
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(kind):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(here / "distributed_script.py"), kind],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(here / "distributed_script.py"), kind],
                           cwd=here, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"{kind}: gradients agree" in done.stdout

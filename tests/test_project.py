@@ -14,8 +14,8 @@ package = root / "grpo_nb"
 LAYERS = {
     0: ("check", "events", "patch", "batch"),
     1: ("ops", "packing", "algo"),
-    2: ("models", "device", "modes", "engines", "answers", "rewards", "guard", "tasks", "tiny"),
-    3: ("rl", "run", "doctor", "memory", "demo", "bench"),
+    2: ("models", "device", "modes", "engines", "answers", "rewards", "guard", "evaluate", "tasks", "tiny"),
+    3: ("rl", "run", "inputs", "kernel", "doctor", "memory", "demo", "bench"),
     4: ("ui", "cli"),
 }
 STANDARD_LIBRARY_ONLY = ("check", "events", "patch")

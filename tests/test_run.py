@@ -111,7 +111,8 @@ def test_weights_reach_a_copy_of_the_config(tmp_path, parts):
     with pytest.raises(ValueError, match="one of the two"): GRPORun(*parts, {share_of_digits: 3}, TASK.train, mine)
 
 
-def test_a_list_of_rows_and_no_config(parts):
+def test_a_list_of_rows_and_no_config(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     events.said.clear()
     run = GRPORun(*parts, share_of_digits, list(TASK.train))
     args = run.trainer.args

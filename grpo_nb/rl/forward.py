@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..batch import Pack
 from ..ops.attention import masks_for, use_tree_attention
+from ..ops.fuse import fuse, fused, unfuse
 from ..ops.linear_logprob import linear_logprob
 
 # %% ../../nbs/30_rl.forward.ipynb #3d1d27bb
@@ -68,9 +69,10 @@ class PackCall:
 
 def install(model:nn.Module # possibly wrapped
             ) -> None:
-    "Let the causal language model answer `pack=`; doing it twice is the same as once."
+    "Let the causal language model answer `pack=`, and attach the fused forms of its layers; doing it twice is the same as once."
     base = causal_lm(model)
     if getattr(base.forward, "_grpo_nb_pack", False): return
+    fuse(base)
     inner = base.forward
 
     @wraps(type(base).forward)
@@ -85,8 +87,9 @@ def install(model:nn.Module # possibly wrapped
 
 
 def uninstall(model:nn.Module) -> None:
-    "Take the keyword away again, where nothing has wrapped the forward since."
+    "Take the keyword and the fused forms away again; the keyword stays where something has wrapped the forward since."
     base = causal_lm(model)
+    unfuse(base)
     if getattr(base.forward, "_grpo_nb_pack", False): base.forward = base.forward.__func__.__closure__[_inner(base)].cell_contents
 
 
@@ -137,14 +140,15 @@ def run_pack(model:nn.Module, # as the trainer holds it, wrapped
     kind = kind or attention_kind(model)
     call = PackCall(pack.predict, pack.target, head, entropy)
     if kind == "padded":
-        return model(input_ids=pack.input_ids, attention_mask=pack.segment.view_as(pack.input_ids), pack=call)
+        with tree(model, kind): return model(input_ids=pack.input_ids, attention_mask=pack.segment.view_as(pack.input_ids), pack=call)
     mask = masks_for(causal_lm(model).config, pack, kind=kind)
     with tree(model, kind):
         return model(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=mask, pack=call)
 
 
+@contextmanager
 def tree(model, kind):
-    "The attention that reads a tree mask, for the time of a forward or a backward."
-    if kind == "padded": return nullcontext()
-    implementation = causal_lm(model).config.get_text_config()._attn_implementation
-    return nullcontext() if kind == "dense" and implementation == "sdpa" else use_tree_attention(causal_lm(model))
+    "The fused forms of the layers, and the attention that reads a tree mask, for the time of a forward or a backward."
+    base = causal_lm(model)
+    plain = kind == "padded" or (kind == "dense" and base.config.get_text_config()._attn_implementation == "sdpa")
+    with fused(base), nullcontext() if plain else use_tree_attention(base): yield

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_INPUTS', 'head_settings', 'path_of', 'budget', 'packs_of', 'kind_of', 'score_packs', 'collective_forward',
            'most_packs', 'even', 'idle', 'same_draws', 'Incoming', 'autograd_scope', 'expected_factor', 'scale_now',
-           'accumulate', 'hold', 'Replayed', 'replayed_logps']
+           'accumulate', 'add_gradients', 'apart', 'hold', 'Replayed', 'replayed_logps']
 
 # %% ../../nbs/32_rl.step.ipynb #0dc108d7
 from collections.abc import Callable
@@ -125,8 +125,9 @@ def autograd_scope(device):
 
 
 def expected_factor(trainer) -> float:
-    "The factor that arrived last time, with the scaler's present scale."
-    return getattr(trainer, "_grpo_nb_factor", 1.0) * scale_now(trainer)
+    "The factor that arrived last time, with the scaler's present scale; at first what the trainer is known to divide by."
+    first = 1.0 if hasattr(trainer, "loss_type") else 1.0 / trainer.current_gradient_accumulation_steps # RLOO's is divided outside
+    return getattr(trainer, "_grpo_nb_factor", first) * scale_now(trainer)
 
 
 def scale_now(trainer) -> float:
@@ -157,6 +158,13 @@ def accumulate(trainer,
                 with tree(model, kind): (share * factor).backward()
             if keep is not None: keep.append(share.detach())
 
+    def put_right(difference): # inside the last pack's backward
+        if not hasattr(model, "reducer"): return early(difference)
+        for i in range(len(packs) - 1):
+            with apart(model), trainer.accelerator.no_sync(model), autograd_scope(device):
+                share = forward(i)
+                with tree(model, kind): add_gradients(share * difference, model)
+
     shares, factor = [], expected_factor(trainer)
     early(factor, shares)
     last = forward(len(packs) - 1)
@@ -164,10 +172,25 @@ def accumulate(trainer,
     def arrived(grad):
         actual = grad.item()
         trainer._grpo_nb_factor = actual / scale_now(trainer)
-        if actual != factor and len(packs) > 1: early(actual - factor)
+        if actual != factor: put_right(actual - factor)
         hold(tree(model, kind))
 
     return Incoming.apply(last, sum(shares, last.detach()), arrived)
+
+
+def add_gradients(loss, model):
+    "Add a loss's gradients to what the parameters hold, past DDP's hooks, which wait for the last pack's."
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)
+
+
+@contextmanager
+def apart(model):
+    "Without DDP's broadcast of buffers: the other processes may have no pack to put right."
+    before, model.require_forward_param_sync = model.require_forward_param_sync, False
+    try: yield
+    finally: model.require_forward_param_sync = before
 
 
 def hold(context):
