@@ -1,6 +1,10 @@
 """Train language models with GRPO in a notebook."""
+import logging
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+# bitsandbytes warns at import, on every machine without the optional package `kernels`, that it cannot download a faster CPU kernel
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.getMessage())
 
 try:
     __version__ = version("grpo_nb")
