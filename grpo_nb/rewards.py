@@ -186,7 +186,7 @@ def math_verify(text, # what the model wrote
     found = parse(after_thinking(text), parsing_timeout=limit) if inside is None else _parse_math(f"${inside}$", limit)
     return float(verify(gold, found, timeout_seconds=limit))
 
-# %% ../nbs/21_rewards.ipynb #512eeee4
+# %% ../nbs/21_rewards.ipynb #f414c67b
 def _check_tags(tags):
     if isinstance(tags, str) or not tags or not all(isinstance(t, str) and re.fullmatch(r"[\w-]+", t) for t in tags):
         raise ValueError(f"tags={tags!r} must be names of tags without brackets, such as ('think', 'answer').")
@@ -209,7 +209,7 @@ def tag_count(text, # what the model wrote
     "The share, from 0 to 1, of opening and closing tags that occur exactly once."
     return sum(text.count(f"<{slash}{tag}>") == 1 for tag in tags for slash in ("", "/")) / (2 * len(tags))
 
-# %% ../nbs/21_rewards.ipynb #51d4ba45
+# %% ../nbs/21_rewards.ipynb #6c21e0fe
 def _check_regex(pattern, full):
     try: re.compile(pattern)
     except (re.error, TypeError) as error: raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}.") from error
@@ -221,7 +221,7 @@ def regex(text, # what the model wrote
     "1 where the completion matches a regular expression."
     return float(bool((re.fullmatch if full else re.search)(pattern, text)))
 
-# %% ../nbs/21_rewards.ipynb #690f27cb
+# %% ../nbs/21_rewards.ipynb #a21296c2
 def _check_overlong(max_length, cache):
     for name, value in (("max_length", max_length), ("cache", cache)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value!r} is not a number of tokens above 0.")
@@ -235,7 +235,7 @@ def soft_overlong(text, # not used
     "0 up to `max_length - cache` tokens, falling to -1 at `max_length`, -1 beyond (DAPO, eq. 13)."
     return float(max(Fraction(-1), min(Fraction(0), Fraction(max_length - cache - len(completion_ids), cache))))
 
-# %% ../nbs/21_rewards.ipynb #9eb7c40b
+# %% ../nbs/21_rewards.ipynb #8fdf78e5
 def _units(text, completion_ids, unit, name): # the sequence that is counted
     if unit == "words": return text.split()
     if unit == "characters": return text
@@ -273,7 +273,7 @@ def repetition_penalty(text, # what the model wrote
     grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
     return float(penalty * (1 - len(set(grams)) / len(grams))) if len(set(grams)) < len(grams) else 0.0
 
-# %% ../nbs/21_rewards.ipynb #0752e889
+# %% ../nbs/21_rewards.ipynb #ffbe3319
 def available() -> dict: # name -> what the reward gives
     "The rewards that `get` knows, with the sentence that describes each."
     return {name: made.__doc__ for name, made in sorted(_known.items())}
@@ -285,7 +285,7 @@ def get(reward, # a name out of `available()`, or a function, which is returned 
     found = reward if isinstance(reward, Reward) else _known[one_of("reward", reward, _known)]
     return found(**options) if options else (found.check_ready() or found)
 
-# %% ../nbs/21_rewards.ipynb #5ed45b95
+# %% ../nbs/21_rewards.ipynb #4b396134
 def _pairs(parts): # [(reward, weight)], checked
     listed = list(parts.items() if isinstance(parts, Mapping) else parts) if isinstance(parts, Iterable) else [None]
     if not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in listed):

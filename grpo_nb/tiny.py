@@ -71,7 +71,7 @@ def make_model(tokenizer, # the tokenizer that it will use
     model.generation_config = GenerationConfig(**ids)
     return model
 
-# %% ../nbs/24_tiny.ipynb #1a4cd298
+# %% ../nbs/24_tiny.ipynb #e79d8753
 def _example_rows(warm, chance, excluded, count, tokenizer): # -> list of (prompt ids, answer ids)
     "`count` examples as token ids, with questions from outside `excluded`."
     frame = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True)
@@ -95,7 +95,7 @@ def _loss(model, rows, pad): # -> scalar tensor
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state # (B, T, H)
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[b, t]).float(), ids[b, t + 1])
 
-# %% ../nbs/24_tiny.ipynb #914b7f3d
+# %% ../nbs/24_tiny.ipynb #9a5ecc6d
 @dataclass(frozen=True)
 class WarmStarted:
     "What the warm start did; found as `model.warm_start`."
@@ -121,7 +121,7 @@ def _warm_up(model, tokenizer, warm, excluded, steps, batch_size, learning_rate,
         if on_step is not None: on_step(step + 1, steps, losses[-1])
     return losses
 
-# %% ../nbs/24_tiny.ipynb #cb73d553
+# %% ../nbs/24_tiny.ipynb #2f1d9a27
 def _check(task, steps, batch_size):
     "Raise before anything is made where `task` has no warm start, or a number is out of range."
     if not hasattr(task, "warm_start"):

@@ -6,10 +6,9 @@
 __all__ = ['AGGREGATES', 'Denominators', 'mean_of_rows', 'mean_of_tokens', 'constant_length', 'mean_of_items', 'sum_of_rows',
            'per_sequence', 'aggregate']
 
-# %% ../../nbs/18_algo.aggregate.ipynb #d1ca9f4f
+# %% ../../nbs/18_algo.aggregate.ipynb #d6703dc0
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..check import one_of

@@ -6,14 +6,14 @@
 __all__ = ['POLICY_TERMS', 'LossInputs', 'LossSettings', 'Stat', 'clipped', 'cispo', 'sapo', 'vespo', 'gamma_weights',
            'per_token_loss', 'policy_loss', 'stats', 'entropy_bonus']
 
-# %% ../../nbs/19_algo.loss.ipynb #26065e09
-from dataclasses import dataclass, field
+# %% ../../nbs/19_algo.loss.ipynb #d1ca9f4f
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..check import one_of
-from .aggregate import AGGREGATES, Denominators, aggregate
+from .aggregate import Denominators, aggregate
 from .kl import kl
 from .ratio import log_ratio, off_policy_mask
 

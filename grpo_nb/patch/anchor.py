@@ -136,7 +136,7 @@ def matches(p, # of the anchor: a node, a list of nodes, or a field's value
 @dataclass(frozen=True)
 class Match:
     "Where an anchor was found. Lines are the file's (1 is the first), columns are characters."
-    anchor: "Anchor"
+    anchor: object # the `Anchor` that matched
     source: Source # what was searched
     span: tuple # (line, column, last line, end column), of `source.text`
     nodes: dict = field(repr=False, compare=False) # wildcard -> syntax tree, or a name

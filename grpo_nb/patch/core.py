@@ -155,7 +155,7 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     "What holds and what moved, for one patch."
-    patch: "Patch"
+    patch: object # the `Patch`
     findings: tuple # of `Finding`
     installed: str # "trl 1.16.0"
     tested: bool | None # whether that version was tested; None where the patch names none

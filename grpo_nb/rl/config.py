@@ -6,9 +6,9 @@
 __all__ = ['FIELDS', 'make_field', 'check_fields', 'next_rows', 'world_size', 'whole_groups', 'precision', 'init', 'post_init',
            'config_patches']
 
-# %% ../../nbs/34_rl.config.ipynb #be69cf5c
+# %% ../../nbs/34_rl.config.ipynb #35272507
 import os
-from dataclasses import MISSING, Field, field
+from dataclasses import Field, field
 from functools import wraps
 from inspect import Parameter, signature
 from math import gcd
