@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SHAPES', 'DEFAULTS', 'Shape', 'lengths', 'make_batch', 'make_model', 'make_trainer', 'one_step', 'timed',
-           'agreement', 'bench_step', 'machine', 'report']
+           'peak_on_cpu', 'agreement', 'check_bench', 'bench_step', 'processor', 'machine', 'report']
 
-# %% ../nbs/40_bench.ipynb #a1d4c0a6
+# %% ../nbs/40_bench.ipynb #4cae123f
+import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -136,12 +140,31 @@ def one_step(trainer, compute, batch, optimizer) -> float: # the loss
     return loss.item()
 
 
-def timed(trainer, compute, batch, optimizer, device) -> tuple: # seconds, peak bytes (0 on a CPU)
+def timed(trainer, compute, batch, optimizer, device) -> tuple: # seconds, peak bytes (on a CPU 0: see `peak_on_cpu`)
     if device == "cuda": torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     one_step(trainer, compute, batch, optimizer)
     if device == "cuda": torch.cuda.synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def peak_on_cpu(step) -> int: # bytes
+    "The most memory that a step adds to this process, measured in a fork of it; 0 where there is no fork."
+    if not hasattr(os, "fork") or not Path("/proc/self/status").exists(): return 0
+    gc.collect()
+    with suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0) # freed memory would be used again unseen
+    read, write = os.pipe()
+    if os.fork() == 0:
+        status = lambda key: int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)).split()[1]) * 1024
+        try:
+            before = status("VmRSS")
+            step()
+            os.write(write, str(max(0, status("VmHWM") - before)).encode())
+        finally: os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer: text = answer.read()
+    os.wait()
+    return int(text or 0)
 
 
 def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest gradient difference relative to the largest entry
@@ -166,6 +189,15 @@ def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest grad
     return abs(found["ours"][0] - found["trl"][0]), worst / scale
 
 
+def check_bench(device, shapes=(), repeats=5, max_tokens_per_pack=None) -> None:
+    "Raise `ValueError` naming what is wrong, before anything is built."
+    one_of("device", device, ("cpu", "cuda"))
+    for name in shapes: one_of("shape", name, SHAPES)
+    for name, value in dict(repeats=repeats, max_tokens_per_pack=max_tokens_per_pack).items():
+        if value is not None and value < 1: raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': this machine has no CUDA device; 'cpu' is allowed.")
+
+
 def bench_step(name:str, # a key of SHAPES
                device:str="cpu", # "cpu" or "cuda"
                repeats:int=5, # measured steps of each
@@ -175,8 +207,7 @@ def bench_step(name:str, # a key of SHAPES
     "Stock TRL and the packed step in turns on one model and one batch."
     from grpo_nb.rl import grpo
     shape = shape or SHAPES[one_of("shape", name, SHAPES)]
-    one_of("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': this machine has no CUDA device; 'cpu' is allowed.")
+    check_bench(device, (), repeats, max_tokens_per_pack)
     loss_error, grad_error = agreement(shape, device)
     gc.collect() # a trainer holds its model in a cycle
     if device == "cuda": torch.cuda.empty_cache()
@@ -192,21 +223,29 @@ def bench_step(name:str, # a key of SHAPES
         for compute in kinds.values():
             for _ in range(2): one_step(trainer, compute, batch, optimizer)
             packed = sum(trainer._metrics["train"].get("packing/tokens", [0]))
+        peaks = {k: peak_on_cpu(lambda c=c: one_step(trainer, c, batch, optimizer)) if device == "cpu" else 0 for k, c in kinds.items()}
         runs = {kind: [] for kind in kinds}
         for _ in range(repeats):
             for kind, compute in kinds.items(): runs[kind].append(timed(trainer, compute, batch, optimizer, device))
     rows, p = batch["prompt_ids"].shape
     positions = {"trl": rows * (p + shape.longest), "grpo_nb": int(packed)}
     seconds = {kind: statistics.median(s for s, _ in r) for kind, r in runs.items()}
-    return [{"shape": name, "impl": kind, "seconds": round(seconds[kind], 4), "peak_bytes": max(b for _, b in runs[kind]),
+    return [{"shape": name, "impl": kind, "seconds": round(seconds[kind], 4), "peak_bytes": max([peaks[kind], *(b for _, b in runs[kind])]),
              "positions": positions[kind], "loss_abs_err": loss_error, "grad_rel_err": grad_error,
              "speedup": round(seconds["trl"] / seconds[kind], 2)} for kind in kinds]
+
+
+def processor() -> str:
+    "The processor's name."
+    with suppress(OSError, StopIteration):
+        return next(l for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")).split(": ")[1]
+    return platform.processor() or platform.machine()
 
 
 def machine(device:str) -> dict:
     "What a measurement was made on."
     names = ("torch", "transformers", "trl", "peft")
-    chip = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+    chip = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} thread(s)"
     return {"device": chip, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 

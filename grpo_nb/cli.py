@@ -31,6 +31,15 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print the result as one line of JSON, the last one")
     demo.add_argument("--output-dir", metavar="DIR", help="keep the trained adapter in this folder")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench", help="measure against stock TRL", allow_abbrev=False)
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+    step = kinds.add_parser("step", help="one optimiser step: stock TRL and the packed step in turns", allow_abbrev=False)
+    step.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    step.add_argument("--shape", nargs="*", help="shapes of grpo_nb.bench.SHAPES (default: the device's)")
+    step.add_argument("--repeats", type=int, default=5, help="measured steps of each (default: %(default)s)")
+    step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
+    step.add_argument("--json", action="store_true", help="only lines of JSON")
+    step.set_defaults(run=_bench_step)
     return top
 
 # %% ../nbs/55_cli.ipynb #2a97ef6a
@@ -79,7 +88,20 @@ def _demo(given) -> int: # the exit code
     print(json.dumps(found) if given.json else _summary(found))
     return 0
 
-# %% ../nbs/55_cli.ipynb #c0f42ba7
+# %% ../nbs/55_cli.ipynb #f2a7b497
+def _bench_step(given) -> int: # the exit code
+    "Measure the step."
+    from grpo_nb.bench import DEFAULTS, bench_step, check_bench, machine, report
+    try: check_bench(given.device, given.shape or (), given.repeats, given.max_tokens_per_pack)
+    except ValueError as error:
+        print(f"grpo-nb bench step: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(machine(given.device)), flush=True)
+    for name in given.shape or DEFAULTS[given.device]:
+        print(report(bench_step(name, given.device, given.repeats, given.max_tokens_per_pack), given.json), flush=True)
+    return 0
+
+# %% ../nbs/55_cli.ipynb #8bad8f86
 def main(argv=None, # the arguments; None: those of the process
          ) -> int: # the exit code
     "The command `grpo-nb`."

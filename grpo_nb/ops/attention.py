@@ -195,7 +195,8 @@ ALL_ATTENTION_FUNCTIONS.register(_UNCAPPED, _uncapped)
 
 def _configs(model:nn.Module) -> list: # each config once
     "The configs that a model's layers read their attention function from."
-    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    found = {key: c for key,c in found.items() if hasattr(c, "_attn_implementation_internal")}
     return list(found.values())
 
 @contextmanager
@@ -233,10 +234,13 @@ def masks_for(model_config, # the model's config
 # %% ../../nbs/11_ops.attention.ipynb #8ccda185
 def _dropout(model:nn.Module) -> str: # the name of a module, or an empty string
     "The first module in training mode whose dropout is not 0."
-    for name,module in model.named_modules():
+    for module in model.modules():
+        if not module.training: continue
+        own = vars(module)
         rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [
-            getattr(module, key, 0) for key in ("attention_dropout", "attn_dropout") if isinstance(getattr(module, key, 0), float)]
-        if module.training and any(rate > 0 for rate in rates): return f"{name or type(module).__name__} ({max(rates)})"
+            own[key] for key in ("attention_dropout", "attn_dropout") if isinstance(own.get(key), float)]
+        if any(rate > 0 for rate in rates):
+            return f"{next(name for name,m in model.named_modules() if m is module) or type(module).__name__} ({max(rates)})"
     return ""
 
 def _rotary(config, # a text config
