@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
 
 from grpo_nb.rl import grpo
@@ -360,3 +361,17 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
     assert b == pytest.approx(a, rel=1e-5, abs=1e-6) and relative(gb, ga) < TOLERANCE
     assert set(ma) == set(mb) and len(ma) == 5
     for name in ma: assert mb[name] == pytest.approx(ma[name], rel=1e-5, abs=1e-6), name
+
+
+@given(st.integers(0, 100_000), st.integers(1, 6), st.integers(1, 60), st.sampled_from(LOSSES), st.booleans())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_batch_under_any_budget(stock_and_trainer, seed, groups, budget, loss_type, beta):
+    "Whatever the lengths, the groups, the order and the budget."
+    stock, trainer = stock_and_trainer
+    trainer.loss_type, trainer.beta, trainer.args.max_tokens_per_pack = loss_type, 0.04 * beta, budget
+    inputs = micro_batch(rows=1 + seed % 9, groups=min(groups, 1 + seed % 9), seed=seed, full_mask_row=False, completion=(0, 1 + seed % 17))
+    if inputs["completion_mask"].sum(): compare(trainer, off_policy(trainer, inputs, next(iter(stock.values()))[1], seed), stock)
+
+
+@pytest.fixture
+def stock_and_trainer(stock, trainers): return stock, trainers()
