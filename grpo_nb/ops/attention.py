@@ -193,9 +193,17 @@ _TREE,_UNCAPPED = "grpo_nb_tree", "grpo_nb_tree_uncapped"
 ALL_ATTENTION_FUNCTIONS.register(_TREE, tree_attention)
 ALL_ATTENTION_FUNCTIONS.register(_UNCAPPED, _uncapped)
 
+def _every(model:nn.Module) -> list: # of its modules; one that is shared may come twice
+    "All modules in order, as `modules()` gives them and several times faster: a large model with adapters has thousands."
+    found,left = [], [model]
+    while left:
+        found.append(module := left.pop())
+        left.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
+
 def _configs(model:nn.Module) -> list: # each config once
     "The configs that a model's layers read their attention function from."
-    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    found = {id(c): c for m in _every(model) if (c := vars(m).get("config")) is not None}
     found = {key: c for key,c in found.items() if hasattr(c, "_attn_implementation_internal")}
     return list(found.values())
 
@@ -234,7 +242,7 @@ def masks_for(model_config, # the model's config
 # %% ../../nbs/11_ops.attention.ipynb #8ccda185
 def _dropout(model:nn.Module) -> str: # the name of a module, or an empty string
     "The first module in training mode whose dropout is not 0."
-    for module in model.modules():
+    for module in _every(model):
         if not module.training: continue
         own = vars(module)
         rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [
@@ -262,7 +270,7 @@ def supports_tree(model:nn.Module, # a Transformers model, wrapped or not, in th
     for adapter in getattr(model, "peft_config", {}).values():
         if adapter.is_prompt_learning: return False, f"the adapter is prompt learning ({adapter.peft_type.value}), which puts tokens before each row"
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    config,modules = _text(base.config), list(base.modules())
+    config,modules = _text(base.config), _every(base)
     name = type(base).__name__
     if getattr(config, "is_encoder_decoder", False): return False, f"{name} is an encoder-decoder"
     if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:

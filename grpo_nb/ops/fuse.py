@@ -12,7 +12,6 @@ from importlib import import_module
 from types import FunctionType, MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lora import lora_add, lora_group, lora_linear, prepare, prepare_group, product_dtype
