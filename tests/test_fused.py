@@ -264,6 +264,14 @@ def test_rms_norm(offset, shape, weight, dtype):
 
 
 @interpreted
+def test_rms_norm_with_several_blocks_of_rows_a_program(monkeypatch):
+    from grpo_nb.ops import rms_norm as M
+    monkeypatch.setattr(M, "PROGRAMS", 2)
+    x, w, d = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((11, 3000), (3000,), (11, 3000)))
+    close(lambda f, x, w: f(x, w, 1e-6, True), M.rms_norm_naive, M.rms_norm, (x, w), d)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1,), (3, 683), (2, 5, 1024)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
