@@ -157,6 +157,24 @@ def test_incoming_gradient_is_respected(trainers, stock):
     assert trainer._grpo_nb_factor == pytest.approx(1024.0)
 
 
+def test_gradient_scaler(trainers, stock):
+    "Mixed precision scales the loss; the guess follows the scaler, also when it has just changed."
+    trainer = trainers()
+    inputs = off_policy(trainer, micro_batch(seed=15), next(iter(stock.values()))[1])
+    theirs = loss_and_gradients(trainer, inputs, stock[next(iter(stock))][0], 1.0)
+    accelerator, ours = trainer.accelerator, grpo.compute_loss(None)
+    try:
+        for scale in (2.0**10, 2.0**10, 2.0**9):
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            trainer.model.zero_grad()
+            loss = ours(trainer, trainer.model, copy.copy(inputs))
+            accelerator.scaler.scale(loss).backward()
+            assert trainer._grpo_nb_factor == 1.0
+            got = {k: v / scale for k, v in gradients(trainer.model).items()}
+            assert relative(got, theirs[1]) < TOLERANCE
+    finally: accelerator.scaler = None
+
+
 def test_rows_without_advantage(trainers, stock):
     "Rows that cannot teach take no backward, and every number stays TRL's."
     trainer = trainers()
@@ -185,6 +203,8 @@ def test_infinity_at_masked_places_does_not_leak(trainers, stock):
     inputs = off_policy(trainer, micro_batch(seed=21), next(iter(stock.values()))[1])
     clean = loss_and_gradients(trainer, inputs, grpo.compute_loss(None))
     holes = inputs["completion_mask"] == 0
+    for name, poison in (("old_per_token_logps", float("nan")), ("ref_per_token_logps", float("inf"))):
+        inputs[name] = inputs[name].masked_fill(holes, poison)
     inputs["completion_ids"] = inputs["completion_ids"].masked_fill(holes, 5)
     inputs["prompt_ids"] = inputs["prompt_ids"].masked_fill(inputs["prompt_mask"] == 0, 9)
     other = loss_and_gradients(trainer, inputs, grpo.compute_loss(None))

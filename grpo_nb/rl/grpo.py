@@ -167,13 +167,14 @@ def one_pass(trainer) -> bool:
 def loss_inputs(trainer, inputs, mask, rows, logps, entropies) -> LossInputs:
     "The rows of one pack out of TRL's micro-batch."
     pick = lambda name: None if inputs.get(name) is None else inputs[name][rows]
+    clean = lambda name: None if inputs.get(name) is None else inputs[name][rows].masked_fill(mask[rows] == 0, 0.0) # 0 * NaN is NaN
     advantages, ratio = inputs["advantages"][rows], None
     if corrects(trainer):
         ratio = pick("importance_sampling_ratio")
         if ratio is None: ratio = sampler_ratio(trainer, logps.detach(), pick("sampling_per_token_logps"), mask[rows])
     return LossInputs(logps=logps, mask=mask[rows].to(logps.dtype), advantages=advantages if advantages.dim() > 1 else advantages[:, None],
-                      old_logps=pick("old_per_token_logps"), ref_logps=pick("ref_per_token_logps"),
-                      sampling_logps=pick("sampling_per_token_logps"), importance_ratio=ratio, entropies=entropies)
+                      old_logps=clean("old_per_token_logps"), ref_logps=clean("ref_per_token_logps"),
+                      sampling_logps=clean("sampling_per_token_logps"), importance_ratio=ratio, entropies=entropies)
 
 # %% ../../nbs/33_rl.grpo.ipynb #d25f9b53
 def sum_stats(found:dict) -> dict: # {pack: {name: Stat}} -> {name: Stat}
