@@ -1,6 +1,5 @@
 """Run by torchrun in two processes: TRL's step and ours under DeepSpeed, with different numbers of packs on each rank."""
 import copy
-import os
 import sys
 import tempfile
 

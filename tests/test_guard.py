@@ -119,7 +119,7 @@ def test_exception_of_no_sample():
 
 def test_keyboard_interrupt_and_exit_are_not_wrapped(timeout):
     for kind in (KeyboardInterrupt, SystemExit):
-        def stops(prompts, completions, **columns): raise kind # noqa: B023 called in the same turn
+        def stops(prompts, completions, **columns): raise kind
         with pytest.raises(kind): call(stops, timeout=timeout)
 
 

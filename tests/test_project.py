@@ -103,7 +103,7 @@ def test_public_face():
 
     assert {"FastLanguageModel", "PatchFastRL", "GRPORun", "rewards"} <= set(dir(grpo_nb))
     for name in grpo_nb.__all__: assert getattr(grpo_nb, name) is not None
-    with pytest.raises(AttributeError, match="FastLanguageModel"): grpo_nb.FastLangageModel  # noqa: B018
+    with pytest.raises(AttributeError, match="FastLanguageModel"): grpo_nb.FastLangageModel
 
 
 def test_import_is_light():
