@@ -39,7 +39,7 @@ test: setup
 	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
 	$(BIN)/python tools/checks.py export
 	$(BIN)/python tools/checks.py readme
-	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/nbdev-test --n-workers 2 --do-print
 	$(BIN)/python tools/checks.py docs
 	$(BIN)/pytest -n 2
 

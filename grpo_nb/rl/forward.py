@@ -116,8 +116,8 @@ def score(base:nn.Module, # the causal language model
 
 @contextmanager
 def _gathered(*parameters):
-    "DeepSpeed's ZeRO-3 leaves a stub where the head was; gather it for the product."
-    sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    "DeepSpeed's ZeRO-3 leaves a stub where the head was; gather it for the product, unless its engine has done so."
+    sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
     if not sharded: yield; return
     import deepspeed
     with deepspeed.zero.GatheredParameters(sharded): yield

@@ -161,7 +161,7 @@ def evaluate(trainer, model, pack, i, share, kind):
 def one_pass(trainer) -> bool:
     "Whether a pack's loss depends on the other packs through known denominators alone."
     return (getattr(trainer, "loss_type", "rloo") in POLICY_TERMS and getattr(trainer, "top_entropy_quantile", 1.0) >= 1.0
-            and not getattr(trainer, "use_adaptive_entropy", False) and trainer.accelerator.distributed_type != "DEEPSPEED")
+            and not getattr(trainer, "use_adaptive_entropy", False))
 
 
 def loss_inputs(trainer, inputs, mask, rows, logps, entropies) -> LossInputs:
