@@ -3,6 +3,7 @@ import copy
 import sys
 import tempfile
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad, safe_get_full_fp32_param
@@ -43,14 +44,14 @@ def run(trainer, engine, compute, batches, scale=1.0):
     return grads, {k: list(v) for k, v in trainer._metrics["train"].items()}
 
 
-def compare(trainer, engine, n, seed):
+def compare(trainer, engine, n, seed, one=False):
     batches = [micro_batch(seed=seed + trainer.accelerator.process_index + 5 * i, completion=(0, 12)) for i in range(n)]
     theirs, metrics = run(trainer, engine, stock_loss, batches)
     assert max(v.abs().max() for v in theirs.values()) > 1e-4
     ours, found = run(trainer, engine, packed_loss, batches)
     packs = [None, None]
     dist.all_gather_object(packs, found["packing/packs"])
-    assert packs[0] != packs[1], packs
+    assert packs == [[1.0] * n] * 2 if one else packs[0] != packs[1], packs
     errors = [relative(ours, theirs)]
     for name, value in metrics.items(): assert torch.allclose(torch.tensor(found[name]), torch.tensor(value), rtol=1e-4, atol=1e-5), name
     halves, _ = run(trainer, engine, packed_loss, batches, scale=0.5)
@@ -63,10 +64,11 @@ def compare(trainer, engine, n, seed):
     assert max(errors) < 1e-5, errors
 
 
-def trained(loss, logps, folder):
+def trained(model, loss, logps, folder):
     "The weights after two steps of training, generation and reference included."
+    torch.manual_seed(0)
     GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies = loss, logps
-    trainer = grpo_trainer(tiny(), folder, deepspeed=config, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=2, beta=0.04,
+    trainer = grpo_trainer(model, folder, deepspeed=config, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=2, beta=0.04,
                            gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, max_grad_norm=1.0)
     trainer.reward_funcs = [lambda completions, **kw: [float(sum(map(ord, c)) % 7) for c in completions]]
     trainer.args.max_tokens_per_pack = 20 if trainer.accelerator.process_index == 0 else 45
@@ -82,15 +84,19 @@ if kind == "full":
     for reentrant in (False, True):
         trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant: trainer.model.enable_input_require_grads()
-        compare(trainer, engine, 2, 20)
+        compare(trainer, engine, 2, 20, one=reentrant)
 elif kind == "lora":
     adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     trainer, engine = prepared(get_peft_model(tiny(), adapter))
     for n in (1, 2): compare(trainer, engine, n, 10 * n)
 else:
-    start = {n: p.detach().clone() for n, p in tiny().named_parameters()}
-    theirs, stock = trained(stock_loss, stock_logps, tempfile.mkdtemp())
-    ours, packed = trained(packed_loss, packed_logps, tempfile.mkdtemp())
+    models = [tiny(), tiny()] # before ZeRO-3 shards every model that is made
+    start = {n: p.detach().clone() for n, p in models[0].named_parameters()}
+    deepspeed.init_distributed("gloo")
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    theirs, stock = trained(models[0], stock_loss, stock_logps, folder[0])
+    ours, packed = trained(models[1], packed_loss, packed_logps, folder[0])
     moved = {n: v - start[n] for n, v in theirs.items()}
     error = relative({n: v - start[n] for n, v in ours.items()}, moved)
     print(error, [(a.get("loss"), b.get("loss"), a.get("grad_norm"), b.get("grad_norm"), a.get("kl"), b.get("kl")) for a, b in zip(stock, packed)], flush=True)

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from grpo_nb.ops.attention import (block_mask, dense_mask, intervals, masks_for, probe, supports_tree, tree_attention,
                                    tree_mask_reference, use_tree_attention)
 from grpo_nb.packing import filler, plan
-from tests.test_packing import batches, truth
+from test_packing import batches, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 quick = settings(max_examples=40, deadline=None)

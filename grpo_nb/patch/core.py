@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['active', 'COLOURS', 'release', 'Versions', 'Place', 'look_up', 'split', 'place_of', 'Wrap', 'Value', 'edits_of',
            'build', 'applied', 'inherited', 'change_of', 'original_place', 'Finding', 'Report', 'holds', 'findings',
-           'installed', 'shown', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
+           'installed', 'shown', 'calls', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
 
 # %% ../../nbs/03_patch.core.ipynb #3a982979
 import re
@@ -210,6 +210,12 @@ def shown(value, key, original=MISSING) -> tuple: # (lines, label)
     if source is None: return [f"{key} = {value!r}\n"], "a value"
     return dedent(source.text).splitlines(keepends=True), source.place(1)
 
+def calls(value, original) -> str: # the name under which a wrapper holds the original; "" where it does not
+    function, inner = function_of(value), function_of(original)
+    if not isinstance(function, FunctionType) or inner is MISSING: return ""
+    held = zip(function.__code__.co_freevars, function.__closure__ or ())
+    return next((name for name, cell in held if cell.cell_contents is inner), "")
+
 def diff(patch) -> str: # raises what `build` raises
     "What a patch changes, as a unified difference."
     with lock:
@@ -218,6 +224,9 @@ def diff(patch) -> str: # raises what `build` raises
         new = change.after if change else build(patch, place)
         before, at = shown(place.found, place.key)
         after, now = shown(new, place.key, place.found)
+        if calls(new, place.found): # nothing of theirs goes away
+            kept = f" # {place.key}: its {len(before)} lines stay; ours calls them as `{calls(new, place.found)}`\n"
+            return "".join([f"--- {patch.where} ({at})\n+++ {patch.name} ({now})\n", kept, *("+" + line for line in after)])
     return "".join(line if line.endswith("\n") else line + "\n"
                    for line in unified_diff(before, after, f"{patch.where} ({at})", f"{patch.name} ({now})"))
 
