@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_rows(name): # FlexAttention has no backward 
 
 
 def _batch():
-    from tests.test_packing import padded
+    from test_packing import padded
     return padded([[3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7]], [[1, 0, 2, 4], [5], [6, 7, 8, 9, 10, 11, 12], [], [0, 0, 3]])
 
 

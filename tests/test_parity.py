@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
 
 from grpo_nb.rl import grpo
@@ -46,7 +46,7 @@ def off_policy(trainer, inputs, stock_logps, seed=1, ref=True, old=True):
     g = torch.Generator().manual_seed(seed)
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     with torch.no_grad(): logps, *_ = stock_logps(trainer, trainer.model, ids, mask, inputs["completion_ids"].shape[1])
-    near = lambda: logps + 0.3 * torch.randn(logps.shape, generator=g)
+    near = lambda: logps + 0.3 * torch.randn(logps.shape, generator=g) * inputs["completion_mask"] # at padding TRL's are 0
     if ref: inputs["ref_per_token_logps"] = near()
     if old: inputs["old_per_token_logps"] = near()
     return inputs
@@ -383,6 +383,7 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
     for name in ma: assert mb[name] == pytest.approx(ma[name], rel=1e-5, abs=1e-6), name
 
 
+@example(4913, 1, 1, "grpo", True) # a batch of width 1
 @given(st.integers(0, 100_000), st.integers(1, 6), st.integers(1, 60), st.sampled_from(LOSSES), st.booleans())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_under_any_budget(stock_and_trainer, seed, groups, budget, loss_type, beta):
@@ -395,3 +396,15 @@ def test_any_batch_under_any_budget(stock_and_trainer, seed, groups, budget, los
 
 @pytest.fixture
 def stock_and_trainer(stock, trainers): return stock, trainers()
+
+
+def test_an_empty_prompt_takes_trls_path(trainers, stock, capsys):
+    "Nothing predicts the first token there; it is said once, and the numbers are TRL's."
+    from grpo_nb.events import said
+
+    said.clear()
+    trainer = trainers()
+    inputs = micro_batch(seed=37, full_mask_row=False, completion=(2, 9))
+    inputs["prompt_mask"][0] = 0
+    ours = compare(trainer, inputs, stock)
+    assert "packing/packs" not in ours[2] and capsys.readouterr().out.count("empty prompt") == 1

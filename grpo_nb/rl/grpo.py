@@ -26,7 +26,7 @@ from ..events import say
 from ..models import tokenizer_of
 from .forward import install, run_pack
 from .layout import Path
-from .step import IMAGE_INPUTS, accumulate, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
+from .step import IMAGE_INPUTS, accumulate, collective_forward, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
 
 # %% ../../nbs/33_rl.grpo.ipynb #795a705f
 def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and_entropies`
@@ -39,7 +39,7 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
         path = path_of(self, model, {**images, "compute_aux_loss": compute_aux_loss})
         split = input_ids.shape[1] - logits_to_keep
         batch = RolloutBatch(input_ids[:, :split], attention_mask[:, :split], input_ids[:, split:], attention_mask[:, split:])
-        if path.name != "trl": path = scorable(batch, path)
+        if path.name != "trl": path = scorable(self, batch, path)
         if path.name == "trl":
             return original(self, model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
                             compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **images)
@@ -51,14 +51,17 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
     return _get_per_token_logps_and_entropies
 
 
-def scorable(batch:RolloutBatch, path:Path) -> Path:
+def scorable(trainer, batch:RolloutBatch, path:Path) -> Path:
     "TRL's own path for the batches that have no tree: a prompt without tokens, or nothing to score at all."
-    lengths = batch.completion_mask.bool().sum(1)
-    if not lengths.any(): return Path("trl", "no completion has a token")
-    if ((lengths > 0) & ~batch.prompt_mask.bool().any(1)).any():
+    lengths, reason = batch.completion_mask.bool().sum(1), ""
+    if not lengths.any(): reason = "no completion has a token"
+    elif ((lengths > 0) & ~batch.prompt_mask.bool().any(1)).any():
+        reason = "a prompt is empty"
         say("the batch has an empty prompt: nothing predicts the first token of its completion, so TRL's own path is taken.")
-        return Path("trl", "a prompt is empty")
-    return path
+    if trainer.accelerator.num_processes > 1 and collective_forward(trainer): # all take the same path, or wait for each other for ever
+        odd = torch.tensor([bool(reason)], device=batch.device)
+        if trainer.accelerator.gather(odd).any(): reason = reason or "another process's batch has no tree"
+    return Path("trl", reason) if reason else path
 
 # %% ../../nbs/33_rl.grpo.ipynb #b2450abd
 def loss_settings(trainer) -> LossSettings:
@@ -114,7 +117,7 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
         self._grpo_nb_clock = time.perf_counter(), int(inputs["completion_mask"].sum())
         path = path_of(self, model, {**inputs, "compute_aux_loss": getattr(self, "aux_loss_enabled", False)})
         batch = RolloutBatch.from_inputs(inputs)
-        if path.name != "trl": path = scorable(batch, path)
+        if path.name != "trl": path = scorable(self, batch, path)
         if path.name == "trl" or not one_pass(self): return original(self, model, with_correction(self, inputs))
         install(model)
         mode = "train" if self.model.training else "eval"
