@@ -44,7 +44,8 @@ def readme_text():
         for output in cell.get("outputs", []):
             text = output.get("text") or output.get("data", {}).get("text/plain")
             if text: parts.append(f"```\n{''.join(text).rstrip()}\n```")
-    return "\n\n".join(p for p in parts if p) + "\n"
+    text = "\n\n".join(p for p in parts if p) + "\n"
+    return re.sub(r"\]\((?!https?:|#|/)", "](nbs/", text) # the notebook's links start in its own folder
 
 
 def readme(write=False):

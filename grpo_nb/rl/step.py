@@ -225,7 +225,7 @@ def hold(context):
     context.__enter__()
     torch.autograd.Variable._execution_engine.queue_callback(lambda: context.__exit__(None, None, None))
 
-# %% ../../nbs/32_rl.step.ipynb #c2d90472
+# %% ../../nbs/32_rl.step.ipynb #31223135
 class Replayed(torch.autograd.Function):
     "Log-probs and entropies of all packs; the backward runs every pack again."
     @staticmethod
