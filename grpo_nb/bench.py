@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SHAPES', 'DEFAULTS', 'Shape', 'lengths', 'make_batch', 'make_model', 'make_trainer', 'one_step', 'timed',
-           'peak_on_cpu', 'agreement', 'check_bench', 'bench_step', 'processor', 'machine', 'report']
+           'peak_on_cpu', 'agreement', 'check_bench', 'bench_step', 'processor', 'machine', 'gib', 'report']
 
 # %% ../nbs/40_bench.ipynb #4cae123f
 import ctypes
@@ -148,23 +148,24 @@ def timed(trainer, compute, batch, optimizer, device) -> tuple: # seconds, peak 
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
-def peak_on_cpu(step) -> int: # bytes
-    "The most memory that a step adds to this process, measured in a fork of it; 0 where there is no fork."
-    if not hasattr(os, "fork") or not Path("/proc/self/status").exists(): return 0
+def peak_on_cpu(step) -> int|None: # bytes
+    "The most memory that a step adds to this process, measured in a fork of it; None with several threads or where there is no fork."
+    if not hasattr(os, "fork") or not Path("/proc/self/status").exists() or torch.get_num_threads() > 1: return None # threads do not survive a fork
     gc.collect()
     with suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0) # freed memory would be used again unseen
     read, write = os.pipe()
-    if os.fork() == 0:
+    if (child := os.fork()) == 0:
         status = lambda key: int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)).split()[1]) * 1024
         try:
             before = status("VmRSS")
             step()
             os.write(write, str(max(0, status("VmHWM") - before)).encode())
-        finally: os._exit(0)
+            os._exit(0)
+        finally: os._exit(1)
     os.close(write)
     with os.fdopen(read) as answer: text = answer.read()
-    os.wait()
-    return int(text or 0)
+    if os.waitpid(child, 0)[1]: raise RuntimeError("the step failed in the process that measures its memory; run it without the measurement to see why")
+    return int(text)
 
 
 def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest gradient difference relative to the largest entry
@@ -175,6 +176,7 @@ def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest grad
     model = make_model(small, device, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, small, folder, device)
+        trainer.args.unsloth_num_chunks = 3 # several packs, a group cut among them
         if device == "cuda": trainer.accelerator.autocast = lambda: torch.autocast("cuda", enabled=False)
         batch = make_batch(small, MODELS[small.model][1], device)
         stock = type(trainer)._compute_loss
@@ -184,6 +186,7 @@ def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest grad
             loss = compute(trainer, trainer.model, dict(batch))
             loss.backward()
             found[name] = loss.item(), {k: p.grad.clone() for k, p in trainer.model.named_parameters() if p.grad is not None}
+    if found["ours"][1].keys() != found["trl"][1].keys(): raise RuntimeError("TRL and the packed step give gradients to different parameters")
     scale = max(g.abs().max().item() for g in found["trl"][1].values())
     worst = max((found["ours"][1][k] - g).abs().max().item() for k, g in found["trl"][1].items())
     return abs(found["ours"][0] - found["trl"][0]), worst / scale
@@ -191,10 +194,12 @@ def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest grad
 
 def check_bench(device, shapes=(), repeats=5, max_tokens_per_pack=None) -> None:
     "Raise `ValueError` naming what is wrong, before anything is built."
+    from trl import GRPOTrainer
     one_of("device", device, ("cpu", "cuda"))
     for name in shapes: one_of("shape", name, SHAPES)
     for name, value in dict(repeats=repeats, max_tokens_per_pack=max_tokens_per_pack).items():
         if value is not None and value < 1: raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    if getattr(GRPOTrainer._compute_loss, "__wrapped__", None): raise ValueError("TRL is patched: call UnpatchFastRL() first, so that stock TRL can be measured.")
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': this machine has no CUDA device; 'cpu' is allowed.")
 
 
@@ -230,7 +235,7 @@ def bench_step(name:str, # a key of SHAPES
     rows, p = batch["prompt_ids"].shape
     positions = {"trl": rows * (p + shape.longest), "grpo_nb": int(packed)}
     seconds = {kind: statistics.median(s for s, _ in r) for kind, r in runs.items()}
-    return [{"shape": name, "impl": kind, "seconds": round(seconds[kind], 4), "peak_bytes": max([peaks[kind], *(b for _, b in runs[kind])]),
+    return [{"shape": name, "impl": kind, "seconds": round(seconds[kind], 4), "peak_bytes": peaks[kind] if device == "cpu" else max(b for _, b in runs[kind]),
              "positions": positions[kind], "loss_abs_err": loss_error, "grad_rel_err": grad_error,
              "speedup": round(seconds["trl"] / seconds[kind], 2)} for kind in kinds]
 
@@ -249,10 +254,13 @@ def machine(device:str) -> dict:
     return {"device": chip, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
+def gib(n) -> str: return "-" if n is None else f"{n / 2**30:.2f}"
+
+
 def report(results:list, as_json:bool=False) -> str:
     "A line of JSON a result, or a table with the JSON of ours last."
     lines = [json.dumps(r) for r in results]
     if as_json: return "\n".join(lines)
     table = [f"{'shape':22} {'impl':8} {'seconds':>8} {'peak GiB':>9} {'positions':>10} {'speedup':>8}"]
-    table += [f"{r['shape']:22} {r['impl']:8} {r['seconds']:8.3f} {r['peak_bytes'] / 2**30:9.2f} {r['positions']:10,} {r['speedup']:8.2f}" for r in results]
+    table += [f"{r['shape']:22} {r['impl']:8} {r['seconds']:8.3f} {gib(r['peak_bytes']):>9} {r['positions']:10,} {r['speedup']:8.2f}" for r in results]
     return "\n".join([*table, *(line for line, r in zip(lines, results) if r["impl"] != "trl")])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'BLOCK', 'gated_naive', 'runs_on', 'Gated', 'gated']
 
-# %% ../../nbs/14c_ops.gated_mlp.ipynb #fec93229
+# %% ../../nbs/14c_ops.gated_mlp.ipynb #65074a65
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..check import one_of
 
-# %% ../../nbs/14c_ops.gated_mlp.ipynb #c831aadb
+# %% ../../nbs/14c_ops.gated_mlp.ipynb #62644767
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 def gated_naive(gate:Tensor, # (..., m)
@@ -25,7 +25,7 @@ def gated_naive(gate:Tensor, # (..., m)
     "`activation(gate) * up`."
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
-# %% ../../nbs/14c_ops.gated_mlp.ipynb #351f0caa
+# %% ../../nbs/14c_ops.gated_mlp.ipynb #1af54677
 @triton.jit
 def _gate(g, GELU: tl.constexpr):
     "The activation of `g` and its slope."
@@ -58,7 +58,7 @@ def _backward(gate, up, grad, d_gate, d_up, n, GELU: tl.constexpr, BLOCK: tl.con
     tl.store(d_gate + at, (d * u * slope).to(d_gate.dtype.element_ty), mask=at < n)
     tl.store(d_up + at, (d * value).to(d_up.dtype.element_ty), mask=at < n)
 
-# %% ../../nbs/14c_ops.gated_mlp.ipynb #ffc37c7a
+# %% ../../nbs/14c_ops.gated_mlp.ipynb #512e972e
 BLOCK = 2048
 
 def runs_on(device:torch.device, # where the tensors are

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'make_field', 'check_fields', 'next_rows', 'world_size', 'whole_groups', 'precision', 'init', 'post_init',
-           'config_patches']
+           'with_fields', 'config_patches']
 
 # %% ../../nbs/34_rl.config.ipynb #35272507
 import os
@@ -129,12 +129,19 @@ def post_init(original): # -> the replacement of `__post_init__`
     return __post_init__
 
 
+def with_fields(original): # -> the replacement of `__repr__`
+    def __repr__(self):
+        return original(self)[:-1] + "".join(f", {name}={getattr(self, name)!r}" for name in FIELDS) + ")"
+    return __repr__
+
+
 def config_patches(path:str, # "package.module:Class" of a configuration
                    versions=None, # tested
                    ) -> list: # of Patch
     "Everything that changes on a configuration class."
     why = "our fields beside TRL's, checked before anything is set"
     made = [Patch("fields", f"{path}.__init__", Wrap(init), why=why, versions=versions),
+            Patch("fields", f"{path}.__repr__", Wrap(with_fields), signature="(self)", why=why, versions=versions),
             Patch("batch and precision", f"{path}.__post_init__", Wrap(post_init), signature="(self)", versions=versions,
                   why="a batch that holds whole groups, and a precision that the machine has")]
     for name, (kind, default, _) in FIELDS.items():

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLING', 'ALIASES', 'per_token_logps', 'scorable', 'loss_settings', 'bonus_now', 'denominators', 'teaches',
            'policy_scale', 'compute_loss', 'evaluate', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'extreme',
-           'real_positions', 'corrects', 'deferred', 'weights_stay', 'generate_and_score', 'sampler_ratio',
-           'with_correction', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init',
-           'training_step', 'log']
+           'real_positions', 'corrects', 'deferred', 'weights_stay', 'generate_and_score', 'sampler_ratio', 'theirs',
+           'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'training_step', 'log']
 
 # %% ../../nbs/33_rl.grpo.ipynb #5bcf48e0
 import time
@@ -26,7 +25,7 @@ from ..events import say
 from ..models import tokenizer_of
 from .forward import install, run_pack
 from .layout import Path
-from .step import IMAGE_INPUTS, accumulate, collective_forward, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
+from .step import IMAGE_INPUTS, accumulate, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
 
 # %% ../../nbs/33_rl.grpo.ipynb #795a705f
 def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and_entropies`
@@ -39,7 +38,7 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
         path = path_of(self, model, {**images, "compute_aux_loss": compute_aux_loss})
         split = input_ids.shape[1] - logits_to_keep
         batch = RolloutBatch(input_ids[:, :split], attention_mask[:, :split], input_ids[:, split:], attention_mask[:, split:])
-        if path.name != "trl": path = scorable(self, batch, path)
+        path = scorable(self, batch, path)
         if path.name == "trl":
             return original(self, model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
                             compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **images)
@@ -58,7 +57,8 @@ def scorable(trainer, batch:RolloutBatch, path:Path) -> Path:
     elif ((lengths > 0) & ~batch.prompt_mask.bool().any(1)).any():
         reason = "a prompt is empty"
         say("the batch has an empty prompt: nothing predicts the first token of its completion, so TRL's own path is taken.")
-    if trainer.accelerator.num_processes > 1 and collective_forward(trainer): # all take the same path, or wait for each other for ever
+    if path.name == "trl": reason = reason or path.reason
+    if trainer.accelerator.num_processes > 1: # all take the same path: forwards and metrics meet in the same order
         odd = torch.tensor([bool(reason)], device=batch.device)
         if trainer.accelerator.gather(odd).any(): reason = reason or "another process's batch has no tree"
     return Path("trl", reason) if reason else path
@@ -117,8 +117,8 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
         self._grpo_nb_clock = time.perf_counter(), int(inputs["completion_mask"].sum())
         path = path_of(self, model, {**inputs, "compute_aux_loss": getattr(self, "aux_loss_enabled", False)})
         batch = RolloutBatch.from_inputs(inputs)
-        if path.name != "trl": path = scorable(self, batch, path)
-        if path.name == "trl" or not one_pass(self): return original(self, model, with_correction(self, inputs))
+        path = scorable(self, batch, path)
+        if path.name == "trl" or not one_pass(self): return theirs(self, original, model, inputs)
         install(model)
         mode = "train" if self.model.training else "eval"
         completion = inputs["completion_mask"]
@@ -260,18 +260,19 @@ def sampler_ratio(trainer, logps, sampled, mask) -> Tensor: # (B, T) or (B, 1)
                                trainer.vllm_importance_sampling_clip_max)
 
 
-def with_correction(trainer, inputs) -> dict:
-    "The inputs with the log-probs and weights that TRL's own loss wants, where they were left for later."
-    if not deferred(trainer, inputs): return inputs
+def theirs(trainer, original, model, inputs) -> Tensor:
+    "TRL's own loss, with the log-probs and weights that it wants where they were left for later."
+    if not deferred(trainer, inputs): return original(trainer, model, inputs)
     ids, masks = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
     with torch.no_grad():
         old, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, masks, inputs["completion_ids"].shape[1],
                                                                batch_size=trainer.args.per_device_train_batch_size, **images)
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    log_correction(trainer, "train", inputs, mask, old)
     ratio = sampler_ratio(trainer, old, inputs["sampling_per_token_logps"], mask)
-    return {**inputs, "old_per_token_logps": old, "importance_sampling_ratio": ratio}
+    loss = original(trainer, model, {**inputs, "old_per_token_logps": old, "importance_sampling_ratio": ratio})
+    log_correction(trainer, "train", inputs, mask, old) # after the loss's own metrics, as on the other path
+    return loss
 
 
 @torch.no_grad()
@@ -315,11 +316,12 @@ def init(original): # -> the replacement of the trainer's `__init__`
     takes = signature(original)
 
     def __init__(self, *args, **kwargs):
-        given = takes.bind(self, *args, **kwargs).arguments
+        bound = takes.bind(self, *args, **kwargs)
+        given = bound.arguments
         if given.get("processing_class") is None and "model" in given and (tokenizer := tokenizer_of(given["model"])) is not None:
-            kwargs["processing_class"] = tokenizer
-            args = args[:list(takes.parameters).index("processing_class") - 1]
-        original(self, *args, **kwargs)
+            given["processing_class"] = tokenizer
+            say("no processing_class was given: the trainer takes the tokenizer that was loaded with the model, as it is now.")
+        original(*bound.args, **bound.kwargs)
         adapters = [p for p in self.model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
         if self.args.fp16 and adapters:
             for p in adapters: p.data = p.data.float()
@@ -333,6 +335,7 @@ def training_step(original): # -> the replacement of `training_step`
         self._grpo_nb_clock = None
         output = original(self, model, inputs, num_items_in_batch)
         if self._grpo_nb_clock is not None:
+            if self.accelerator.device.type == "cuda": torch.cuda.synchronize() # the backward may only be queued
             started, tokens = self._grpo_nb_clock
             self._metrics["train"]["step/tokens_per_second"].append(tokens / (time.perf_counter() - started))
         return output

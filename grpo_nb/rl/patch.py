@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'LOGPS', 'TRAINERS', 'LATER', 'applied', 'lock', 'trainer_patches', 'deferring_patch', 'patches_of',
-           'sampling_patch', 'patch_set', 'algorithms', 'PatchFastRL', 'UnpatchFastRL']
+           'sampling_patch', 'patch_sets', 'algorithms', 'PatchFastRL', 'UnpatchFastRL']
 
 # %% ../../nbs/35_rl.patch.ipynb #e951834e
 from functools import cache
@@ -12,9 +12,10 @@ from threading import RLock
 
 from ..check import one_of
 from ..events import say
-from ..patch.core import Patch, PatchSet, Versions, Wrap
+from ..patch.core import Patch, PatchError, PatchSet, Versions, Wrap
 from . import grpo
 from .config import config_patches
+from .forward import uninstall_all
 
 # %% ../../nbs/35_rl.patch.ipynb #025ce0e3
 TESTED = Versions("trl", "1.16", "1.16")
@@ -70,14 +71,15 @@ def sampling_patch(path:str, FastLanguageModel) -> Patch:
     return Patch("inference mode", f"{path}._generate_single_turn", Wrap(wrap), why="no dropout while sampling, modes restored exactly", versions=TESTED)
 
 
-def patch_set(algorithm, FastLanguageModel=None) -> PatchSet:
-    "All patches of one algorithm."
-    more = [] if FastLanguageModel is None else [sampling_patch(TRAINERS[algorithm][1], FastLanguageModel)]
-    return PatchSet([*patches_of(algorithm), *more], algorithm)
+def patch_sets(algorithm, FastLanguageModel=None) -> list: # of PatchSet
+    "All patches of one algorithm: the step's, and the one that needs `FastLanguageModel`."
+    sets = [PatchSet(patches_of(algorithm), algorithm)]
+    if FastLanguageModel is not None: sets.append(PatchSet([sampling_patch(TRAINERS[algorithm][1], FastLanguageModel)], f"{algorithm} sampling"))
+    return sets
 
 # %% ../../nbs/35_rl.patch.ipynb #b2adc97f
 LATER = ("dpo", "sft", "kto", "prm", "xpo", "cpo", "orpo", "reward", "bco") # TRL's other trainers, which are left as they are
-applied, lock = {}, RLock() # algorithm: the PatchSet that is on
+applied, lock = {}, RLock() # algorithm: its PatchSets that are on, in the order in which they were applied
 
 
 def algorithms(algorithm) -> list:
@@ -94,16 +96,22 @@ def PatchFastRL(algorithm:str|None=None, # "grpo" or "rloo", in any case; None: 
     "Put the packed step into TRL's trainers; raises `ValueError` for an unknown algorithm, `PatchError` where TRL does not fit."
     if FastLanguageModel is not None and not callable(getattr(FastLanguageModel, "for_inference", None)):
         raise TypeError(f"FastLanguageModel={FastLanguageModel!r} has no `for_inference`; give grpo_nb.FastLanguageModel, or nothing.")
-    for name in algorithms(algorithm):
-        with lock:
-            before, wanted = applied.get(name), patch_set(name, FastLanguageModel)
-            if before is not None and len(before.patches) >= len(wanted.patches): continue
-            applied[name] = wanted.apply()
-        say(f"TRL's {name.upper()} trainer takes the packed step; UnpatchFastRL({name!r}) undoes it.")
+    with lock:
+        missing = [(name, s) for name in algorithms(algorithm) for s in patch_sets(name, FastLanguageModel) if not s.is_applied]
+        done = []
+        try:
+            for name, s in missing: done.append((name, s.apply()))
+        except PatchError: # all or nothing, over algorithms too
+            for _, s in reversed(done): s.revert()
+            raise
+        for name, s in done: applied.setdefault(name, []).append(s)
+    for name in dict.fromkeys(n for n, _ in done): say(f"TRL's {name.upper()} trainer takes the packed step; UnpatchFastRL({name!r}) undoes it.")
 
 
 def UnpatchFastRL(algorithm:str|None=None, # as for `PatchFastRL`
                   ) -> None:
-    "Put TRL's own attributes back, each the very object that it was."
+    "Put TRL's own attributes back, each the very object that it was; models that ran packed steps lose what was added to them."
     with lock:
-        for name in [n for n in reversed(applied) if n in algorithms(algorithm)]: applied.pop(name).revert()
+        for name in [n for n in reversed(applied) if n in algorithms(algorithm)]:
+            for s in reversed(applied.pop(name)): s.revert()
+        if not applied: uninstall_all()
