@@ -102,7 +102,11 @@ def loss_and_gradients(trainer, inputs, compute, scale=1.0):
 
 
 def relative(a, b):
-    "Largest difference of two gradients, over the largest entry of the second over all tensors."
-    scale = max(v.abs().max().item() for v in b.values()) or 1.0
+    """Largest difference of two gradients over the largest entry, tensor by tensor; the worst of them.
+
+    A tensor whose entries are all below a hundredth of the largest of the model is measured against that hundredth: its rounding
+    error comes from sums of the others' size (a key's bias has a gradient of exactly 0, and in floating point of rounding alone).
+    """
+    whole = max(v.abs().max().item() for v in b.values()) or 1.0
     zero = lambda d, k, like: d[k] if k in d else torch.zeros_like(like)
-    return max((zero(a, k, v) - v).abs().max().item() for k, v in b.items()) / scale
+    return max((zero(a, k, v) - v).abs().max().item() / max(v.abs().max().item(), whole / 100) for k, v in b.items())
