@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed', 'RunStopped',
-           'RunFinished', 'RunFailed', 'Notice', 'SettingChanged', 'Bus', 'say']
+           'RunFinished', 'RunFailed', 'Notice', 'SettingChanged', 'CheckpointSaved', 'Finding', 'Bus', 'say']
 
 # %% ../nbs/01_events.ipynb #06828784
 import warnings
@@ -39,6 +39,10 @@ class CompletionsLogged(Event):
     completions: list # strings or chat messages
     rewards: dict[str, list] # reward function's name to its values, None where it does not apply
     advantages: list # floats
+    lengths: list|None = None # tokens of each completion; None: not known, as with the three below
+    cut_off: list|None = None # bool: it ended at the length limit, without EOS
+    ids: list|None = None # token ids of each completion, a list of ints
+    logps: list|None = None # log-prob of each of these tokens when it was sampled or scored, a list of floats
 
 # %% ../nbs/01_events.ipynb #b55c1a72
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,19 @@ class SettingChanged(Event):
     name: str # the setting
     old: object # its value before
     new: object # its value from here on
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    "A checkpoint was written, from which a run can go on."
+    path: str # its folder
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(Event):
+    "What a rule of the doctor says about the run."
+    rule: str # the rule's name
+    severity: str # "error", "warning", "info" or "good"
+    message: str # what was seen and what it means
+    fix: str = "" # what to do about it, empty where nothing is to be done
 
 # %% ../nbs/01_events.ipynb #50127255
 @dataclass(eq=False)
