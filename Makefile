@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-slow test-browser lint export readme docs clean setup
+.PHONY: demo test test-trl test-fast test-slow test-browser lint export readme docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,15 @@ test: setup
 	$(BIN)/nbdev-test --n-workers 2 --do-print --file-re '^1[34]'
 	$(BIN)/python tools/checks.py docs
 	$(BIN)/pytest -n 2
+	$(MAKE) test-trl TRL=1.12.0 TRL_MARKS="not thorough"
+
+# The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
+# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, without the longest of these tests.
+TRL       ?= 1.12.0
+TRL_TESTS ?= tests/test_trl_versions.py tests/test_rl_patch.py tests/test_parity.py tests/test_seed.py
+TRL_MARKS ?= not slow and not gpu and not browser
+test-trl: setup
+	@folder=$$($(BIN)/python tools/trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 -m "$(TRL_MARKS)" $(TRL_TESTS)
 
 test-fast: setup
 	$(BIN)/pytest -n 2 -x

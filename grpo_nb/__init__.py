@@ -19,6 +19,7 @@ _public = {
     "GRPORun": ("grpo_nb.run", "GRPORun"),
     "rewards": ("grpo_nb.rewards", None),
     "tasks": ("grpo_nb.tasks", None),
+    "studio": ("grpo_nb.ui.studio", "studio"),
 }
 __all__ = list(_public)
 

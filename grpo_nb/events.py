@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed', 'RunStopped',
-           'RunFinished', 'RunFailed', 'Notice', 'SettingChanged', 'CheckpointSaved', 'Finding', 'Bus', 'say']
+           'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'CheckpointSaved', 'Finding',
+           'Bus', 'say']
 
-# %% ../nbs/01_events.ipynb #06828784
+# %% ../nbs/01_events.ipynb #997cea80
+import contextvars
 import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Condition, Lock, Thread
+from time import monotonic
 from time import time as now
 
 # %% ../nbs/01_events.ipynb #c5ef07d9
@@ -39,10 +42,11 @@ class CompletionsLogged(Event):
     completions: list # strings or chat messages
     rewards: dict[str, list] # reward function's name to its values, None where it does not apply
     advantages: list # floats
-    lengths: list|None = None # tokens of each completion; None: not known, as with the three below
+    lengths: list|None = None # tokens of each completion; None: not known, as with the four below
     cut_off: list|None = None # bool: it ended at the length limit, without EOS
     ids: list|None = None # token ids of each completion, a list of ints
     logps: list|None = None # log-prob of each of these tokens when it was sampled or scored, a list of floats
+    entropies: list|None = None # entropy, in nats, of the distribution that each token was drawn from
 
 # %% ../nbs/01_events.ipynb #b55c1a72
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,20 @@ class RunFailed(Event):
     "Training ended with an error."
     error: str # the exception's type and message
 
-# %% ../nbs/01_events.ipynb #4480a522
+# %% ../nbs/01_events.ipynb #408b4edf
+def in_words(name:str, # a setting
+             old, new, # its values; dicts are compared key by key
+             ) -> str:
+    "A change as one short line."
+    if not (isinstance(old, dict) and isinstance(new, dict)): return f"{name} {short(old)} → {short(new)}"
+    return f"{name}: " + ", ".join(f"{k} {short(old.get(k))} → {short(v)}" for k, v in new.items() if old.get(k) != v)
+
+def short(value) -> str:
+    "A value in few characters: a number in four digits."
+    if isinstance(value, float): return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+    if isinstance(value, dict): return ", ".join(f"{k} {short(v)}" for k, v in value.items())
+    return str(value)
+
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
     "A sentence for the user."
@@ -80,6 +97,11 @@ class SettingChanged(Event):
     name: str # the setting
     old: object # its value before
     new: object # its value from here on
+
+    @property
+    def words(self) -> str:
+        "The change as one short line."
+        return in_words(self.name, self.old, self.new)
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
@@ -100,6 +122,7 @@ class _Subscription:
     handler: Callable # called with the event
     types: tuple # the event types it wants; empty for all
     failed: bool = False # it raised before, and that was reported
+    queue: object = None # the `_Queue` that stands before the handler, None where it is called at once
 
 def _report(handler, event, error):
     "Warn that `handler` failed on `event`."
@@ -116,13 +139,49 @@ def _check_subscription(handler, types):
         if not (isinstance(t, type) and issubclass(t, Event)):
             raise TypeError(f"types: {t!r} is not an event type; give classes such as StepLogged, or none for all events.")
 
-# %% ../nbs/01_events.ipynb #7ac33fc9
+# %% ../nbs/01_events.ipynb #9b38e66e
+class _Queue:
+    "A bounded queue before a handler that may be slow."
+    def __init__(self, deliver, size):
+        self.deliver, self.size, self.dropped, self.busy = deliver, size, 0, False
+        self.waiting, self.changed, self.context = deque(), Condition(Lock()), contextvars.copy_context()
+
+    def put(self, event):
+        "Let `event` wait for its turn; never waits itself."
+        with self.changed:
+            if len(self.waiting) >= self.size: self.waiting.popleft(); self.dropped += 1
+            self.waiting.append(event)
+            if self.busy: return
+            self.busy = True
+        Thread(target=self.context.copy().run, args=(self._work,), name="grpo_nb listener", daemon=True).start()
+
+    def _work(self):
+        "Hand over what waits, until nothing does."
+        while True:
+            with self.changed:
+                if not self.waiting:
+                    self.busy = False
+                    self.changed.notify_all()
+                    return
+                event = self.waiting.popleft()
+            self.deliver(event)
+
+    def clear(self):
+        "Forget what waits."
+        with self.changed: self.waiting.clear()
+
+    def drain(self, until):
+        "Wait until nothing waits; False where `until` (on the monotonic clock) comes first."
+        with self.changed: return self.changed.wait_for(lambda: not self.busy, max(until - monotonic(), 0))
+
+# %% ../nbs/01_events.ipynb #851a016d
 class Bus:
     "Delivers events to handlers; a failing handler never reaches the one who emits. Safe to use from several threads."
     def __init__(self,
                  keep:int=0, # how many of the latest events to keep for those who subscribe late
                  ):
         self.failures = 0 # how often a handler raised
+        self._dropped = 0 # by subscriptions that have ended
         self._kept, self._subscriptions, self._lock = deque(maxlen=keep), (), Lock()
 
     @property
@@ -130,35 +189,59 @@ class Bus:
         "The latest events."
         with self._lock: return list(self._kept)
 
+    @property
+    def dropped(self) -> int: # of all queues together
+        "How many events were dropped because a handler's queue was full."
+        with self._lock: return self._dropped + sum(s.queue.dropped for s in self._subscriptions if s.queue)
+
+    def drain(self,
+              timeout:float=1.0, # seconds to wait at most
+              ) -> bool: # whether all queues are empty
+        "Wait until the handlers with a queue have had their events."
+        until = monotonic() + timeout
+        return all([s.queue.drain(until) for s in self._subscriptions if s.queue])
+
     def subscribe(self,
-                  handler:Callable, # called with each event, in the thread that emits
+                  handler:Callable, # called with each event, in the thread that emits unless it has a queue
                   *types:type, # event types; none: all of them
                   replay:bool=False, # first hand over the kept events, oldest first
+                  queue:int=0, # 0: at once; n: in a thread of its own, with at most n events waiting
                   ) -> Callable: # a function without arguments that ends the subscription
         "Call `handler` for each event of `types` from now on; `TypeError` where either is something else."
         _check_subscription(handler, types)
+        if isinstance(queue, bool) or not isinstance(queue, int) or queue < 0:
+            raise ValueError(f"queue={queue!r} is not a number of events; give 0 to be called at once, or how many may wait.")
         subscription = _Subscription(handler, types)
+        if queue: subscription.queue = _Queue(lambda event: self._call(subscription, event), queue)
         with self._lock:
             kept = list(self._kept) if replay else []
             self._subscriptions += (subscription,)
         for event in kept: self._deliver(subscription, event)
         def unsubscribe():
-            "End the subscription; calling it again does nothing."
-            with self._lock: self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+            "End the subscription, with what still waits; calling it again does nothing."
+            with self._lock:
+                if subscription.queue and subscription in self._subscriptions: self._dropped += subscription.queue.dropped
+                self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+            if subscription.queue: subscription.queue.clear()
         return unsubscribe
 
     def emit(self,
              event:Event, # what happened
              ) -> None:
-        "Hand `event` to every handler that wants it; returns when all have been called."
+        "Hand `event` to every handler that wants it; returns when all without a queue have been called."
         with self._lock:
             self._kept.append(event)
             subscriptions = self._subscriptions
         for subscription in subscriptions: self._deliver(subscription, event)
 
     def _deliver(self, subscription, event):
-        "Call one handler if it wants `event`; report its first exception, count them all."
+        "Hand `event` to one handler, or to its queue, if it wants it."
         if subscription.types and not isinstance(event, subscription.types): return
+        if subscription.queue: subscription.queue.put(event)
+        else: self._call(subscription, event)
+
+    def _call(self, subscription, event):
+        "Call one handler; report its first exception, count them all."
         try: subscription.handler(event)
         except Exception as error:  # noqa: BLE001 a listener's failure is reported and counted, never raised into the run
             with self._lock:
@@ -166,7 +249,7 @@ class Bus:
                 first, subscription.failed = not subscription.failed, True
             if first: _report(subscription.handler, event, error)
 
-# %% ../nbs/01_events.ipynb #7480e24a
+# %% ../nbs/01_events.ipynb #0eee368e
 notices = Bus(keep=100) # where `say` emits
 said = set() # the messages said in this process; clear it to hear them again
 

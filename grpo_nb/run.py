@@ -10,6 +10,7 @@ import contextvars
 import html
 import inspect
 import math
+import shutil
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -23,20 +24,24 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .check import known_arguments
-from .events import (Bus, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped,
-                            StepLogged, say)
+from .control import Steering, write_changes
+from .events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted,
+                            RunStopped, StepLogged, say)
 from .guard import guard
 from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
                             first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt
+from .measure import StepMeter
 
 # %% ../nbs/38_run.ipynb #fe5a8146
 class _Listener(TrainerCallback):
     "Passes the trainer's moments on to the run."
     def __init__(self, run): self.run = run
     def on_train_begin(self, args, state, control, **kwargs): self.run._began()
+    def on_step_begin(self, args, state, control, **kwargs): self.run._meter.step_begins()
     def on_log(self, args, state, control, logs=None, **kwargs): self.run._logged(logs or {}, control)
     def on_step_end(self, args, state, control, **kwargs): self.run._step_ended(control)
+    def on_save(self, args, state, control, **kwargs): self.run._saved()
 
 # %% ../nbs/38_run.ipynb #74617501
 def _completions(trainer) -> dict|None:
@@ -64,7 +69,7 @@ def _free_reference(model):
     model.delete_adapter("ref")
     say("the model had the reference adapter of an earlier run; this run takes the adapter as it now is for its reference.")
 
-class GRPORun:
+class GRPORun(Steering):
     "One GRPO training run; `start` begins it, `events` tells what happens, `history` what was measured."
     def __init__(self,
                  model, # a loaded model with something to train
@@ -93,15 +98,19 @@ class GRPORun:
         guarded = [guard(f, timeout=reward_timeout) for f in functions]
         _free_reference(model)
 
+        super().__init__()
         self.events = Bus() # what happens, as typed events
         self.state = "ready" # ready, running, paused, stopped, finished or failed
         self.result = None # TRL's TrainOutput, once the run has ended without an error
         self._stop, self._pause, self._thread, self._failure, self._log_due = None, False, None, None, False
         self._from = None # the checkpoint it goes on from
-        self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self.checkpoint = None # the folder of the latest checkpoint of this run
+        self._save_asked, self._save_at_stop = False, False
+        self._ended = threading.Event()
         self.trainer = trainer_class(model=model, processing_class=tokenizer, reward_funcs=guarded, args=config, train_dataset=dataset,
                                      eval_dataset=eval_dataset, callbacks=[_Listener(self), *callbacks], **kwargs)
         for shown in () if progress else self._displays(): self.trainer.remove_callback(shown)
+        self._meter = StepMeter(self.trainer)
 
     def _displays(self) -> list:
         "The trainer's callbacks that print or draw."
@@ -119,6 +128,17 @@ class GRPORun:
         "Optimiser steps at which the run is complete."
         return max(self.trainer.state.max_steps or 0, 0)
 
+    @property
+    def token_values(self) -> bool: # set it at any time; it takes effect at the next step that samples
+        "Whether `CompletionsLogged` has every token's log-prob and entropy; where the trainer has none, that is one more forward a step."
+        return self._meter.token_values
+
+    @token_values.setter
+    def token_values(self, wanted): self._meter.token_values = bool(wanted)
+
+    @property
+    def _longest_prompt(self) -> int: return self._meter.longest_prompt
+
     def _emit(self, kind, **fields): self.events.emit(kind(step=self.step, **fields))
 
 # %% ../nbs/38_run.ipynb #99e236d5
@@ -134,7 +154,7 @@ def _logged(self:GRPORun, logs, control):
     if "train_runtime" in logs: return
     self._emit(StepLogged, metrics=_numbers(logs))
     completions = _completions(self.trainer) if "reward" in logs else None
-    if completions: self._emit(CompletionsLogged, **completions)
+    if completions: self._emit(CompletionsLogged, **completions, **self._meter.fields(len(completions["completions"])))
     if self._log_due:
         self._log_due = False
         self._between_steps(control)
@@ -143,23 +163,71 @@ def _logged(self:GRPORun, logs, control):
 @patch
 def _step_ended(self:GRPORun, control):
     "Answer requests now, or after the log that the trainer is about to write."
+    self._meter.step_ends()
     self._log_due = control.should_log
     if not self._log_due: self._between_steps(control)
 
 @patch
 def _between_steps(self:GRPORun, control):
-    "Wait while the run is paused; then tell the trainer whether to end."
+    "Do what was asked for; wait while the run is paused; then tell the trainer whether to end."
+    self._change_settings()
+    if control.should_save: self._save_asked = False # the trainer is about to
+    self._save_now()
     if self._pause and not self._stop:
         self.state = "paused"
         self._emit(RunPaused)
-        while self._pause and not self._stop: self._wake.wait(0.1)
+        while self._pause and not self._stop:
+            self._wake.wait(0.1)
+            self._wake.clear()
+            self._change_settings()
+            self._save_now()
         self.state = "running"
         if not self._stop: self._emit(RunResumed)
     if self._stop:
         control.should_training_stop = True
-        control.should_save = control.should_save or str(getattr(self.trainer.args.save_strategy, "value", "no")) != "no"
+        control.should_save = control.should_save or self._save_at_stop or self._config_saves
 
-# %% ../nbs/38_run.ipynb #9531f906
+@patch(as_prop=True)
+def _config_saves(self:GRPORun) -> bool:
+    "Whether the config asks for checkpoints."
+    return str(getattr(self.trainer.args.save_strategy, "value", "no")) != "no"
+
+# %% ../nbs/38_run.ipynb #555d7668
+@patch
+def save(self:GRPORun) -> GRPORun: # the run itself
+    "Write a checkpoint after the current step; `CheckpointSaved` tells where."
+    self._check_going("save")
+    self._save_asked = True
+    self._wake.set()
+    return self
+
+@patch
+def _save_now(self:GRPORun):
+    "Write the checkpoint that was asked for."
+    if not self._save_asked: return
+    self._save_asked = False
+    folder = self._folder
+    new = not folder.exists()
+    try:
+        self.trainer._save_checkpoint(self.trainer.model, None)
+        self._saved()
+    except Exception as error: # noqa: BLE001 it is reported; a checkpoint that was asked for in passing does not end the run
+        if new: shutil.rmtree(folder, ignore_errors=True)
+        self._report(f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); the run goes on.")
+
+@patch(as_prop=True)
+def _folder(self:GRPORun) -> Path:
+    "Where a checkpoint of this step is."
+    return Path(self.trainer.args.output_dir, f"checkpoint-{self.step}")
+
+@patch
+def _saved(self:GRPORun):
+    "A checkpoint was written."
+    if self.trainer.args.should_save and self._changed: write_changes(self._folder, self._changed, self._changes)
+    self.checkpoint = str(self._folder)
+    self._emit(CheckpointSaved, path=self.checkpoint)
+
+# %% ../nbs/38_run.ipynb #d9ce0bb9
 @patch
 def _end(self:GRPORun, state, kind, **fields):
     "Enter a final state and report it."
@@ -185,6 +253,7 @@ def _train(self:GRPORun, checkpoint, in_background):
         print(f"grpo_nb: the run failed after step {self.step} with {type(error).__name__}; run.wait() raises the error.")
     finally:
         self._unwatch()
+        self.events.drain(1.0) # a listener with a queue gets the end too, unless it hangs
         self._ended.set()
 
 @patch
@@ -192,7 +261,7 @@ def _interrupt(self:GRPORun):
     "Ask for the end of the run; called by a signal handler, so it sets a flag and no more."
     self._stop = self._stop or "interrupt"
 
-# %% ../nbs/38_run.ipynb #412cb11e
+# %% ../nbs/38_run.ipynb #543e07fa
 @patch
 def _checkpoint(self:GRPORun, resume) -> str|None:
     "The checkpoint folder that `resume` means; raises `FileNotFoundError` where there is none."
@@ -213,7 +282,7 @@ def _forget_unfinished(self:GRPORun):
         if hasattr(self.trainer, name): setattr(self.trainer, name, value)
     for metrics in getattr(self.trainer, "_metrics", {}).values(): metrics.clear()
 
-# %% ../nbs/38_run.ipynb #65569a9f
+# %% ../nbs/38_run.ipynb #3741cb1a
 @patch
 def _reload_adapter(self:GRPORun, folder):
     "Load the trained adapter from a checkpoint that has folders of other adapters."
@@ -226,10 +295,13 @@ def _reload_adapter(self:GRPORun, folder):
 @patch
 def _began(self:GRPORun):
     "The trainer is about to do its first step."
-    if self._from: self._reload_adapter(self._from)
+    if self._from:
+        self._reload_adapter(self._from)
+        self._take_up_changes(self._from)
     self._emit(RunStarted, total_steps=self.trainer.state.max_steps)
+    self._change_settings() # what was asked for before the start
 
-# %% ../nbs/38_run.ipynb #5bb0cb94
+# %% ../nbs/38_run.ipynb #90e3f73f
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -244,6 +316,7 @@ def start(self:GRPORun,
             raise RuntimeError(f"start(): the run has already {_past[self.state]}, at step {self.step}.{more} Make a new GRPORun to begin anew.")
         checkpoint = self._checkpoint(resume)
         self.state, self._stop, self._pause, self._failure = "running", None, False, None
+        self._save_asked = self._save_at_stop = False
         self._ended.clear()
     if checkpoint: self._forget_unfinished()
     self._unwatch = on_kernel_interrupt(self._interrupt) if in_background else lambda: None
@@ -257,7 +330,7 @@ def start(self:GRPORun,
 
 _past = {"ready": "not been started", "stopped": "been stopped", "finished": "finished", "failed": "failed"}
 
-# %% ../nbs/38_run.ipynb #2fae61ec
+# %% ../nbs/38_run.ipynb #fbd7c85e
 @patch
 def _check_going(self:GRPORun, what):
     "Raise `RuntimeError` unless the run goes on."
@@ -284,15 +357,19 @@ def resume(self:GRPORun) -> GRPORun: # the run itself
     return self
 
 @patch
-def stop(self:GRPORun) -> GRPORun: # the run itself
-    "End after the current step, with a checkpoint if the config saves."
+def stop(self:GRPORun,
+         save=True, # leave a checkpoint; False: only if the config saves
+         ) -> GRPORun: # the run itself
+    "End after the current step; `start(resume=True)` goes on from the checkpoint that it leaves."
     self._check_going("stop")
     if self._stop: raise RuntimeError("stop(): the run is already about to stop.")
-    self._stop = "stop"
+    if save and not self._config_saves:
+        say("stop() leaves a checkpoint to go on from although the config has save_strategy='no'; stop(save=False) leaves none.")
+    self._save_at_stop, self._stop = bool(save), "stop"
     self._wake.set()
     return self
 
-# %% ../nbs/38_run.ipynb #140be90e
+# %% ../nbs/38_run.ipynb #2c81fd98
 @patch
 def wait(self:GRPORun,
          timeout=None, # seconds; None: until the run has ended
@@ -308,7 +385,7 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../nbs/38_run.ipynb #5d8162cf
+# %% ../nbs/38_run.ipynb #651f9d5a
 @patch
 def __repr__(self:GRPORun):
     steps = f", step {self.step} of {self.total_steps}" if self.total_steps else ""

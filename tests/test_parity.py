@@ -6,10 +6,14 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
 
+from grpo_nb.patch.core import release
 from grpo_nb.rl import grpo
+from grpo_nb.rl.seams import trl_version
 
 TOLERANCE = 1e-5 # relative, the bound that the design sets for fp32
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+OLD_HEAD = release(trl_version()) < (1, 14) # TRL up to 1.13 computes log-probs and entropies at padding too
+AT_PADDING = ("entropy", "kl") # and where a batch is one token wide, it takes these for values of a sequence and averages them in
 OURS = ("packing/packs", "packing/tokens", "packing/efficiency")
 
 
@@ -65,6 +69,7 @@ def compare(trainer, inputs, stock, scale=1.0, tolerance=TOLERANCE):
     assert torch.isfinite(ours[0]) and torch.isclose(ours[0], theirs[0], rtol=tolerance, atol=tolerance), (ours[0], theirs[0])
     assert relative(ours[1], theirs[1]) < tolerance
     for name, value in theirs[2].items():
+        if name in AT_PADDING and OLD_HEAD and inputs["completion_mask"].shape[1] == 1: continue
         assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
     assert set(ours[2]) - set(theirs[2]) <= set(OURS)
     return ours
@@ -328,9 +333,10 @@ def test_half_precision_is_no_further_from_the_truth(trainers, stock, dtype):
     errors = {}
     for name, compute in (("trl", loss_of), ("ours", grpo.compute_loss(loss_of))):
         half.zero_grad()
-        del half.forward # both heads are attached to the instance they were made for
-        from trl.trainer.utils import add_fused_lm_head
-        add_fused_lm_head(half, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
+        half.__dict__.pop("forward", None) # both heads are attached to the instance they were made for
+        from trl.trainer import utils
+        if hasattr(utils, "add_fused_lm_head"): # TRL from 1.15
+            utils.add_fused_lm_head(half, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
         compute(trainer, half, copy.copy(inputs)).backward()
         got = gradients(half)
         errors[name] = sum((got[k].float() - v).norm() ** 2 for k, v in truth.items()) ** 0.5 / sum(v.norm() ** 2 for v in truth.values()) ** 0.5

@@ -14,8 +14,8 @@ package = root / "grpo_nb"
 LAYERS = {
     0: ("check", "events", "patch", "batch"),
     1: ("ops", "packing", "algo"),
-    2: ("models", "device", "modes", "engines", "answers", "rewards", "guard", "evaluate", "tasks", "tiny"),
-    3: ("rl", "run", "control", "inputs", "kernel", "doctor", "memory", "demo", "bench"),
+    2: ("models", "device", "specs", "modes", "engines", "answers", "rewards", "guard", "evaluate", "tasks", "tiny"),
+    3: ("rl", "run", "control", "measure", "inputs", "kernel", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench", "bench_rollout"),
     4: ("ui", "cli"),
 }
 STANDARD_LIBRARY_ONLY = ("check", "events", "patch")
@@ -55,7 +55,7 @@ def test_layers(name, path):
             if inner.split(".")[0] in ("__version__", "_modidx"): continue
             assert layer(inner) <= own, f"{name} (layer {own}) imports {imported} (layer {layer(inner)})"
         if imported.split(".")[0] == "trl":
-            assert name.split(".")[0] in ("rl", "run", "inputs", "doctor", "memory", "demo", "bench"), f"{name} imports TRL: only layer 3 does"
+            assert name.split(".")[0] in ("rl", "run", "inputs", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench"), f"{name} imports TRL: only layer 3 does"
         if name.split(".")[0] in STANDARD_LIBRARY_ONLY and imported.split(".")[0] != "grpo_nb":
             assert imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}: standard library only"
 

@@ -1,11 +1,15 @@
 """PatchFastRL and its way back."""
+import dataclasses
+import inspect
+
 import pytest
 import torch
 from parity import tiny
 
+from grpo_nb.events import said
 from grpo_nb.models import FastLanguageModel
-from grpo_nb.patch.core import PatchError
-from grpo_nb.rl import grpo, patch
+from grpo_nb.patch.core import PatchError, look_up
+from grpo_nb.rl import grpo, patch, seams
 from grpo_nb.rl.forward import causal_lm, install, installed, uninstall
 
 
@@ -34,27 +38,73 @@ def test_everything_comes_back(classes, calls):
 
 def test_half_a_patch_never_stays(classes, monkeypatch):
     "RLOO does not fit: GRPO is not patched either."
-    monkeypatch.setattr(patch, "TRAINERS", {**patch.TRAINERS, "rloo": ("trl.trainer.rloo_config:RLOOConfig", "trl.trainer.rloo_trainer:Gone", grpo.compute_rloo_loss)})
-    patch.patches_of.cache_clear()
-    with pytest.raises(PatchError, match="Gone"): patch.PatchFastRL()
-    patch.patches_of.cache_clear()
+    monkeypatch.delattr(classes[2], "_compute_loss")
+    with pytest.raises(PatchError, match="RLOOTrainer has no '_compute_loss'"): patch.PatchFastRL()
     assert not patch.applied and not hasattr(classes[1], "max_tokens_per_pack")
 
 
-@pytest.mark.parametrize("name,words", [("grop", "Did you mean 'grpo'"), ("dpo", "not patched by this version"), (3, "is not a name")])
+@pytest.mark.parametrize("name,words", [("grop", "Did you mean 'grpo'"), (3, "is not a name")])
 def test_unknown_algorithm(classes, name, words):
     with pytest.raises(ValueError, match=words): patch.PatchFastRL(name)
 
 
-def test_fields_are_real(classes):
-    from dataclasses import fields
-    from transformers import HfArgumentParser
+@pytest.fixture
+def config_of():
+    "A configuration class, patched for its algorithm."
+    patch.UnpatchFastRL()
 
-    patch.PatchFastRL("grpo")
-    config, = HfArgumentParser(classes[1]).parse_args_into_dataclasses(["--output_dir", "o", "--max_tokens_per_pack", "512", "--step", "padded", "--use_cpu"])
-    assert (config.max_tokens_per_pack, config.step, config.unsloth_num_chunks) == (512, "padded", -1)
-    assert {"max_tokens_per_pack", "step", "unsloth_num_chunks", "skip_zero_advantage"} <= {f.name for f in fields(config)}
-    assert config.to_dict()["max_tokens_per_pack"] == 512 and "max_tokens_per_pack=512" in repr(config)
+    def get(algorithm):
+        if not seams.has(algorithm): pytest.skip(f"{seams.known_in(algorithm)}; this is {seams.trl_version()}")
+        patch.PatchFastRL(algorithm)
+        return look_up(seams.HOMES[algorithm].config)
+    yield get
+    patch.UnpatchFastRL()
+
+
+@pytest.mark.parametrize("algorithm", seams.HOMES)
+def test_fields_are_real(config_of, algorithm, tmp_path):
+    "Visible to the parsers of arguments and YAML, to `fields`, `to_dict`, `repr` and the signature."
+    from transformers import HfArgumentParser
+    from trl import TrlParser
+
+    cls = config_of(algorithm)
+    names = ["unsloth_num_chunks", "max_tokens_per_pack", "step"] + (["skip_zero_advantage"] if algorithm in patch.GROUPS else [])
+    given = ["--output_dir", str(tmp_path), "--max_tokens_per_pack", "512", "--step", "padded", "--use_cpu"]
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(f"output_dir: {tmp_path}\nmax_tokens_per_pack: 512\nstep: padded\nuse_cpu: true\n")
+    made = [HfArgumentParser(cls).parse_args_into_dataclasses(given)[0], TrlParser(cls).parse_args_and_config(["--config", str(yaml)])[0],
+            cls(str(tmp_path), use_cpu=True, max_tokens_per_pack=512, step="padded")]
+    for config in made:
+        assert (config.max_tokens_per_pack, config.step, config.unsloth_num_chunks) == (512, "padded", -1)
+        assert config.to_dict()["max_tokens_per_pack"] == 512 and config.bf16 is False
+        for name in names: assert f"{name}={getattr(config, name)!r}" in repr(config)
+    assert set(names) <= {f.name for f in dataclasses.fields(cls)} and set(names) <= set(inspect.signature(cls).parameters)
+    assert ("skip_zero_advantage" in repr(config)) == ("skip_zero_advantage" in names)
+    more = {"steps_per_generation": None} if algorithm in patch.GROUPS else {} # TRL sets it beside generation_batch_size and takes one of the two
+    again = dataclasses.replace(config, unsloth_num_chunks=3, **more)
+    assert (again.unsloth_num_chunks, again.max_tokens_per_pack, again.step) == (3, 512, "padded")
+
+
+def test_a_subclass_has_the_fields(config_of, tmp_path):
+    "A configuration class that is derived from a patched one takes and checks them."
+    cls = config_of("dpo")
+
+    @dataclasses.dataclass
+    class Mine(cls): more: int = 1
+
+    assert Mine(str(tmp_path), use_cpu=True, max_tokens_per_pack=7).max_tokens_per_pack == 7
+    with pytest.raises(ValueError, match="step"): Mine(str(tmp_path), use_cpu=True, step="pack")
+
+
+def test_each_configuration_is_told(config_of, tmp_path, capsys):
+    "The reason once, the change every time."
+    cls = config_of("grpo")
+    said.clear()
+    for _ in range(3): cls(str(tmp_path), num_generations=8, per_device_train_batch_size=1, gradient_accumulation_steps=4, use_cpu=True, bf16=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is read as 2" in line]
+    assert len(lines) == 3 and "whole groups" in lines[0] and lines[1] == lines[2] and len(lines[1]) < 80
+    cls(str(tmp_path), num_generations=8, per_device_train_batch_size=2, gradient_accumulation_steps=4, use_cpu=True, bf16=False)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [dict(step="pack"), dict(unsloth_num_chunks=0), dict(max_tokens_per_pack=0), dict(generation_batch_size=12)])

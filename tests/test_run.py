@@ -166,7 +166,7 @@ def test_pause_resume_stop(tmp_path):
     with pytest.raises(RuntimeError, match="not paused"): run.resume()
     while run.step < step + 2: time.sleep(0.01)
     run.pause(); until(run, "paused")
-    run.stop().wait(30)
+    run.stop(save=False).wait(30)
     assert run.state == "stopped" and run.step < 500 and run.result.global_step == run.step
     assert seen == ["RunPaused", "RunResumed", "RunPaused", "RunStopped"]
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -344,6 +344,14 @@ def test_a_real_kernel_stays_free_while_it_trains(kernel):
     step = kernel.run("", "run.step")
     kernel.run("run.resume(); time.sleep(0.5)")
     assert kernel.run("run.stop(); run.wait(30)", "run.state") == "stopped" and kernel.run("", "run.step") >= step
+
+
+def test_settings_change_from_another_cell(kernel):
+    kernel.run("run, told = make(2000), []; run.events.subscribe(lambda e: told.append((e.name, e.new)), events.SettingChanged); run.start()")
+    kernel.run("run.change(learning_rate=1e-4, temperature=0.8).save()")
+    kernel.run("while len(told) < 2 or run.checkpoint is None: time.sleep(0.05)")
+    assert kernel.run("", "told") == [("learning_rate", 1e-4), ("temperature", 0.8)] and kernel.run("", "run.settings['temperature']") == 0.8
+    assert kernel.run("run.stop(save=False).wait(60)", "run.state") == "stopped"
 
 
 def test_an_interrupt_of_an_idle_kernel_ends_the_run(kernel):

@@ -34,6 +34,7 @@ def head_settings(trainer, model) -> HeadSettings:
 def path_of(trainer, model, given) -> Path: # `given`: a dict that may hold image inputs
     "The path for this model and batch; says once why it is not the first."
     extras = tuple(name for name in IMAGE_INPUTS if given.get(name) is not None)
+    if getattr(trainer, "use_liger_kernel", False): return Path("trl", "use_liger_kernel=True was chosen") # TRL up to 1.14
     path = choose_path(model, getattr(trainer.args, "step", "packed"), extras, bool(given.get("compute_aux_loss")))
     if path.reason and "was chosen" not in path.reason: say(f"the step takes the path '{path.name}': {path.reason}.")
     return path

@@ -1,7 +1,7 @@
 // All charts of a run in one widget. The kernel sends rows (a step and one float32 per column) with the offset at which they
 // belong; rows that do not fit are answered by a request for everything. Left out on purpose: arithmetic on metrics. What is
 // drawn is what was logged, and a smoothing line.
-const LIMIT = 2000, REDRAW_MS = 300, WEIGHT = 0.9;
+const LIMIT = 2000, WEIGHT = 0.9, CHANGE = "#c9962e";
 const SHARED = Symbol.for("grpo_nb.plotly");
 
 // ---- plotly, unpacked once per page ------------------------------------------------------------------------------------
@@ -30,6 +30,7 @@ class Store {
   constructor() { this.listeners = new Set(); this.reset({ version: -1, columns: [], charts: [] }, 0); }
   reset(meta, at) {
     this.meta = meta; this.at = at; this.x = []; this.y = meta.columns.map(() => []); this.s = meta.columns.map(() => []);
+    this.marks = [...(meta.marks ?? [])];
     this.ema = meta.columns.map(() => [0, 0]); this.generation = (this.generation ?? 0) + 1;
   }
   push(view) {
@@ -54,6 +55,10 @@ class Store {
       if (message.at + message.n <= this.at) return true;
       if (message.at < this.at) return false;
       this.push(view); this.at += message.n;
+    } else if (message.kind === "mark") {
+      if (message.i > this.marks.length) return false;
+      if (message.i < this.marks.length) return true;
+      this.marks.push(message.mark);
     }
     this.listeners.forEach(listener => listener());
     return true;
@@ -103,26 +108,27 @@ class Card {
     this.el = make("div", "card");
     this.title = make("span"); this.value = make("span", "value");
     const head = make("div", "head"); head.append(this.title, this.value);
-    this.legend = make("div", "legend"); this.plot = make("div", "plot"); this.empty = make("div", "empty");
-    const body = make("div", "body"); body.append(this.plot, this.empty);
+    this.legend = make("div", "legend"); this.plot = make("div", "plot"); this.empty = make("div", "empty"); this.flags = make("div", "flags");
+    const body = make("div", "body"); body.append(this.plot, this.flags, this.empty);
     this.el.append(head, this.legend, body);
   }
   get spec() { return this.view.store.meta.charts[this.index]; }
   get log() { return this.view.options.log || this.spec.log; }
+  get smooth() { return this.view.options.smooth && !this.spec.raw; }
 
   traces() { // what each plotly trace takes from the rows
-    const { store, options } = this.view, out = [];
+    const { store } = this.view, smooth = this.smooth, out = [];
     for (const s of this.spec.series) {
       const values = i => store.y[s.column][i], smoothed = i => store.s[s.column][i];
       if (s.role === "main") {
         if (s.band >= 0) {
-          const half = i => Number.isFinite(store.y[s.band][i]) ? store.y[s.band][i] : 0, mid = options.smooth ? smoothed : values;
+          const half = i => Number.isFinite(store.y[s.band][i]) ? store.y[s.band][i] : 0, mid = smooth ? smoothed : values;
           const edge = { mode: "lines", line: { width: 0 }, hoverinfo: "skip" };
           out.push({ s, of: i => mid(i) - half(i), style: edge });
           out.push({ s, of: i => mid(i) + half(i), style: { ...edge, fill: "tonexty", fillcolor: faded(s.colour, 0.13) } });
         }
         const solid = { mode: "lines", line: { color: s.colour, width: 2 }, name: plain(s.label) };
-        if (!options.smooth) out.push({ s, of: values, style: solid });
+        if (!smooth) out.push({ s, of: values, style: solid });
         else {
           out.push({ s, of: values, style: { mode: "lines", line: { color: faded(s.colour, 0.3), width: 1 }, name: plain(s.label) } });
           out.push({ s, of: smoothed, style: { ...solid, name: "smoothed", hoverinfo: "skip" } });
@@ -130,7 +136,7 @@ class Card {
       } else {
         const style = { mode: "lines", line: { color: s.colour, width: 1.1, dash: s.role === "share" ? "dot" : "solid" }, name: plain(s.label) };
         if (s.role === "share") style.yaxis = "y2";
-        out.push({ s, of: options.smooth ? smoothed : values, style });
+        out.push({ s, of: smooth ? smoothed : values, style });
       }
     }
     return out;
@@ -139,15 +145,40 @@ class Card {
     const ink = this.view.ink, grid = faded(ink, 0.1), share = parts.some(p => p.s.role === "share");
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { size: 10, color: faded(ink, 0.7) }, fixedrange: false, automargin: false };
     return {
-      margin: { l: 38, r: share ? 34 : 8, t: 8, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      shapes: this.shapes(), margin: { l: 38, r: share ? 34 : 8, t: 12, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       font: { size: 11, color: ink }, hovermode: "x unified", hoverdistance: 40, dragmode: "zoom", uirevision: "keep",
       hoverlabel: { bgcolor: this.view.paper, bordercolor: faded(ink, 0.25), font: { size: 11, color: ink }, namelength: -1 },
       xaxis: { ...axis, showgrid: false, spikecolor: faded(ink, 0.45), spikethickness: -2, spikedash: "solid", nticks: 5, tickformat: "~s", hoverformat: ",d", unifiedhovertitle: { text: "step %{x:,d}" } },
-      yaxis: { ...axis, nticks: 5, type: this.log ? "log" : "linear", tickformat: this.log ? "~g" : "", hoverformat: ".4~g",
+      yaxis: { ...axis, nticks: 5, type: this.log ? "log" : "linear", rangemode: this.spec.zero ? "tozero" : "normal", tickformat: this.log ? "~g" : "", hoverformat: ".4~g",
                exponentformat: "e", ...(this.log ? { dtick: "D2" } : {}) },
       ...(share ? { yaxis2: { ...axis, overlaying: "y", side: "right", range: [0, 1.02], tickvals: [0, 0.5, 1], tickformat: ".0%",
                               hoverformat: ".0%", showgrid: false, fixedrange: true } } : {}),
     };
+  }
+  shapes() { // a line over the whole height for a change, a tick at the foot for a pause or a checkpoint
+    const { marks, x } = this.view.store, first = x[0], last = x[x.length - 1], ink = this.view.ink;
+    return marks.filter(m => m[0] >= first - 1 && m[0] <= last + 1).map(([step, , kind]) => {
+      const at = Math.min(Math.max(step, first), last), change = kind === "change";
+      return { type: "line", xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: change ? 1 : 0.04, layer: "below",
+               line: { color: change ? CHANGE : faded(ink, 0.6), width: change ? 1 : 1.5, dash: change ? "3px,2px" : "solid" } };
+    });
+  }
+  place() { // the flags: where the pointer finds out what a mark is
+    const layout = this.plot._fullLayout, axis = layout?.xaxis, { marks, x } = this.view.store;
+    if (!axis || this.plot.hidden) { this.flags.replaceChildren(); return; }
+    const seen = marks.filter(m => m[0] >= x[0] - 1 && m[0] <= x[x.length - 1] + 1);
+    while (this.flags.children.length > seen.length) this.flags.lastChild.remove();
+    while (this.flags.children.length < seen.length) {
+      const flag = make("div", "flag"); flag.tabIndex = 0; flag.append(make("span", "tip")); this.flags.append(flag);
+    }
+    seen.forEach(([step, text, kind], i) => {
+      const flag = this.flags.children[i], at = Math.min(Math.max(step, x[0]), x[x.length - 1]), left = axis.l2p(at);
+      flag.hidden = left < -1 || left > axis._length + 1;
+      flag.style.left = `${layout._size.l + left}px`;
+      flag.style.top = kind === "change" ? "0" : `${layout._size.t + layout._size.h - 8}px`;
+      flag.dataset.kind = kind; flag.dataset.side = left > axis._length / 2 ? "left" : "right";
+      flag.firstChild.textContent = `step ${step.toLocaleString()}: ${text}`; flag.setAttribute("aria-label", flag.firstChild.textContent);
+    });
   }
   heading() {
     const { store } = this.view, main = this.spec.series.find(s => s.role === "main") ?? this.spec.series[0];
@@ -174,7 +205,7 @@ class Card {
     this.heading();
     const parts = this.traces(), any = parts.some(p => store.y[p.s.column].some(Number.isFinite));
     this.plot.hidden = !any; this.empty.hidden = any; this.legend.hidden = false;
-    if (!any) { this.legend.replaceChildren(); this.empty.textContent = rows ? this.spec.empty : "waiting for the first step"; this.generation = -1; return; }
+    if (!any) { this.legend.replaceChildren(); this.flags.replaceChildren(); this.empty.textContent = rows ? this.spec.empty : "waiting for the first step"; this.generation = -1; return; }
     if (!this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out yet: the resize observer calls again
     if (force || this.generation !== store.generation || this.points > LIMIT) {
       this.labels();
@@ -189,7 +220,9 @@ class Card {
         this.listening = true;
         this.plot.on("plotly_hover", event => this.view.hover(this, event));
         this.plot.on("plotly_unhover", () => this.view.hover(this, null));
+        this.plot.on("plotly_afterplot", () => this.place()); // zoomed, resized or redrawn
       }
+      this.marked = store.marks.length; this.place();
     } else if (rows > this.drawn) {
       if (this.drawn < 2) { this.generation = -1; return this.draw(true); } // a single point had a marker
       const x = [], y = [], which = [];
@@ -200,6 +233,7 @@ class Card {
       this.points += Math.max(0, ...x.map(v => v.length)); this.drawn = rows;
       if (which.length) await Plotly.extendTraces(this.plot, { x, y }, which);
     }
+    if (this.marked !== store.marks.length) { this.marked = store.marks.length; await Plotly.relayout(this.plot, { shapes: this.shapes() }); }
   }
   resize() {
     const size = `${this.plot.clientWidth}x${this.plot.clientHeight}`;
@@ -208,13 +242,63 @@ class Card {
   }
 }
 
+// ---- files -------------------------------------------------------------------------------------------------------------
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob); link.download = name;
+  document.body.append(link); link.click(); link.remove();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+function toCsv(store) { // float32, so seven digits
+  const cell = v => Number.isFinite(v) ? String(Number(v.toPrecision(7))) : "", quoted = v => /[",\n]/.test(v) ? `"${v.replaceAll('"', '""')}"` : v;
+  const lines = [["step", ...store.meta.columns.map(quoted)].join(","), ...store.x.map((x, i) => [x, ...store.y.map(y => cell(y[i]))].join(","))];
+  return new Blob([lines.join("\n") + "\n"], { type: "text/csv" });
+}
+async function toPng(view) {
+  const { Plotly, cards, root } = view, box = root.getBoundingClientRect(), scale = 2, pad = 16;
+  const canvas = document.createElement("canvas"), pen = canvas.getContext("2d"), top = view.grid.getBoundingClientRect().top;
+  canvas.width = (box.width + 2 * pad) * scale; canvas.height = (box.bottom - top + 2 * pad) * scale;
+  pen.scale(scale, scale); pen.fillStyle = view.paper; pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.translate(pad - box.left, pad - top); pen.textBaseline = "middle";
+  for (const card of cards) {
+    for (const el of card.el.querySelectorAll(".grpo-nb-head span, .grpo-nb-legend i, .grpo-nb-legend span, .grpo-nb-empty")) {
+      if (el.hidden) continue;
+      const at = el.getBoundingClientRect(), style = getComputedStyle(el), middle = at.top + at.height / 2, empty = el === card.empty;
+      if (el.tagName === "I") { // a swatch
+        pen.globalAlpha = Number(style.opacity);
+        pen.fillStyle = pen.strokeStyle = el.classList.contains("grpo-nb-band") ? style.backgroundColor : style.borderTopColor;
+        if (el.classList.contains("grpo-nb-band")) pen.fillRect(at.left, at.top, at.width, at.height);
+        else { pen.lineWidth = 2; pen.setLineDash(style.borderTopStyle === "dotted" ? [2, 2] : []); pen.beginPath(); pen.moveTo(at.left, middle); pen.lineTo(at.right, middle); pen.stroke(); }
+        pen.globalAlpha = 1; pen.setLineDash([]); continue;
+      }
+      pen.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`; pen.fillStyle = view.ink; pen.textAlign = empty ? "center" : "left";
+      const swatch = el.querySelector("i")?.getBoundingClientRect();
+      pen.fillText(el.textContent, empty ? at.left + at.width / 2 : swatch ? swatch.right + 5 : at.left, middle);
+    }
+    if (card.generation < 0) continue;
+    const at = card.plot.getBoundingClientRect(), image = new Image();
+    image.src = await Plotly.toImage(card.plot, { format: "png", width: at.width, height: at.height, scale });
+    await image.decode();
+    pen.drawImage(image, at.left, at.top, at.width, at.height);
+  }
+  return new Promise(done => canvas.toBlob(done, "image/png"));
+}
+function toPage(view, template) {
+  const { store, model } = view, width = store.y.length + 1, rows = new Float32Array(store.x.length * width);
+  store.x.forEach((x, i) => { rows[i * width] = x; store.y.forEach((y, c) => { rows[i * width + 1 + c] = y[i]; }); });
+  const base64 = bytes => { let text = ""; for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192)); return btoa(text); };
+  const data = { meta: { ...store.meta, marks: store.marks }, at: store.at, rows: base64(new Uint8Array(rows.buffer)), plotly: base64(bytesOf(model.get("_plotly"))) };
+  const parts = { title: "Training run", css: model.get("_css"), js: model.get("_esm"), data: JSON.stringify(data).replaceAll("<", "\\u003c"), static: "These charts need JavaScript." };
+  return new Blob([template.split(/\$(title|css|js|data|static)\b/).map((part, i) => i % 2 ? parts[part] : part).join("")], { type: "text/html" });
+}
+
 // ---- the view ----------------------------------------------------------------------------------------------------------
 class View {
   constructor(el, model, store) {
     this.store = store; this.model = model; this.cards = []; this.options = { smooth: true, log: false };
     this.root = make("div"); this.root.className = "grpo-nb";
     const bar = make("div", "bar"); this.step = make("span", "step");
-    bar.append(this.step, this.toggle("smooth", "smooth"), this.toggle("log", "log scale"));
+    bar.append(this.step, this.toggle("smooth", "smooth"), this.toggle("log", "log scale"), this.files());
     this.grid = make("div", "grid"); this.root.append(bar, this.grid); el.append(this.root);
     this.listener = () => this.later(); store.listeners.add(this.listener);
     this.sizes = new ResizeObserver(() => this.arrange()); this.sizes.observe(this.root);
@@ -230,6 +314,24 @@ class View {
     box.addEventListener("change", () => { this.options[name] = box.checked; this.later(true); });
     label.append(box, document.createTextNode(text));
     return label;
+  }
+  files() {
+    const group = make("span", "files");
+    const page = this.model.get("_page");
+    const kinds = [["PNG", "the charts as a picture", () => toPng(this)], ["CSV", "the numbers that these charts show", () => toCsv(this.store)],
+                   ...(page ? [["HTML", "the charts as a page that needs nothing else", () => toPage(this, page)]] : [])];
+    for (const [name, hint, make_] of kinds) {
+      const button = document.createElement("button");
+      button.type = "button"; button.textContent = name; button.title = `Save ${hint}`;
+      button.addEventListener("click", async () => {
+        button.disabled = true;
+        try { save(await make_(), `charts-step-${this.store.x.at(-1) ?? 0}.${name.toLowerCase()}`); }
+        catch (error) { this.step.textContent = `${name} could not be saved: ${error}`; }
+        button.disabled = false;
+      });
+      group.append(button);
+    }
+    return group;
   }
   theme() { // true where the colours have changed
     const canvas = document.createElement("canvas").getContext("2d");
@@ -252,10 +354,11 @@ class View {
     this.cards.forEach(card => card.resize());
     if (this.cards.some(card => card.generation < 0)) this.later();
   }
-  later(force) { // at most one redraw every REDRAW_MS
+  later(force) { // at most eight redraws a second, and a third of the time is left to the rest of the page
     this.force ||= force;
     if (this.timer || this.closed) return;
-    const wait = force ? 0 : Math.max(0, (this.last ?? 0) + REDRAW_MS - performance.now());
+    const pause = Math.min(Math.max(1.5 * (this.took ?? 0), 120), 1000);
+    const wait = force ? 0 : Math.max(0, (this.last ?? 0) + pause - performance.now());
     this.timer = setTimeout(() => requestAnimationFrame(() => this.draw()), wait);
   }
   async draw() {
@@ -269,8 +372,8 @@ class View {
       while (this.cards.length > meta.charts.length) this.cards.pop().el.remove();
       if (this.Plotly) { this.arrangeOnce(); for (const card of this.cards) await card.draw(force); }
     } catch (error) { console.error("grpo_nb charts:", error); }
-    this.timer = undefined;
-    if (this.force || this.cards.some(card => card.generation >= 0 && card.drawn < this.store.x.length)) this.later(this.force);
+    this.timer = undefined; this.took = performance.now() - this.last;
+    if (this.force || this.cards.some(card => card.generation >= 0 && (card.drawn < this.store.x.length || card.marked !== this.store.marks.length))) this.later(this.force);
   }
   arrangeOnce() { if (this.count !== this.cards.length) { this.count = this.cards.length; this.arrange(); } }
   hover(from, event) { // the same step in every chart

@@ -1,0 +1,154 @@
+"""An engine in TRL's trainers: the same completions where the old ones were, tools, and a way back."""
+import pytest
+import torch
+from datasets import Dataset
+from parity import VOCAB, tiny, tokenizer
+
+from grpo_nb.engines.base import EngineError
+from grpo_nb.events import said
+from grpo_nb.patch.core import PatchSet
+from grpo_nb.rl import rollout
+from grpo_nb.rl.rollout import check_engine, elsewhere, engine_patches
+
+PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rloo_trainer:RLOOTrainer"}
+
+
+def trainer_of(algorithm, tmp_path, model=None, engine="auto", tok=None, prompts="w3 w4|w5 w6 w7|w8|w9 w10", reward=None, **more):
+    import trl
+
+    config = dict(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True,
+                  report_to=[], gradient_checkpointing=False, max_steps=2, save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0)
+    kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
+    args = kinds[0](**{**config, **{k: v for k, v in more.items() if k != "tools"}})
+    args.engine = engine
+    data = Dataset.from_list([{"prompt": p} for p in prompts.split("|")] if isinstance(prompts, str) else prompts)
+    reward = reward or (lambda completions, **_: [float(len(set(c.split()))) for c in completions])
+    extra = {"tools": more["tools"]} if "tools" in more else {}
+    return kinds[1](model=model or tiny(), reward_funcs=reward, args=args, train_dataset=data, processing_class=tok or tokenizer(), **extra)
+
+
+def turn(trainer, prompts):
+    "One call as TRL itself makes it, which differs between versions."
+    method = type(trainer)._generate_single_turn
+    code = getattr(method, "__wrapped__", method).__code__
+    names = code.co_varnames[:code.co_argcount]
+    return trainer._generate_single_turn(prompts, None, {}, *([4] if "num_generations" in names else []))
+
+
+@pytest.fixture(params=PATHS)
+def patched(request):
+    with PatchSet(engine_patches(PATHS[request.param])): yield request.param
+
+
+def test_the_same_completions_in_the_same_places(patched, tmp_path):
+    "Equal prompts anywhere in the batch, greedy, against TRL's own path."
+    trainer = trainer_of(patched, tmp_path, generation_kwargs=dict(do_sample=False))
+    prompts = [[3, 4], [5, 6, 7], [3, 4], [9], [5, 6, 7], [9], [9], [3, 4]]
+    ours = turn(trainer, prompts)
+    trainer.args.engine = "hf"
+    assert turn(trainer, prompts) == ours
+    assert len(trainer._grpo_nb_rollouts.prompts) == 3
+
+
+@pytest.mark.parametrize("engine", ["auto", "inplace"])
+def test_training(patched, engine, tmp_path, monkeypatch):
+    "The weights that a step has changed are those of the next sampling."
+    trainer, states = trainer_of(patched, tmp_path, engine=engine), []
+    real = rollout.InPlace.generate
+
+    def generate(self, *args):
+        states.append(self.model.lm_head.weight.detach().clone())
+        return real(self, *args)
+
+    monkeypatch.setattr(rollout.InPlace, "generate", generate)
+    trainer.train()
+    assert len(states) == 2 and not torch.equal(*states) and trainer.model.training
+    assert not trainer._grpo_nb_engine._interrupted.is_set()
+
+
+def test_evaluation(patched, tmp_path):
+    trainer = trainer_of(patched, tmp_path, per_device_eval_batch_size=4)
+    trainer.eval_dataset = trainer.train_dataset
+    assert "eval_loss" in trainer.evaluate() and trainer._grpo_nb_rollouts.tokens
+
+
+def test_unknown_models_are_left_to_trl(patched, tmp_path, capsys):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    said.clear()
+    other = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                             eos_token_id=1, bos_token_id=None))
+    trainer_of(patched, tmp_path, model=other).train()
+    assert capsys.readouterr().out.count("TRL's own path: GPTNeoXForCausalLM is none of the shapes") == 1
+
+
+def test_settings_that_are_not_known_are_left_to_trl(tmp_path, capsys):
+    said.clear()
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, generation_kwargs=dict(suppress_tokens=[5]))
+        assert "suppress_tokens" in elsewhere(trainer, None)
+        found, _ = turn(trainer, [[3, 4]] * 8)
+    assert not any(5 in c for c in found) and not hasattr(trainer, "_grpo_nb_rollouts")
+
+
+def test_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, model=get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear")), generation_kwargs=dict(do_sample=False))
+        trainer.train()
+        ours = turn(trainer, [[3, 4], [5]] * 4)[0]
+        trainer.args.engine = "hf"
+        assert turn(trainer, [[3, 4], [5]] * 4)[0] == ours
+
+
+def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
+    from grpo_nb.engines import inplace
+    monkeypatch.setattr(inplace, "free_bytes", lambda device: 2000)
+    with PatchSet(engine_patches(PATHS["grpo"])), pytest.raises(EngineError, match="cache_tokens"): trainer_of("grpo", tmp_path).train()
+
+
+def test_the_field_is_checked():
+    for good in (dict(engine="auto"), dict(engine="auto", use_vllm=True), dict(engine="vllm", use_vllm=True), dict(engine="vllm-server", use_vllm=True, vllm_mode="server")):
+        check_engine(**good)
+    for bad, words in ((dict(engine="vlm"), "Did you mean 'vllm'"), (dict(engine="inplace", use_vllm=True), "contradict"), (dict(engine="vllm"), "needs use_vllm=True"),
+                       (dict(engine="vllm", use_vllm=True, vllm_mode="server"), "contradict")):
+        with pytest.raises(ValueError, match=words): check_engine(**bad)
+
+
+TOOL_TEMPLATE = ("{% for m in messages %}{{ m['role'] }} {{ m['content'] or '' }} "
+                 "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }} {% endfor %}{% endfor %}")
+
+
+def test_tools(tmp_path, monkeypatch):
+    "Each completion calls a tool once, and is sampled on with the answer in its prompt."
+    import trl.trainer.grpo_trainer as theirs
+
+    if not hasattr(theirs, "parse_response"): pytest.skip("this TRL has its parser elsewhere")
+    turns, calls = [], []
+
+    def double(number: int) -> int:
+        """Double a number.
+
+        Args:
+            number: the number
+        """
+        calls.append(number)
+        return 2 * number
+
+    def parse(tok, ids, **_):
+        turns.append(1)
+        call = {"type": "function", "function": {"name": "double", "arguments": {"number": 3}}}
+        return {"role": "assistant", "content": "w3", **({"tool_calls": [call]} if len(turns) <= 8 else {})}
+
+    real = rollout.InPlace.generate
+    sizes = []
+    monkeypatch.setattr(theirs, "parse_response", parse)
+    monkeypatch.setattr(rollout.InPlace, "generate", lambda self, prompts, n, s: sizes.append((len(prompts), sum(n))) or real(self, prompts, n, s))
+    tok = tokenizer()
+    tok.chat_template, tok.response_schema = TOOL_TEMPLATE, {"type": "object"}
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        monkeypatch.setattr(theirs.GRPOTrainer, "_get_tool_suffix_ids", lambda self, messages: [4, 5])
+        trainer = trainer_of("grpo", tmp_path, tok=tok, tools=[double], prompts=[{"prompt": [{"role": "user", "content": f"w{i} w5"}]} for i in (6, 7)], max_steps=1,
+                             reward=lambda completions, **_: [float(i) for i in range(len(completions))], max_completion_length=24)
+        trainer.train()
+    assert calls == [3] * 8 and sizes[0] == (2, 8) and len(sizes) == 2 and sizes[1][1] >= 1
