@@ -314,3 +314,14 @@ def test_triton_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_a_copy_of_an_installed_model_runs_its_own_weights():
+    from grpo_nb.rl.forward import install, uninstall
+    model = tiny("llama")
+    install(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters(): p.zero_()
+        assert twin(input_ids=torch.tensor([[1, 2, 3]])).logits.abs().max() == 0
+    uninstall(model)

@@ -74,16 +74,16 @@ def install(model:nn.Module # possibly wrapped
     base = causal_lm(model)
     if getattr(base.forward, "_grpo_nb_pack", False): return
     fuse(base)
-    inner = base.forward
+    wrapped = base.__dict__.get("forward") # by Accelerate, where it casts
 
     @wraps(type(base).forward)
     def forward(self, *args, pack=None, **kwargs):
-        if pack is None: return inner(*args, **kwargs)
+        if pack is None: return wrapped(*args, **kwargs) if wrapped else type(self).forward(self, *args, **kwargs)
         kwargs.pop("labels", None)
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
         return score(self, hidden.reshape(-1, hidden.shape[-1])[pack.predict], pack)
 
-    forward._grpo_nb_pack = base.__dict__.get("forward", True) # what stood on the instance; True: nothing
+    forward._grpo_nb_pack = wrapped or True # what stood on the instance; True: nothing
     base.forward = MethodType(forward, base)
     installed.add(base)
 

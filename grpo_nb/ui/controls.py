@@ -19,8 +19,8 @@ from .view import Later, View, css
 ACTIONS = { # state: the buttons that can be pressed
     "idle": ("start",), "busy": (), "ready": ("start",), "running": ("pause", "stop", "save"), "paused": ("resume", "stop", "save"),
     "stopped": ("go on", "start"), "failed": ("go on", "start"), "finished": ("start",)}
-BUTTONS = {"start": "train with these settings", "pause": "wait after this step", "resume": "go on", "stop": "end after this step and leave a checkpoint",
-           "save": "write a checkpoint after this step", "go on": "go on from the last checkpoint"}
+BUTTONS = {"go on": "go on from the last checkpoint", "start": "train with these settings", "pause": "wait after this step", "resume": "go on", "stop": "end after this step and leave a checkpoint",
+           "save": "write a checkpoint after this step"}
 KEPT = 200 # notes that are kept
 
 class RunControls(View):
@@ -115,7 +115,7 @@ def _make(self):
     import ipywidgets as w
     self._status, self._said, self._notes = w.HTML(), w.HTML(), w.HTML()
     for action, says in BUTTONS.items():
-        self._buttons[action] = b = w.Button(description=action.capitalize(), tooltip=says, layout=dict(width="auto"))
+        self._buttons[action] = b = w.Button(description=action.capitalize(), button_style="primary" if action in ("start", "go on", "resume") else "", tooltip=says, layout=dict(width="auto"))
         b.on_click(lambda _, action=action: self.press(action))
     bar = w.HBox(list(self._buttons.values()))
     bar.add_class("gnb-bar-row")
@@ -136,7 +136,7 @@ def _make_inputs(self):
         if name not in SETTINGS: continue
         each = {f"weight of {k}": (name, k) for k in value} if isinstance(value, dict) else {name: (name, None)}
         for label, key in each.items() if not isinstance(value, list) else ():
-            box = w.Text(description=label, continuous_update=False, style=dict(description_width="152px"), layout=dict(width="auto"))
+            box = w.Text(description=label, continuous_update=False, style=dict(description_width="176px"), layout=dict(width="auto"))
             box.observe(lambda change, key=key: self._typed(key, change["new"]), "value")
             self._inputs[key] = box
     self._live.children = list(self._inputs.values())
@@ -157,8 +157,7 @@ def _sync(self):
     if self._widget is None and not self._buttons: return
     state, run = self.state, self.run
     for action, button in self._buttons.items():
-        button.disabled = action not in ACTIONS.get(state, ())
-        button.layout.display = "none" if action == ("resume" if state != "paused" else "pause") or action == "go on" and "go on" not in ACTIONS.get(state, ()) else ""
+        button.layout.display = "" if action in ACTIONS.get(state, ()) else "none"
     self._buttons["start"].description = "Start" if run is None or state in ("ready", "idle") else "Start anew"
     self._said.value = f'<span class="gnb-problem">{visible(self.problem)}</span>' if self.problem else ""
     self._notes.value = self.notes_html()

@@ -381,7 +381,7 @@ def _text_page(self):
     "The page with code and YAML."
     import ipywidgets as w
     self._kind = w.Dropdown(options=list(TEXTS), layout=dict(width="190px"))
-    self._text, self._module = (w.Textarea(layout=dict(width="100%", height=h)) for h in ("380px", "150px"))
+    self._text, self._module = (w.Textarea(layout=dict(width="auto", height=h)) for h in ("380px", "150px"))
     self._read = w.Button(description="read back", tooltip="take up the settings of this text; it is read, not run")
     self._said, self._between = w.HTML(), w.HTML('<span class="gnb-says">grpo_rewards.py, beside the YAML file:</span>')
     self._kind.observe(lambda _: self._print(), "value")

@@ -6,9 +6,10 @@
 __all__ = ['CHOICES', 'RewardPanel', 'set_', 'options_of', 'values', 'made', 'rewards', 'problems', 'choices', 'own_source',
            'load', 'text', 'static_html']
 
-# %% ../../nbs/52c_ui.reward_panel.ipynb #56363116
+# %% ../../nbs/52c_ui.reward_panel.ipynb #3b6934e8
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from html import escape
 
@@ -172,15 +173,19 @@ def static_html(self) -> str: # HTML without scripts
     for n, s in self.state.items():
         if not s["on"]: continue
         options = ", ".join(f"{k}={v!r}" for k, v in s["options"].items())
-        note = f'<span class="gnb-problem">{visible(wrong[n])}</span>' if n in wrong else visible(_doc(self.functions[n]))
+        note = f'<span class="gnb-problem">{visible(wrong[n])}</span>' if n in wrong else _said(self.functions[n])
         rows.append(f'<tr><td class="gnb-new">{visible(n)}</td><td>{s["weight"]:g}</td><td>{visible(options)}</td><td>{note}</td></tr>')
     body = "".join(rows) or f'<tr><td colspan="4">{escape(wrong[""])}</td></tr>'
     return f'{css()}<div class="gnb gnb-panel"><table class="gnb-table"><tr><th>Reward</th><th>weight</th><th>options</th><th></th></tr>{body}</table></div>'
 
+def _said(function): # HTML: the sentence, with what stands in backticks as code
+    return re.sub("`([^`]+)`", r"<code>\1</code>", visible(_doc(function)))
+
 def _doc(function):
     "A reward's sentence."
     said = inspect.getdoc(function) if isinstance(function, Reward) or inspect.isroutine(function) else ""
-    return (said or "A reward of your own.").strip().splitlines()[0]
+    line = (said or "").strip().splitlines()[0] if said else ""
+    return line.removeprefix("Reward in TRL's signature: ").capitalize() if line.startswith("Reward in TRL's") else line or "A reward of your own."
 for f in (text, static_html): setattr(RewardPanel, f.__name__, f)
 
 # %% ../../nbs/52c_ui.reward_panel.ipynb #f1229302
@@ -251,7 +256,7 @@ def _finite(value):
 
 def _note(self, name, problem=""):
     "The sentence of a row."
-    said = f'<span class="gnb-problem">{visible(problem)}</span>' if problem else f'<span class="gnb-says">{visible(_doc(self.functions[name]))}</span>'
+    said = f'<span class="gnb-problem">{visible(problem)}</span>' if problem else f'<span class="gnb-says">{_said(self.functions[name])}</span>'
     self._rows[name]["note"].value = said
 
 def _sync(self):
