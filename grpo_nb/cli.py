@@ -40,6 +40,15 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
     step.add_argument("--json", action="store_true", help="only lines of JSON")
     step.set_defaults(run=_bench_step)
+    doctor = commands.add_parser("doctor", help="examine a run before it begins, in under two minutes", allow_abbrev=False)
+    doctor.add_argument("config", metavar="CONFIG.yaml", help="a file as `trl grpo --config` takes it")
+    doctor.add_argument("--prompts", type=int, default=8, help="how many to sample for; 0: none (default: %(default)s)")
+    doctor.add_argument("--seconds", type=float, default=110, help="that it may take (default: %(default)s)")
+    doctor.set_defaults(run=_doctor)
+    patches = commands.add_parser("patches", help="what is patched in the installed TRL, and what it saves", allow_abbrev=False)
+    patches.add_argument("algorithm", nargs="?", help="one of them (default: all)")
+    patches.add_argument("--json", action="store_true", help="print JSON")
+    patches.set_defaults(run=_patches)
     return top
 
 # %% ../nbs/55_cli.ipynb #2a97ef6a
@@ -101,7 +110,18 @@ def _bench_step(given) -> int: # the exit code
         print(report(bench_step(name, given.device, given.repeats, given.max_tokens_per_pack), given.json), flush=True)
     return 0
 
-# %% ../nbs/55_cli.ipynb #8bad8f86
+# %% ../nbs/55_cli.ipynb #6c4b8ad3
+def _doctor(given) -> int: # the exit code: 0, 1 where a finding is an error, 2 for a file that cannot be used
+    "Examine a run."
+    from grpo_nb.doctor import main
+    return main(given)
+
+def _patches(given) -> int: # the exit code: 0, 1 where a patch does not fit, 2 for an unknown algorithm
+    "Print the table of patches."
+    from grpo_nb.rl.table import main
+    return main(given)
+
+# %% ../nbs/55_cli.ipynb #f3d5d3df
 def main(argv=None, # the arguments; None: those of the process
          ) -> int: # the exit code
     "The command `grpo-nb`."

@@ -1,11 +1,8 @@
 """DPO, KTO, CPO, ORPO and BCO: TRL's losses on log-probs from packs are TRL's losses. Runs under every TRL from 1.12."""
 import copy
 import importlib
-import os
 import warnings
 from importlib.metadata import version
-
-if version("trl").startswith("1.15."): os.environ.setdefault("TRITON_INTERPRET", "1") # its head is a Triton kernel alone: on a CPU, interpreted
 
 import pytest
 import torch
@@ -122,6 +119,24 @@ def compare(trainer, batch, algorithm, chunks=(-1, 3), skip=()):
             same(stock, measure(trainer, batch), skip)
     trainer.args.unsloth_num_chunks = -1
     return stock
+
+
+class PlainHead:
+    "The head of TRL 1.15, which is a Triton kernel alone and cannot run on a CPU, as the line of PyTorch that it equals."
+    @staticmethod
+    def apply(hidden, weight, bias, labels, temperature, chunk_size, softcap, scale, outputs):
+        z = torch.nn.functional.linear(hidden, weight, bias) * scale
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+        every = z.log_softmax(-1)
+        own, still = every.gather(-1, labels[:, None])[:, 0], every.detach()
+        return own, -(still.exp() * still).sum(-1), (2 * still).logsumexp(-1), z.detach().mean(-1), still.argmax(-1) == labels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def head():
+    with pytest.MonkeyPatch.context() as patched:
+        if version("trl").startswith("1.15."): patched.setattr("trl.trainer.utils._ChunkedLogProbFunction", PlainHead)
+        yield
 
 
 @pytest.fixture(autouse=True)
