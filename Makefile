@@ -44,15 +44,15 @@ test: setup
 	$(BIN)/nbdev-test --n-workers 2 --do-print --file-re '^1[34]'
 	$(BIN)/python tools/checks.py docs
 	$(BIN)/pytest -n 2
-	$(MAKE) test-trl TRL=1.12.0 TRL_MARKS="not thorough"
+	$(MAKE) test-trl TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'
 
 # The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
-# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, without the longest of these tests.
+# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list.
 TRL       ?= 1.12.0
-TRL_TESTS ?= tests/test_trl_versions.py tests/test_rl_patch.py tests/test_parity.py tests/test_seed.py
-TRL_MARKS ?= not slow and not gpu and not browser
+TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
+TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py xpo.py run.py seed.py)
 test-trl: setup
-	@folder=$$($(BIN)/python tools/trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 -m "$(TRL_MARKS)" $(TRL_TESTS)
+	@folder=$$($(BIN)/python tools/trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(TRL_TESTS)
 
 test-fast: setup
 	$(BIN)/pytest -n 2 -x

@@ -1,13 +1,9 @@
-"""The engines against each other, from a source tree: the same as `grpo-nb bench rollout`, with the same options."""
-import argparse
+"""Hugging Face's generate against the engines, from a source tree: the same as `grpo-nb bench rollout`, with the same options."""
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo_nb.bench_rollout import arguments, main
+from grpo_nb.cli import main
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    arguments(parser)
-    sys.exit(main(parser.parse_args()))
+if __name__ == "__main__": sys.exit(main(["bench", "rollout", *sys.argv[1:]]))

@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
     step.add_argument("--json", action="store_true", help="only lines of JSON")
     step.set_defaults(run=_bench_step)
+    rollout = kinds.add_parser("rollout", help="sampling: Hugging Face generate and the engines, in turns", allow_abbrev=False)
+    rollout.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    rollout.add_argument("--shape", nargs="*", help="shapes of grpo_nb.bench_rollout.ROLLOUTS (default: the device's)")
+    rollout.add_argument("--engine", nargs="*", help="of hf, continuous and inplace (default: the device's)")
+    rollout.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
+    rollout.add_argument("--json", action="store_true", help="only lines of JSON")
+    rollout.set_defaults(run=_bench_rollout)
     doctor = commands.add_parser("doctor", help="examine a run before it begins, in under two minutes", allow_abbrev=False)
     doctor.add_argument("config", metavar="CONFIG.yaml", help="a file as `trl grpo --config` takes it")
     doctor.add_argument("--prompts", type=int, default=8, help="how many to sample for; 0: none (default: %(default)s)")
@@ -110,7 +117,13 @@ def _bench_step(given) -> int: # the exit code
         print(report(bench_step(name, given.device, given.repeats, given.max_tokens_per_pack), given.json), flush=True)
     return 0
 
-# %% ../nbs/55_cli.ipynb #6c4b8ad3
+# %% ../nbs/55_cli.ipynb #26752a43
+def _bench_rollout(given) -> int: # the exit code
+    "Measure the engines."
+    from grpo_nb.bench_rollout import main
+    return main(given)
+
+# %% ../nbs/55_cli.ipynb #35dc5704
 def _doctor(given) -> int: # the exit code: 0, 1 where a finding is an error, 2 for a file that cannot be used
     "Examine a run."
     from grpo_nb.doctor import main
@@ -121,7 +134,7 @@ def _patches(given) -> int: # the exit code: 0, 1 where a patch does not fit, 2 
     from grpo_nb.rl.table import main
     return main(given)
 
-# %% ../nbs/55_cli.ipynb #f3d5d3df
+# %% ../nbs/55_cli.ipynb #f9b908f2
 def main(argv=None, # the arguments; None: those of the process
          ) -> int: # the exit code
     "The command `grpo-nb`."

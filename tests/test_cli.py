@@ -107,3 +107,21 @@ def test_the_demo_learns(seed):
                           capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(RESULT) and found["accuracy_before"] <= 0.5 and found["accuracy_after"] >= 0.9
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["patches", "dop"], ["'dop'", "Did you mean 'dpo'?"]),
+    (["doctor", "no_such.yaml"], ["no_such.yaml"]),
+    (["bench", "rollout", "--engine", "vlm"], ["'vlm'", "inplace"]),
+], ids=" ".join)
+def test_commands_that_look_name_what_is_wrong(capsys, argv, words):
+    code, out, err = call(capsys, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("grpo-nb"), err
+    for word in words: assert word in err
+
+
+def test_patches_as_json(capsys):
+    code, out, _ = call(capsys, "patches", "grpo", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["trl"] and {row["algorithm"] for row in found["patches"]} == {"grpo"}
+    assert {row["state"] for row in found["patches"]} == {"off"}

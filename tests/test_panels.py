@@ -225,3 +225,59 @@ def test_static_form_names_every_row(folder):
     html = panel.static_html()
     assert all(name in html for name in rows()) and "<script" not in html and "Estimated peak memory" in html
     assert "beta" in panel.text() and "0.04" in panel.text()
+
+
+# ---- the studio, without a front end
+
+def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
+    "Every page is made, a run is started, paused, changed, resumed and stopped by its buttons."
+    from grpo_nb import studio
+    model, tokenizer, task = loaded
+    s = studio(model, tokenizer, task.train, {task.reward: 1.0, brief: 0.5}, dict(
+        output_dir=str(tmp_path), max_steps=500, num_generations=4, per_device_train_batch_size=8, max_completion_length=4, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-3))
+    for page in ("Settings", "Doctor", "Completions", "Lab", "Run"): s.open(page)
+    s.settings.set(temperature=0)
+    s.controls.press("start")
+    assert s.run is None and "temperature" in s.controls.problem
+    s.settings.set(temperature=1)
+    s.controls._start = lambda: s.start(background=True)
+    s.controls.press("start")
+
+    def until(condition):
+        end = time.monotonic() + 90
+        while not condition():
+            assert time.monotonic() < end, (s.run.state, s.controls.problem)
+            time.sleep(0.02)
+    until(lambda: s.run.step >= 2)
+    s.controls.press("pause")
+    until(lambda: s.run.state == "paused")
+    s.controls._typed(("learning_rate", None), "5e-4")
+    s.controls._typed(("reward_weights", "brief"), "2")
+    until(lambda: s.run.settings["learning_rate"] == 5e-4 and s.run.settings["reward_weights"]["brief"] == 2)
+    s.controls._typed(("temperature", None), "-1")
+    assert "above 0" in s.controls.problem
+    s.controls.press("resume")
+    at = s.run.step
+    until(lambda: s.run.step > at + 1)
+    s.controls.press("stop")
+    s.wait(60)
+    assert s.run.state == "stopped" and s.run.checkpoint and len(s.completions) and any("learning_rate" in said for _, _, said in s.controls.notes)
+    assert s.run.events.failures == 0
+    html = s.static_html()
+    assert "<script" not in html and "<svg" in html and "stopped" in html
+    with pytest.raises(ValueError, match="no reward is on"):
+        for name in list(s.rewards.state): s.rewards.set(name, on=False)
+        s._lab = s._lab_made = None
+        s.lab.probe()
+
+
+def test_a_failing_view_does_not_stop_training(tmp_path, loaded):
+    from grpo_nb import studio
+    model, tokenizer, task = loaded
+    s = studio(model, tokenizer, task.train, task.reward, dict(output_dir=str(tmp_path), max_steps=3, num_generations=4, per_device_train_batch_size=8, max_completion_length=4,
+                                                               gradient_checkpointing=False, save_strategy="no"))
+    def broken(*_): raise OSError("the browser is gone")
+    s.controls._heard = broken
+    s._status_html = broken
+    s.start(background=True).wait(120)
+    assert s.run.state == "finished" and s.run.step == 3

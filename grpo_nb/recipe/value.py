@@ -209,7 +209,7 @@ def segments(text:str, # Python
 
 def statements(text:str) -> str:
     "Python with one blank line between its top-level statements, and two around functions; comments between them go."
-    out = ""
+    out, was = "", False
     for node, part in segments(text):
         block = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
         out += (("\n\n\n" if block or was else "\n") if out else "") + part

@@ -212,8 +212,10 @@ LiveCharts._new_marks, LiveCharts._update = _new_marks, _update
 
 # %% ../../nbs/51_ui.charts.ipynb #890531cf
 # One of the two is shown: the picture gives way to the widget, and the notice of a widget that is gone gives way to the picture.
-_HIDE = ('<style>.jp-OutputArea-child:has(.grpo-nb)+.jp-OutputArea-child:has(.grpo-nb-static){display:none}'
-         '.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.grpo-nb)):has(+.jp-OutputArea-child .grpo-nb-static){display:none}</style>')
+# The first rule takes JupyterLab's frame of the output away too; the second holds in every front end, whatever its outputs are called.
+def _hide(mark): return ('<style>.jp-OutputArea-child:has(.grpo-nb)+.jp-OutputArea-child:has(.grpo-nb-static){display:none}'
+                         f'body:has(.{mark}) .grpo-nb-static.for-{mark}{{display:none}}'
+                         '.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.grpo-nb)):has(+.jp-OutputArea-child .grpo-nb-static){display:none}</style>')
 
 def panels(self) -> list: # of grpo_nb.ui.svg.Panel
     "The charts as they stand, for a picture."
@@ -240,13 +242,15 @@ def _static(self):
     caption = f"step {number(self._steps[-1])}; lines are smoothed, the faint one is not" if self._steps else ""
     changes = [f"after step {m.step:g}: {m.text}" for m in self.marks if m.kind == "change"]
     if changes: caption += ". Changed " + "; ".join((["…"] if len(changes) > 4 else []) + changes[-4:])
-    return f'<div class="grpo-nb-static">{_HIDE if self.mode == "widget" else ""}{page(self.panels(), caption)}</div>'
+    if self.mode != "widget": return f'<div class="grpo-nb-static">{page(self.panels(), caption)}</div>'
+    return f'<div class="grpo-nb-static for-{self._mark}">{_hide(self._mark)}{page(self.panels(), caption)}</div>'
 
 def _summary(self):
     "One line about the latest row."
     row = self.history[-1] if self._steps else None
     return "LiveCharts: " + (self._line(row.pop("step"), row) if row else "no steps yet")
 LiveCharts._static, LiveCharts._summary = _static, _summary
+LiveCharts._mark = property(lambda self: f"grpo-nb-{self._id}") # the widget's class, by which its picture finds it
 
 def _repr_mimebundle_(self, include=None, exclude=None):
     "The widget for a live front end, and the picture and a line of text for everything else."
@@ -257,7 +261,9 @@ def _repr_mimebundle_(self, include=None, exclude=None):
 
 def _view(self):
     "The widget, made once."
-    if self._widget is None: self._widget = _widget_class()(self)
+    if self._widget is None:
+        self._widget = _widget_class()(self)
+        self._widget.add_class(self._mark)
     return self._widget
 LiveCharts._repr_mimebundle_, LiveCharts._view = _repr_mimebundle_, _view
 

@@ -11,14 +11,17 @@ import weakref
 
 from .charts import frontend
 
-# %% ../../nbs/52a_ui.display.ipynb #eeb58cb1
-_HIDE = ('<style>.jp-OutputArea-child:has(.gnb-view)+.jp-OutputArea-child:has(.gnb-copy){display:none}'
-         '.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.gnb-view)):has(+.jp-OutputArea-child .gnb-copy){display:none}</style>')
+# %% ../../nbs/52a_ui.display.ipynb #5e4954c5
+# The first rule takes JupyterLab's frame of the output away too; the last holds in every front end, whatever its outputs are called.
+_HIDE = ('.jp-OutputArea-child:has(.gnb-view)+.jp-OutputArea-child:has(.gnb-copy){display:none}'
+         '.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.gnb-view)):has(+.jp-OutputArea-child .gnb-copy){display:none}')
 
 def copy_of(view, # with `static_html`
             ) -> str: # HTML
     "What stands beside the widget: hidden as long as the widget is there."
-    return f'<div class="gnb-copy">{_HIDE}{view.static_html()}</div>'
+    mark = getattr(view, "_mark", None) # the widget's class, where it is shown
+    rule = f"body:has(.{mark}) .gnb-copy.for-{mark}{{display:none}}" if mark else ""
+    return f'<div class="gnb-copy{f" for-{mark}" if mark else ""}"><style>{_HIDE}{rule}</style>{view.static_html()}</div>'
 
 def display_view(view): # the handle of the copy, or None
     "Show a view (`widget`, `static_html`, `text`, `flush`) here: as a widget with a copy for the saved notebook, as HTML, or as text."
@@ -29,8 +32,11 @@ def display_view(view): # the handle of the copy, or None
     from IPython import get_ipython
     from IPython.display import display
     if mode == "widget":
-        try: display({"text/plain": view.text(), "text/html": "<span></span>",
-                      "application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=view.widget.model_id)}, raw=True)
+        try:
+            view._mark = getattr(view, "_mark", None) or f"gnb-{uuid.uuid4().hex[:12]}"
+            view.widget.add_class(view._mark)
+            display({"text/plain": view.text(), "text/html": "<span></span>",
+                     "application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=view.widget.model_id)}, raw=True)
         except Exception as error: # noqa: BLE001 without a widget there is still the page
             view._failed(error); mode = "static"
     html = copy_of(view) if mode == "widget" else view.static_html()

@@ -46,7 +46,7 @@ class Examination(View):
         self.problem = ""
         try:
             self.report, self._applied = doctor(*self.case(), **options), set()
-        except Exception as error: # noqa: BLE001 it is shown in place; in the foreground it is raised
+        except Exception as error: # it is shown in place; in the foreground it is raised
             self.problem = f"{type(error).__name__}: {error}"
             if raises: raise
         finally:

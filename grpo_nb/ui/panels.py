@@ -7,11 +7,10 @@ __all__ = ['COLOURS', 'ADVICE', 'TEXTS', 'HyperparameterPanel', 'recipe', 'get',
            'script', 'yaml', 'module', 'write_files', 'load', 'prompt_length', 'check', 'estimate_', 'cost_html',
            'rows_html', 'static_html', 'text', 'adapt', 'RewardPanel']
 
-# %% ../../nbs/52d_ui.panels.ipynb #cf7ff040
+# %% ../../nbs/52d_ui.panels.ipynb #77a0ff57
 import ast
 from html import escape
 
-from ..check import one_of
 from ..events import say
 from ..inputs import make_config
 from ..memory import estimate, size_text, time_text
@@ -19,7 +18,7 @@ from ..recipe.advice import advise
 from ..recipe.code import from_code, to_code
 from ..recipe.script import to_script
 from ..recipe.trl import from_yaml, to_module, to_yaml, weights_alone, write
-from ..recipe.value import GRPO_RUN, Recipe, _same, changes_of, config_changes, literal, make_parts, model_settings
+from ..recipe.value import GRPO_RUN, Recipe, _same, changes_of, literal, make_parts, model_settings
 from .cards import visible
 from .fields import GROUPS, read_value, setting_of, settings, write_value
 from .reward_panel import RewardPanel

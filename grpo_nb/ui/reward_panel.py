@@ -6,17 +6,16 @@
 __all__ = ['CHOICES', 'RewardPanel', 'set_', 'options_of', 'values', 'made', 'rewards', 'problems', 'choices', 'own_source',
            'load', 'text', 'static_html']
 
-# %% ../../nbs/52c_ui.reward_panel.ipynb #3b6934e8
+# %% ../../nbs/52c_ui.reward_panel.ipynb #59bbf5fd
 import inspect
 import math
 import re
-from collections.abc import Mapping
 from html import escape
 
 from ..check import known_arguments, one_of
 from ..inputs import check_reward_columns, check_rewards
 from ..recipe.script import definitions
-from ..recipe.value import Choice, choice_of, library
+from ..recipe.value import choice_of, library
 from ..rewards import Reward
 from .cards import visible
 from .fields import read_value, write_value

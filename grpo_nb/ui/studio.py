@@ -10,7 +10,7 @@ import threading
 from html import escape
 
 from ..check import one_of
-from ..events import CompletionsLogged, Finding, RunFailed, RunFinished, RunStarted, RunStopped, StepLogged, notices
+from ..events import Finding, RunFailed, RunFinished, RunStarted, RunStopped, StepLogged
 from ..inputs import check_dataset, check_model, check_tokenizer, first_prompt
 from ..kernel import interactive_kernel
 from ..recipe.value import make_parts
@@ -180,8 +180,7 @@ def _make(self):
 def open_(self, page): # one of PAGES; returns the studio
     "Show a page."
     one_of("page", page, PAGES)
-    self.widget
-    if self._nav.value != page: self._nav.value = page
+    if self.widget is not None and self._nav.value != page: self._nav.value = page # the widget is made where there was none
     return self
 
 def _turn(self, page):

@@ -351,6 +351,7 @@ class View {
     const columns = width >= 780 && n !== 4 ? Math.min(n, 3) : width >= 520 && n % 2 === 0 ? 2 : 1;
     this.root.style.setProperty("--grpo-nb-columns", columns);
     if (!this.Plotly || !width) return;
+    if (this.theme()) this.later(true); // made outside the page, as in a tab, it had no colours to read
     this.cards.forEach(card => card.resize());
     if (this.cards.some(card => card.generation < 0)) this.later();
   }
