@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-trl test-fast test-slow test-browser lint export readme docs clean setup
+.PHONY: demo test test-trl test-oldest-notebook test-fast test-slow test-browser lint export readme docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -53,6 +53,13 @@ TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py rew
 TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py xpo.py run.py seed.py)
 test-trl: setup
 	@folder=$$($(BIN)/python tools/trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(TRL_TESTS)
+
+# With Colab's ipywidgets, ipykernel, anywidget and plotly, the oldest that are supported, in .oldest-notebook/; with a Chromium, in the
+# classic notebook too. Weekly, not in `make test`.
+OLDEST_TESTS ?= tests/test_run.py tests/test_control.py tests/test_charts.py tests/test_completions.py tests/test_lab.py tests/test_panels.py \
+                tests/test_events.py tests/test_browser_classic.py
+test-oldest-notebook: setup
+	@python=$$($(BIN)/python tools/oldest_notebook.py) && $$python -m pytest -n 2 -m "not slow and not gpu" $(OLDEST_TESTS)
 
 test-fast: setup
 	$(BIN)/pytest -n 2 -x

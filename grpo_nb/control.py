@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_heads', 'set_temperature',
            'set_max_completion_length', 'has_reference', 'set_beta', 'reward_weights', 'set_reward_weights', 'current',
-           'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'Steering']
+           'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'agreed',
+           'Steering']
 
 # %% ../nbs/37a_control.ipynb #a3c33f33
 import json
@@ -233,7 +234,18 @@ def read_changes(folder) -> tuple: # (name to value, list of changes); empty whe
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return kept.get("changed", {}), kept.get("changes", [])
 
-# %% ../nbs/37a_control.ipynb #3640a55d
+# %% ../nbs/37a_control.ipynb #b0a0a862
+def agreed(trainer, # with an `accelerator`
+           wishes:dict, # asked (name to value), pause, stop, save and keep, of this process
+           ) -> dict: # the same keys, the same in every process
+    "What is asked of the processes together; a collective where there are several."
+    if trainer.accelerator.num_processes == 1: return wishes
+    from accelerate.utils import gather_object
+    every = gather_object([wishes])
+    asked = {}
+    for one in reversed(every): asked |= one["asked"]
+    return dict(asked=asked, pause=every[0]["pause"], **{k: next(filter(None, (one[k] for one in every)), None) for k in ("stop", "save", "keep")})
+
 class Steering:
     "What `GRPORun` has of settings that change; it brings `trainer`, `state`, `step`, `_emit` and `_longest_prompt`."
     def __init__(self):
@@ -264,9 +276,9 @@ class Steering:
         "What was changed, and after which step."
         return [dict(c) for c in self._changes]
 
-    def _change_settings(self):
+    def _change_settings(self, asked=None): # name to value; None: what was asked of this process
         "Set what was asked for and can be set before the next step."
-        for name, value in self.requested.items():
+        for name, value in (self.requested if asked is None else asked).items():
             if waits_for_sampling(self.trainer, name, value) and not samples_next(self.trainer): continue
             with self._lock:
                 if self._asked.get(name) == value: del self._asked[name]

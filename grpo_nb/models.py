@@ -11,7 +11,6 @@ import os
 import re
 import weakref
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ class Settings:
     max_seq_length: int # tokens of prompt and completion together
     dtype: torch.dtype # of computation
     load_in_4bit: bool # whether the weights are held in 4 bits
-    fast_inference: bool = False # whether sampling with an engine was asked for
+    fast_inference: bool = False # whether vLLM was asked for, where it is installed
     gpu_memory_utilization: float = 0.5 # share of the GPU's memory that the engine may take, in (0, 1]
     max_lora_rank: int = 64 # the largest rank of an adapter
     gradient_checkpointing: bool = False # whether training recomputes activations
@@ -210,8 +209,8 @@ def _config_of(name, **hub):
 
 def _say_engine():
     "Tell once what `fast_inference=True` comes to."
-    have = "vLLM is installed, but is not started by this version" if find_spec("vllm") else "vLLM is not installed"
-    say(f"fast_inference=True: {have}, so completions are sampled by TRL's generate path; gpu_memory_utilization has no effect on it.")
+    from grpo_nb.engines.vllm import fast_engine
+    say(f"fast_inference=True: {fast_engine()[1]}")
 
 # %% ../nbs/27_models.ipynb #56fdbc5e
 @patch(cls_method=True)
@@ -220,7 +219,7 @@ def from_pretrained(cls:FastLanguageModel,
                     max_seq_length:int=2048, # tokens of prompt and completion together
                     dtype=None, # "bfloat16", "float16", "float32" or a torch dtype; None: bf16 from Ampere on, fp16 before, fp32 on a CPU
                     load_in_4bit:bool=Default(True), # NF4 weights; left out, a machine that cannot gets 16 or 32 bits
-                    fast_inference:bool=False, # sample with vLLM; not started yet, see the message
+                    fast_inference:bool=False, # sample with vLLM where it is installed, else in place
                     gpu_memory_utilization:float=0.5, # share of the GPU's memory for the engine, in (0, 1]
                     max_lora_rank:int=64, # the largest `r` that get_peft_model will take
                     token=None, # a Hub access token; None: the one that is logged in

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .check import known_arguments
-from .control import Steering, write_changes
+from .control import Steering, agreed, write_changes
 from .events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted,
                             RunStopped, StepLogged, say)
 from .guard import guard
@@ -170,22 +170,30 @@ def _step_ended(self:GRPORun, control):
 @patch
 def _between_steps(self:GRPORun, control):
     "Do what was asked for; wait while the run is paused; then tell the trainer whether to end."
-    self._change_settings()
-    if control.should_save: self._save_asked = False # the trainer is about to
-    self._save_now()
-    if self._pause and not self._stop:
+    wishes = self._do_what_was_asked(control.should_save)
+    if wishes["pause"] and not wishes["stop"]:
         self.state = "paused"
         self._emit(RunPaused)
-        while self._pause and not self._stop:
+        while wishes["pause"] and not wishes["stop"]:
             self._wake.wait(0.1)
             self._wake.clear()
-            self._change_settings()
-            self._save_now()
+            wishes = self._do_what_was_asked()
         self.state = "running"
-        if not self._stop: self._emit(RunResumed)
-    if self._stop:
+        if not wishes["stop"]: self._emit(RunResumed)
+    if wishes["stop"]:
+        self._stop = wishes["stop"]
         control.should_training_stop = True
-        control.should_save = control.should_save or self._save_at_stop or self._config_saves
+        control.should_save = control.should_save or bool(wishes["keep"]) or self._config_saves
+
+@patch
+def _do_what_was_asked(self:GRPORun, saves=False) -> dict: # what all processes agree on
+    "Change settings and write a checkpoint, unless the trainer is about to write one (`saves`)."
+    wishes = agreed(self.trainer, dict(asked=self.requested, pause=self._pause, stop=self._stop, save=self._save_asked, keep=self._save_at_stop))
+    self._change_settings(wishes["asked"])
+    if wishes["save"]:
+        self._save_asked = False
+        if not saves: self._save_now()
+    return wishes
 
 @patch(as_prop=True)
 def _config_saves(self:GRPORun) -> bool:
@@ -204,8 +212,6 @@ def save(self:GRPORun) -> GRPORun: # the run itself
 @patch
 def _save_now(self:GRPORun):
     "Write the checkpoint that was asked for."
-    if not self._save_asked: return
-    self._save_asked = False
     folder = self._folder
     new = not folder.exists()
     try:
@@ -299,7 +305,7 @@ def _began(self:GRPORun):
         self._reload_adapter(self._from)
         self._take_up_changes(self._from)
     self._emit(RunStarted, total_steps=self.trainer.state.max_steps)
-    self._change_settings() # what was asked for before the start
+    self._change_settings(agreed(self.trainer, dict(asked=self.requested, pause=self._pause, stop=None, save=None, keep=None))["asked"]) # before the start
 
 # %% ../nbs/38_run.ipynb #90e3f73f
 @patch

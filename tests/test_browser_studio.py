@@ -97,6 +97,13 @@ def test_a_session_in_the_studio(tmp_path, request):
         assert u.step() == at
         u.shot("paused")
         u.press("Resume"); u.wait_step(at + 5)
+        u.go("Settings") # the next run's settings are checked while this one trains
+        page.locator(".gnb-bar-row button", has_text="Optimisation").first.click()
+        u.type("max_steps", "2100")
+        page.wait_for_timeout(1500)
+        at = u.step()
+        u.wait_step(at + 3)
+        u.go("Run")
 
         lab.save(page)
         page.reload()

@@ -314,7 +314,7 @@ def test_length_and_engine_are_said_and_recorded(folder, heard):
     assert (settings.max_seq_length, settings.fast_inference, settings.gpu_memory_utilization, settings.max_lora_rank) == (256, True, 0.6, 8)
     assert tokenizer.model_max_length == 256 and tokenizer.padding_side == "left"
     assert any("max_seq_length=4096" in m and "256 is used" in m for m in heard)
-    assert any("generate path" in m and "vLLM" in m for m in heard)
+    assert any("fast_inference=True" in m and "vLLM" in m for m in heard)
     heard.clear()
     model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=128)
     assert settings_of(model).max_seq_length == 128 and not any("max_seq_length" in m or "vLLM" in m for m in heard)

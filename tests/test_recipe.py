@@ -293,3 +293,18 @@ def test_trl_command_trains_from_our_files(tmp_path):
     done = subprocess.run([sys.executable, "-m", "trl.scripts.grpo", "--config", "grpo.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rewards/brief/mean" in done.stdout
+
+
+def test_looking_at_settings_does_not_touch_a_run():
+    "A configuration object resets accelerate's state; advice is asked for while a run trains, so it makes none."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from trl import GRPOConfig
+    from grpo_nb.recipe.advice import advise
+    config = GRPOConfig(output_dir="o", use_cpu=True, bf16=False)
+    Accelerator(cpu=True)
+    before = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
+    assert before[0] and before[1]
+    advise(Recipe({"model_name": "m"}, {}, (Choice("tag_count"),), {"learning_rate": 2e-6}))
+    changes_of(config)
+    assert (AcceleratorState._shared_state, PartialState._shared_state) == before

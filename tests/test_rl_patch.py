@@ -68,7 +68,7 @@ def test_fields_are_real(config_of, algorithm, tmp_path):
     from trl import TrlParser
 
     cls = config_of(algorithm)
-    names = ["unsloth_num_chunks", "max_tokens_per_pack", "step"] + (["skip_zero_advantage"] if algorithm in patch.GROUPS else [])
+    names = ["unsloth_num_chunks", "max_tokens_per_pack", "step"] + (["skip_zero_advantage", "engine"] if algorithm in patch.GROUPS else [])
     given = ["--output_dir", str(tmp_path), "--max_tokens_per_pack", "512", "--step", "padded", "--use_cpu"]
     yaml = tmp_path / "config.yaml"
     yaml.write_text(f"output_dir: {tmp_path}\nmax_tokens_per_pack: 512\nstep: padded\nuse_cpu: true\n")

@@ -30,9 +30,9 @@ def folded(layer:BaseTunerLayer, # of PEFT
            ) -> torch.Tensor: # a tensor of its own, as large as the weight
     "A layer's weight with its active adapters added; the layer stays bit for bit as it was."
     weight = layer.get_base_layer().weight
-    plain = _plain(weight, name)
+    plain, quantised = _plain(weight, name), type(weight).__name__ == "Params4bit"
     if layer.merged or layer.disable_adapters or not layer.active_adapters: return plain
-    if plain is weight.data:
+    if not quantised:
         saved = weight.data.clone()
         try:
             layer.merge()

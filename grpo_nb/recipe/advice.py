@@ -16,7 +16,7 @@ import torch
 from ..device import best_dtype, four_bit_problem, has_bfloat16, slow_dtype, target_device
 from ..inputs import check_reference
 from .trl import alone
-from .value import Recipe, config_fields, loading_fields, lora_fields
+from .value import Recipe, config_fields, loading_fields, lora_fields, unplaced
 from ..rl.config import FIELDS, check_fields, next_rows, world_size
 
 # %% ../../nbs/43d_recipe.advice.ipynb #12c06cab
@@ -219,7 +219,7 @@ def advise(recipe:Recipe,
 def trl_refuses(recipe:Recipe) -> str: # empty where it does not
     "Why TRL's own configuration would not take these fields."
     from trl import GRPOConfig
-    try: GRPOConfig(**alone(recipe)[0])
+    try: unplaced(GRPOConfig)(**alone(recipe)[0])
     except Exception as error: # noqa: BLE001 whatever it is, a run would end with it; it is passed on in words
         return f"TRL: {error}" if isinstance(error, ValueError) else f"TRL: {type(error).__name__}: {error}"
     return ""

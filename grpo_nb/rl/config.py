@@ -21,6 +21,7 @@ from ..device import best_dtype
 from ..events import Notice, notices, said, say
 from ..patch.core import Patch, Value, Wrap
 from .layout import STEPS
+from .rollout import ENGINE_FIELD, check_engine
 
 # %% ../../nbs/34_rl.config.ipynb #3b6493b6
 FIELDS = {
@@ -30,6 +31,7 @@ FIELDS = {
     "step": (str, "packed", "How the training step lays a batch out: 'packed' (each prompt once, no padding), 'padded' (rows padded to the "
              "longest of their chunk) or 'trl' (TRL's own)."),
     "skip_zero_advantage": (bool, True, "Leave rows whose gradient is exactly zero out of the backward."),
+    "engine": ENGINE_FIELD,
 }
 
 
@@ -135,6 +137,7 @@ def init(original, names=tuple(FIELDS)): # -> the replacement of the configurati
 def post_init(original, rules, names=tuple(FIELDS)): # -> the replacement of `__post_init__`
     def __post_init__(self):
         check_fields({name: getattr(self, name) for name in names})
+        if "engine" in names: check_engine(self.engine, self.use_vllm, getattr(self, "vllm_mode", "colocate"))
         for rule in rules: rule(self)
         original(self)
     return __post_init__

@@ -21,6 +21,7 @@ from ..patch.core import Finding, Patch, PatchError, PatchSet, Report, Wrap, ori
 from ..patch.undo import MISSING, describe
 from .config import EVERY, FIELDS, config_patches, precision, whole_groups
 from .forward import uninstall_all
+from .rollout import engine_patches
 from .seams import HOMES, INHERITED, SAMPLERS, TESTED, expected, has, has_module, home, trl_version
 
 # %% ../../nbs/35_rl.patch.ipynb #56b339f3
@@ -35,7 +36,8 @@ def patches_of(algorithm:str) -> tuple: # of Patch, the same ones each time; rai
     where = home(algorithm)
     trainer = import_module(f"grpo_nb.rl.{MODULES[algorithm]}").patches(algorithm)
     fields, rules = (tuple(FIELDS), (precision, whole_groups)) if algorithm in GROUPS else (EVERY, (precision,))
-    return (*config_patches(where.config, where.versions, fields, rules), *trainer)
+    sampling = engine_patches(where.trainer, where.versions) if algorithm in GROUPS else ()
+    return (*config_patches(where.config, where.versions, fields, rules), *trainer, *sampling)
 
 # %% ../../nbs/35_rl.patch.ipynb #d7fd5441
 @cache
@@ -44,6 +46,7 @@ def sampling_patch(name:str, # of `SAMPLERS`
     "Sample in `FastLanguageModel`'s inference mode."
     def wrap(original):
         def sample(self, *args, **kwargs):
+            if getattr(self, "use_vllm", False): return original(self, *args, **kwargs) # vLLM has weights of its own, and TRL reads self.model.training
             with FastLanguageModel.for_inference(self.accelerator.unwrap_model(self.model_wrapped)): return original(self, *args, **kwargs)
         return sample
     return Patch("inference mode", SAMPLERS[name], Wrap(wrap), why="no dropout and no checkpointing while sampling, modes restored exactly", versions=TESTED)

@@ -70,6 +70,7 @@ def engine_of(trainer) -> InPlace:
 
 def sample(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
+    say("completions are sampled in place, from the weights that are trained; engine='hf' in the configuration takes TRL's own generate.")
     sampling, _ = read_config(trainer.generation_config, getattr(causal_lm(trainer.model_wrapped), "generation_config", None))
     found, engine = groups(prompts), engine_of(trainer)
     rollouts = trainer._grpo_nb_rollouts = engine.generate([list(p) for p in found], [len(places) for places in found.values()], sampling)

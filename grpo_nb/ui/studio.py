@@ -60,7 +60,7 @@ class Studio(View):
 
     def _case(self): return self.model, self.tokenizer, self.rewards.rewards, self.dataset, make_parts(self.settings.recipe)
 
-    def _may(self): return "the run is training; pause it or wait for its end." if self.run is not None and self.run.state == "running" else ""
+    def _may(self): return "a run has the model; stop it or wait for its end." if self.run is not None and self.run.state in ("running", "paused") else ""
 
     def _busy(self, what):
         self.controls.busy = what
