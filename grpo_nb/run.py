@@ -30,7 +30,7 @@ from .events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFini
 from .guard import guard
 from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
                             first_prompt, make_config)
-from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt
+from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
 
 # %% ../nbs/38_run.ipynb #fe5a8146
@@ -245,7 +245,7 @@ def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
     self._from = checkpoint
     try:
-        with nullcontext() if in_background else first_interrupt(self._interrupt):
+        with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator():
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
         if self._stop and self.step < self.total_steps: self._end("stopped", RunStopped, reason=self._stop)
         else: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))

@@ -120,7 +120,7 @@ def logps_by_hand(trainer, batch, temperature):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_temperature_is_the_samplers_and_the_losses(tmp_path, trl, adapter):
-    run = make(tmp_path, adapter=adapter, max_steps=3)
+    run = make(tmp_path, adapter=adapter, max_steps=3, **({"engine": "hf"} if trl == "patched" else {}))
     after(run, 1, lambda: run.change(temperature=0.25))
     seen, original = [], run.trainer.model.generate
     def generate(*args, **kwargs): seen.append(kwargs["generation_config"].temperature); return original(*args, **kwargs)

@@ -418,3 +418,13 @@ def test_a_script_ends_cleanly_at_the_first_interrupt_and_breaks_off_at_the_seco
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), times=times)], capture_output=True, text=True, timeout=240)
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == last and ("broken off" in lines) == (times == 2), done.stdout + done.stderr
+
+
+def test_a_configuration_made_during_a_run_does_not_end_it(tmp_path):
+    import threading
+    from trl import GRPOConfig
+    run = make(tmp_path, max_steps=6)
+    other = lambda e: (t := threading.Thread(target=lambda: GRPOConfig(output_dir=str(tmp_path / "other"), report_to="none", use_cpu=True, bf16=False)), t.start(), t.join())
+    run.events.subscribe(other, events.StepLogged)
+    run.start(background=True).wait(120)
+    assert run.state == "finished" and run.step == 6

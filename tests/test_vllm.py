@@ -198,18 +198,26 @@ class TestVLLM:
         model = plain_model()
         return running("plain", lambda: VLLMEngine(model, tokenizer, max_num_seqs=32)), model
 
-    def test_stop_strings_penalty_and_limits(self, running, tokenizer):
+    def test_stop_strings_and_limits(self, running, tokenizer):
         engine, model = self.plain(running, tokenizer)
-        free = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12)).completions
+        free = engine.generate(PROMPTS, 1, greedy(12)).completions
         at, k = next((i, j) for i, row in enumerate(free) for j, t in enumerate(row) if j and tokenizer.decode([t]).isascii() and tokenizer.decode([t]).strip())
         word = tokenizer.decode(free[at][k:k + 1])
-        assert same(engine, model, Sampling(greedy=True, max_tokens=12, stop=(word,)), 1)
-        found = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12, stop=(word,)))
+        assert same(engine, model, Sampling(greedy=True, max_tokens=12, stop=(word,), stop_token_ids=ENDS), 1)
+        found = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12, stop=(word,), stop_token_ids=ENDS))
         assert found.finished[at] == "stop" and word in tokenizer.decode(found.completions[at]) and len(found.completions[at]) <= k + 1
-        assert same(engine, model, Sampling(greedy=True, max_tokens=(3, 1, 9, 12)), 1)
+        assert same(engine, model, Sampling(greedy=True, max_tokens=(3, 1, 9, 12), stop_token_ids=ENDS), 1)
+        free = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12)).completions
         end = free[1][5]
         found = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12, stop_token_ids=(end,)))
         assert found.finished[1] == "eos" and found.completions[1] == free[1][:free[1].index(end) + 1]
+
+    def test_repetition_penalty(self, running, tokenizer):
+        "One prompt at a time: Hugging Face counts padding as seen."
+        engine, model = self.plain(running, tokenizer)
+        sampling = greedy(12, repetition_penalty=1.7)
+        ours = engine.generate(PROMPTS, 1, sampling)
+        assert ours.completions == [HuggingFace(model).generate([p], 1, sampling).completions[0] for p in PROMPTS] != engine.generate(PROMPTS, 1, greedy(12)).completions
 
     def test_logps_are_the_training_steps(self, running, tokenizer):
         engine, model = self.plain(running, tokenizer)
@@ -323,33 +331,65 @@ class TestVLLM:
         gc.collect()
         assert inner() is None
 
+    def test_a_forgotten_engine(self, tokenizer):
+        "One that nothing refers to is closed, and the model it read is free."
+        import weakref
+        model = model_of()
+        engine, kept = VLLMEngine(model, tokenizer), weakref.ref(model)
+        inner = weakref.ref(engine.llm)
+        assert same(engine, model)
+        del engine, model
+        gc.collect()
+        assert inner() is None and kept() is None and not torch.distributed.is_initialized()
+        with VLLMEngine(plain_model(), tokenizer) as engine: assert same(engine, plain_model())
+
     def test_an_adapter_that_vllm_cannot_apply(self, tokenizer):
         model = adapted(model_of(), r=16)
         with VLLMEngine(model, tokenizer, adapter="swap") as engine:
             with pytest.raises(EngineError, match="adapter='fold'"): engine.sync(adapted(model_of(), r=32))
             assert same(engine, model)
 
+    @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+    def test_in_trls_trainers(self, algorithm, tmp_path, monkeypatch):
+        "`use_vllm=True` with our engine in its place: groups, sync after each step, log-probs for the importance correction, weights untouched by it."
+        import trl
+        from datasets import Dataset
+
+        from grpo_nb.patch.core import PatchSet
+        from grpo_nb.rl.colocate import colocate_patches
+
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
+        seen, model, tok = [], adapted(model_of(), target_modules="all-linear"), make_tokenizer(["1 2"], 320)
+        real = VLLMEngine.generate
+        monkeypatch.setattr(VLLMEngine, "generate", lambda self, prompts, n, s: seen.append((len(prompts), n, s)) or real(self, prompts, n, s))
+        config = kinds[0](output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True, report_to=[],
+                          gradient_checkpointing=False, max_steps=3, save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0, use_vllm=True, vllm_mode="colocate")
+        with PatchSet(colocate_patches()):
+            trainer = kinds[1](model=model, args=config, processing_class=tok, train_dataset=Dataset.from_list([{"prompt": f"{i} 3"} for i in range(8)]),
+                               reward_funcs=lambda completion_ids, **_: [float(len(set(c))) for c in completion_ids])
+            trainer.train()
+            engine = trainer.vllm_generation._grpo_nb_engine
+            assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen) and tok.eos_token_id in seen[0][2].stop_token_ids
+            engine.sync()
+            assert same(engine, trainer.model) # as trained, to the last step
+            if algorithm == "grpo":
+                rows = {k: v for e in trainer.state.log_history for k, v in e.items() if "importance_sampling_ratio/mean" in k or "logp_difference/mean" in k}
+                assert all(abs(v - 1) < 1e-3 for k, v in rows.items() if "ratio" in k) and all(abs(v) < 1e-3 for k, v in rows.items() if "difference" in k) and rows
+        engine.close()
+
     @pytest.mark.slow
     @pytest.mark.timeout(900)
-    @pytest.mark.parametrize("way", ["swap", "fold"])
-    def test_the_quickstart_task(self, way, monkeypatch, tmp_path, capsys):
+    def test_the_quickstart_task(self, tmp_path, capsys):
         "Sorting four digits: 100 steps with vLLM reach the accuracy that Hugging Face reaches."
         from grpo_nb.demo import adapter, quickstart_config
         from grpo_nb.models import FastLanguageModel
-        from grpo_nb.rl import rollout
+        from grpo_nb.patch.core import PatchSet
+        from grpo_nb.rl.colocate import colocate_patches
         from grpo_nb.rl.patch import PatchFastRL
         from grpo_nb.run import GRPORun
         from grpo_nb.tiny import tiny_model
 
-        class Synced(VLLMEngine):
-            def __init__(self, model, tokenizer, dtype=None): super().__init__(model, tokenizer, adapter=way, max_num_seqs=64, max_model_len=128); self.times = []
-
-            def generate(self, *args):
-                self.sync()
-                self.times.append(self.sync_seconds)
-                return super().generate(*args)
-
-        monkeypatch.setattr(rollout, "InPlace", Synced)
         task = tasks.get("sort_digits", seed=0)
         model, tok = tiny_model(task, seed=0, measure=False)
         model = FastLanguageModel.get_peft_model(model, random_state=0, **adapter)
@@ -357,14 +397,16 @@ class TestVLLM:
         before = measure()
         PatchFastRL("grpo", FastLanguageModel)
         started = time.perf_counter()
-        run = GRPORun(model, tok, task.reward, task.train, quickstart_config(task, tmp_path, 100, 0)).start(background=False)
+        with PatchSet([p for p in colocate_patches() if not p.is_applied]):
+            run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "use_vllm": True, "vllm_mode": "colocate"}).start(background=False)
         seconds, after = time.perf_counter() - started, measure()
-        engine = run.trainer._grpo_nb_engine
+        engine = run.trainer.vllm_generation._grpo_nb_engine
+        rewards = [row["value"] for row in run.history if row["name"] == "reward"]
         with capsys.disabled():
-            print(f"\nvLLM {engine.version}, adapter={way}: accuracy {before:.3f} -> {after:.3f}, 100 steps in {seconds:.0f} s, "
-                  f"engine start {engine.start_seconds:.1f} s, median sync {1000 * sorted(engine.times)[50]:.1f} ms", file=sys.stderr)
-        assert isinstance(engine, VLLMEngine) and len(engine.times) == 100 and after >= 0.93
+            print(f"\nvLLM {engine.version}, {engine.way}: accuracy {before:.3f} -> {after:.3f}, reward {sum(rewards[:10]) / 10:.2f} -> {sum(rewards[-10:]) / 10:.2f}, "
+                  f"{len(rewards)} steps in {seconds:.0f} s, engine start {engine.start_seconds:.1f} s, last sync {1000 * engine.sync_seconds:.0f} ms", file=sys.stderr)
         engine.close()
+        assert after >= 0.93
 
 
 @cache

@@ -119,15 +119,15 @@ def _folder(model, tokenizer, path): # what vLLM reads of a model beside its wei
     if tokenizer is not None: tokenizer.save_pretrained(path)
 
 
-def _loader(weights): # a function that gives an iterator of (name, tensor) -> a `load_format` of vLLM
-    "A loader of vLLM that reads from memory."
+def _loader(weights): # [a function that gives an iterator of (name, tensor)] -> a `load_format` of vLLM
+    "A loader of vLLM that reads from memory; vLLM keeps the class, so the list is emptied once the engine runs."
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     @register_model_loader("grpo_nb")
     class FromMemory(BaseModelLoader):
         def download_model(self, model_config): "Nothing to download."
-        def load_weights(self, model, model_config): model.load_weights(weights())
+        def load_weights(self, model, model_config): model.load_weights(weights[0]())
     return "grpo_nb"
 
 # %% ../../nbs/29_engines.vllm.ipynb #7fa11f3f
@@ -240,7 +240,7 @@ def _start(self:VLLMEngine):
     if (other := _live()) is not None and other.llm is not None:
         say("one vLLM engine runs in a process at a time: the one that was started before is closed.")
         other.close()
-    started, own = time.perf_counter(), not torch.distributed.is_initialized()
+    started, own, weights = time.perf_counter(), not torch.distributed.is_initialized(), [self._base_weights]
     try:
         with untouched(), TemporaryDirectory() as folder:
             from vllm import EngineArgs
@@ -248,7 +248,7 @@ def _start(self:VLLMEngine):
             from vllm.v1.executor import Executor
             self._own_group = own
             _folder(self.model, self.tokenizer, folder)
-            args = EngineArgs(**_arguments(self, folder, _loader(self._base_weights)))
+            args = EngineArgs(**_arguments(self, folder, _loader(weights)))
             config = args.create_engine_config()
             self.llm = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False)
         _live = weakref.ref(self)
@@ -260,6 +260,7 @@ def _start(self:VLLMEngine):
     except Exception as error: # vLLM raises errors of every kind; this one reports them all
         self.close()
         raise EngineError(f"vLLM {self.version} could not start. {_advice(error)}") from error
+    finally: weights.clear()
     self.start_seconds = time.perf_counter() - started
 
 
@@ -285,6 +286,10 @@ def close(self:VLLMEngine) -> None:
     if own: loaded.destroy_distributed_environment()
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+@patch
+def __del__(self:VLLMEngine):
+    if sys is not None and not sys.is_finalizing() and getattr(self, "_own_group", None) is not None: self.close()
 
 # %% ../../nbs/29_engines.vllm.ipynb #b1f5879c
 def _put_adapter(worker, number, rank, tensors): # runs in vLLM's worker
@@ -392,6 +397,17 @@ def _run(self:VLLMEngine, requests): # list of (prompt ids, options) -> list of 
     return done
 
 
+def _cut(output, sampling, tokenizer): # of vLLM -> ids, log-probs, why
+    "One completion, up to and with the token that completes a stop string."
+    ids, why = list(output.token_ids), _finished(output)
+    logps = [at[t].logprob for t, at in zip(ids, output.logprobs)]
+    holds = lambda n: any(s in tokenizer.decode(ids[:n]) for s in sampling.stop)
+    if sampling.stop and holds(len(ids) - (why == "stop")):
+        end = next(n for n in range(1, len(ids) + 1) if holds(n))
+        return ids[:end], logps[:end], "eos" if ids[end - 1] in sampling.stop_token_ids else "stop"
+    return ids, logps, why
+
+
 @patch
 @torch.no_grad()
 def generate(self:VLLMEngine, prompts, n=1, sampling=Sampling()):
@@ -418,5 +434,5 @@ def generate(self:VLLMEngine, prompts, n=1, sampling=Sampling()):
         self.why = f"it failed while sampling ({type(error).__name__})"
         self.close()
         raise EngineError(f"vLLM {self.version} failed while sampling, and was closed. {_advice(error)}") from error
-    logps = [[at[t].logprob for t, at in zip(o.token_ids, o.logprobs)] for o in done]
-    return Rollouts([list(p) for p in prompts], counts, [list(o.token_ids) for o in done], logps, [_finished(o) for o in done], {"all": time.perf_counter() - started})
+    ids, logps, why = (list(x) for x in zip(*(_cut(o, sampling, self.tokenizer) for o in done)))
+    return Rollouts([list(p) for p in prompts], counts, ids, logps, why, {"all": time.perf_counter() - started})

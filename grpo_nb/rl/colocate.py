@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PATH', 'not_ours', 'sampling_of', 'start', 'sync', 'sample', 'colocate_patches']
 
-# %% ../../nbs/34c_rl.colocate.ipynb #f9ddf051
+# %% ../../nbs/34c_rl.colocate.ipynb #c917bc59
 from contextlib import nullcontext
-from dataclasses import fields
 from types import SimpleNamespace
 
 from ..engines.base import Sampling
@@ -41,7 +40,7 @@ def sampling_of(generation # TRL's `VLLMGeneration`
     ends = getattr(config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None}
     asked = dict(temperature=generation.temperature, top_p=generation.top_p, top_k=max(0, generation.top_k), min_p=generation.min_p or 0.0,
-                 repetition_penalty=generation.repetition_penalty, max_tokens=generation.max_completion_length, **{})
+                 repetition_penalty=generation.repetition_penalty, max_tokens=generation.max_completion_length)
     asked |= {k: v for k, v in generation.generation_kwargs.items() if v is not None}
     ends |= set(asked.pop("stop_token_ids", ()))
     greedy = asked["temperature"] == 0
