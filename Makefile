@@ -52,7 +52,7 @@ TRL       ?= 1.12.0
 TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
 TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py xpo.py run.py seed.py)
 test-trl: setup
-	@folder=$$($(BIN)/python tools/trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(TRL_TESTS)
+	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(TRL_TESTS)
 
 # With Colab's ipywidgets, ipykernel, anywidget and plotly, the oldest that are supported, in .oldest-notebook/; with a Chromium, in the
 # classic notebook too. Weekly, not in `make test`.

@@ -1,4 +1,4 @@
-"""Another TRL in a folder of its own: `python tools/trl.py 1.12.0` prints the folder, which goes first on PYTHONPATH.
+"""Another TRL in a folder of its own: `python tools/overlay_trl.py 1.12.0` prints the folder, which goes first on PYTHONPATH.
 
 `newest` stands for the newest release, `main` for the head of TRL's repository. Only TRL itself is installed there; what it requires
 has to be met by the environment that runs this, and every requirement that is not is named.
@@ -43,7 +43,7 @@ def unmet(found):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2: sys.exit("usage: python tools/trl.py VERSION | newest | main")
+    if len(sys.argv) != 2: sys.exit("usage: python tools/overlay_trl.py VERSION | newest | main")
     folder, found = overlay(sys.argv[1])
     missing = list(unmet(found))
     if missing: sys.exit(f"FAILED: TRL {found.version} requires " + ", ".join(missing))
