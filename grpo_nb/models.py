@@ -35,7 +35,7 @@ class Settings:
     max_seq_length: int # tokens of prompt and completion together
     dtype: torch.dtype # of computation
     load_in_4bit: bool # whether the weights are held in 4 bits
-    fast_inference: bool = False # whether vLLM was asked for, where it is installed
+    fast_inference: bool = False # whether a fast engine was asked for
     gpu_memory_utilization: float = 0.5 # share of the GPU's memory that the engine may take, in (0, 1]
     max_lora_rank: int = 64 # the largest rank of an adapter
     gradient_checkpointing: bool = False # whether training recomputes activations
@@ -219,7 +219,7 @@ def from_pretrained(cls:FastLanguageModel,
                     max_seq_length:int=2048, # tokens of prompt and completion together
                     dtype=None, # "bfloat16", "float16", "float32" or a torch dtype; None: bf16 from Ampere on, fp16 before, fp32 on a CPU
                     load_in_4bit:bool=Default(True), # NF4 weights; left out, a machine that cannot gets 16 or 32 bits
-                    fast_inference:bool=False, # sample with vLLM where it is installed, else in place
+                    fast_inference:bool=False, # say what samples here: vLLM (with use_vllm=True in the configuration), in place on a CPU, TRL's generate on a GPU
                     gpu_memory_utilization:float=0.5, # share of the GPU's memory for the engine, in (0, 1]
                     max_lora_rank:int=64, # the largest `r` that get_peft_model will take
                     token=None, # a Hub access token; None: the one that is logged in

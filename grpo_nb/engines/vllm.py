@@ -68,8 +68,9 @@ def fast_engine() -> tuple: # "vllm" or "inplace", and a sentence
     try: check_version(found)
     except EngineError:
         why = f"vLLM {found} is not known to work here ({OLDEST} to {NEWEST} are)" if found else "vLLM is not installed"
-        return "inplace", f"{why}, so completions are sampled in place, from the training weights; gpu_memory_utilization has no effect on that."
-    return "vllm", f"completions are sampled by vLLM {found} in this process."
+        return "inplace", (f"{why}. On a CPU completions are sampled in place, from the training weights; on a GPU by TRL's own generate, as the "
+                           "in-place engine has not been measured there. gpu_memory_utilization has no effect on either.")
+    return "vllm", f"vLLM {found} is installed; with use_vllm=True in the configuration TRL samples with it."
 
 # %% ../../nbs/29_engines.vllm.ipynb #a5cd9fdf
 def request_options(sampling:Sampling, # `max_tokens` and the seeds are read from the next two instead
