@@ -105,8 +105,10 @@ def relative(a, b):
     """Largest difference of two gradients over the largest entry, tensor by tensor; the worst of them.
 
     A tensor whose entries are all below a hundredth of the largest of the model is measured against that hundredth: its rounding
-    error comes from sums of the others' size (a key's bias has a gradient of exactly 0, and in floating point of rounding alone).
+    error comes from sums of the others' size. One with a gradient of exactly 0 (a key's bias; queries and keys that see one position)
+    holds rounding alone, of about one unit in the last place of the largest entry: it is measured against a twentieth.
     """
     whole = max(v.abs().max().item() for v in b.values()) or 1.0
     zero = lambda d, k, like: d[k] if k in d else torch.zeros_like(like)
-    return max((zero(a, k, v) - v).abs().max().item() / max(v.abs().max().item(), whole / 100) for k, v in b.items())
+    like = lambda largest: whole / 20 if largest < 1e-6 * whole else max(largest, whole / 100)
+    return max((zero(a, k, v) - v).abs().max().item() / like(v.abs().max().item()) for k, v in b.items())
