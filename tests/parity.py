@@ -104,11 +104,10 @@ def loss_and_gradients(trainer, inputs, compute, scale=1.0):
 def relative(a, b):
     """Largest difference of two gradients over the largest entry, tensor by tensor; the worst of them.
 
-    A tensor whose entries are all below a hundredth of the largest of the model is measured against that hundredth: its rounding
-    error comes from sums of the others' size. One with a gradient of exactly 0 (a key's bias; queries and keys that see one position)
-    holds rounding alone, of about one unit in the last place of the largest entry: it is measured against a twentieth.
+    A tensor whose entries are all below a twentieth of the largest of the model is measured against that twentieth: in fp32 its error
+    comes from sums of the others' size. Against fp64, a key projection whose gradient is 0.0007 of the largest is off by 1.7e-7 of
+    the largest under stock TRL and by 2.5e-7 under ours; where each query sees one position, the true gradient is 0 and both hold rounding.
     """
     whole = max(v.abs().max().item() for v in b.values()) or 1.0
     zero = lambda d, k, like: d[k] if k in d else torch.zeros_like(like)
-    like = lambda largest: whole / 20 if largest < 1e-6 * whole else max(largest, whole / 100)
-    return max((zero(a, k, v) - v).abs().max().item() / like(v.abs().max().item()) for k, v in b.items())
+    return max((zero(a, k, v) - v).abs().max().item() / max(v.abs().max().item(), whole / 20) for k, v in b.items())

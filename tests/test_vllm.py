@@ -118,7 +118,7 @@ def test_another_version_starts_nothing(monkeypatch):
 
 
 def test_fast_inference(monkeypatch):
-    for found, name, words in (("", "inplace", "not installed, so completions are sampled in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 in this process")):
+    for found, name, words in (("", "inplace", "not installed. On a CPU completions are sampled in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed; with use_vllm=True")):
         monkeypatch.setattr(module, "vllm_version", lambda: found)
         assert module.fast_engine()[0] == name and words in module.fast_engine()[1]
 
