@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Room', 'room_for', 'Table', 'Arrangement']
 
-# %% ../../nbs/28d_engines.cache.ipynb #d1ca9f4f
-from dataclasses import dataclass
+# %% ../../nbs/28d_engines.cache.ipynb #7d867d62
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Room:
 
     @property
     def tokens(self) -> int: return self.lanes * self.prompt + self.slots * self.completion
+
+    def holds(self, other) -> bool: return all(a >= b for a, b in zip(astuple(self), astuple(other)))
 
 
 def room_for(prompts:list, # lengths
@@ -48,7 +50,7 @@ def room_for(prompts:list, # lengths
 class Table:
     "Keys, values and the state of each slot."
     def __init__(self, room:Room, decoder, sampling:Sampling):
-        d, self.room, self.sampling = decoder.device, room, sampling
+        d, self.room = decoder.device, room
         shape = len(decoder.layers), 2
         make = lambda *size, dtype=torch.int64, fill=0: torch.full(size, fill, dtype=dtype, device=d)
         try:
@@ -58,56 +60,66 @@ class Table:
             raise EngineError(f"There is no memory for a cache of {room.tokens} tokens ({room.tokens * decoder.bytes_per_token() / 2**20:,.0f} MiB): "
                               f"give a smaller cache_tokens, or lower max_completion_length. {error}") from error
         s, c = room.slots, room.completion
-        self.token, self.position, self.count, self.limit, self.lane = (make(s) for _ in range(5))
+        self.rotary = decoder.tables(room.prompt + c)
+        self.token, self.count, self.limit, self.lane = (make(s) for _ in range(4))
         self.alive = make(s, dtype=torch.bool, fill=False)
         self.random = make(s, c, dtype=torch.float64)
         self.out, self.logps = make(s, c + 1), make(s, c + 1, dtype=torch.float32) # the last column takes what finished slots write
-        self.own_position = make(s, c, fill=-1) # -1: not the slot's
         self.length = make(room.lanes) # of each lane's prompt
         self.first = make(room.lanes, decoder.text.norm.weight.shape[0], dtype=torch.float32) # hidden state that predicts a completion's first token
         self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=d)
         self.seen = None if sampling.repetition_penalty == 1 else make(s, decoder.base.get_output_embeddings().out_features, dtype=torch.bool, fill=False)
-        self.step, self.row_of, self.prompt_of = 0, [None] * s, [None] * room.lanes # what each slot and lane holds
+        self.empty()
+
+    def empty(self) -> None:
+        "No slot and no lane in use."
+        self.row_of, self.prompt_of = [None] * self.room.slots, [None] * self.room.lanes # what each slot and lane holds
+        self.count.zero_()
+        self.alive.fill_(False)
 
     @property
     def per_slot(self): # tensors whose first dimension is the slot
-        found = self.token, self.position, self.count, self.limit, self.lane, self.alive, self.random, self.out, self.logps, self.own_position
+        found = self.token, self.count, self.limit, self.lane, self.alive, self.random, self.out, self.logps
         return found if self.seen is None else (*found, self.seen)
 
     @property
-    def active(self) -> int: # the slots in use are the first ones
-        return next((i for i, row in enumerate(self.row_of) if row is None), len(self.row_of))
+    def extent(self) -> int:
+        "The slots up to the last one in use."
+        return next((i + 1 for i in reversed(range(len(self.row_of))) if self.row_of[i] is not None), 0)
 
-    @property
-    def column(self) -> int: return self.step % self.room.completion # that the next step writes
-
-    @property
-    def columns(self) -> int: return min(self.step + 1, self.room.completion) # in use after it
+    def position(self, slots:int) -> Tensor: # (slots,) int64
+        "Of the newest token of the first slots; a prompt's last one, or 0, for a slot that has none."
+        return (self.length[self.lane[:slots]] + self.count[:slots] - 1).clamp(min=0)
 
     def admit(self, slots:list, rows:list, lanes:list, limits:list, seeds:Tensor) -> None:
         "Let completions begin in free slots."
-        if all(row is None for row in self.row_of): self.step = 0
         at = torch.tensor(slots, device=self.token.device)
-        lane = torch.tensor(lanes, device=at.device)
-        self.lane[at], self.limit[at], self.count[at], self.alive[at] = lane, torch.tensor(limits, device=at.device), 0, True
-        self.position[at] = self.length[lane]
-        self.own_position[at] = -1
+        self.lane[at], self.limit[at] = torch.tensor(lanes, device=at.device), torch.tensor(limits, device=at.device)
+        self.count[at], self.alive[at] = 0, True
         self.random[at] = uniforms(seeds.to(at.device), self.room.completion)
         for slot, row in zip(slots, rows): self.row_of[slot] = row
+
+    def free(self, slots:list) -> None:
+        "Give slots back."
+        at = torch.tensor(slots, device=self.token.device)
+        self.count[at], self.alive[at] = 0, False
+        for slot in slots: self.row_of[slot] = None
 
     def move(self, source:int, target:int) -> None:
         "Let a slot's completion go on in another slot."
         for t in self.per_slot: t[target] = t[source]
-        n = self.columns
+        n = int(self.count[source])
         self.own_kv[:, :, target, :, :n] = self.own_kv[:, :, source, :, :n]
-        self.row_of[target], self.row_of[source] = self.row_of[source], None
+        row = self.row_of[source]
+        self.free([source])
+        self.row_of[target] = row
 
     def compact(self) -> None:
-        "Close the holes that finished completions left, and those of finished prompts."
-        last = max((i for i, row in enumerate(self.row_of) if row is not None), default=-1)
-        while (hole := self.active) < last:
-            self.move(last, hole)
-            while last >= 0 and self.row_of[last] is None: last -= 1
+        "Close the holes that finished completions left."
+        while None in self.row_of[:(extent := self.extent)]: self.move(extent - 1, self.row_of.index(None))
+
+    def compact_lanes(self) -> None:
+        "Close the holes that finished prompts left."
         used = [i for i, p in enumerate(self.prompt_of) if p is not None]
         while used and (hole := self.prompt_of.index(None) if None in self.prompt_of else len(self.prompt_of)) < used[-1]:
             source = used.pop()
@@ -148,7 +160,6 @@ class Arrangement:
             for j, slot in enumerate(row): back[slot] = lane * self.width + j
         self.flat, self.back = (torch.tensor(x, device=device) for x in (flat, back))
         self.even = all(lengths[lane] == self.prompt for lane in lanes)
-        self.fresh = False # whether all slots began together, so that no column is another's
 
     def spread(self, x): # (slots, ...) -> (lanes * width, ...)
         "Slots in the order of their lanes; where a lane has fewer than others, slot 0 fills it up."

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.epilogues import Adapter
 from ..ops.fuse import FORWARDS
+from ..ops.gated_mlp import ACTIVATIONS, gated_naive
 
 # %% ../../nbs/28c_engines.layers.ipynb #6ef129ca
 LORA = ("Linear", "Linear4bit", "Linear8bitLt") # of PEFT
@@ -46,7 +48,7 @@ def _kept(old, new): # a tensor with new's values, in old's place where it fits:
 
 class Joined:
     "Linear layers that share an input, as one call."
-    def __init__(self, *layers): self.layers, self.a, self.b = layers, None, {}
+    def __init__(self, *layers): self.layers, self.a, self.b, self.bias = layers, None, {}, None
 
     def refresh(self, dtype:torch.dtype|None=None): # of the products; None: the weights' own
         "Read the layers anew: weights are referred to, adapters are copied."
@@ -54,15 +56,23 @@ class Joined:
         plain = [_is_plain(base) for base, _ in peeled]
         self.dtype = dtype or next((base.weight.dtype for (base, _), ok in zip(peeled, plain) if ok), None)
         adapters = [(i, *adapter) for i, (_, adapter) in enumerate(peeled) if adapter is not None]
-        self.a = _kept(self.a, torch.cat([A.t() for _, A, _, _ in adapters], 1).to(self.dtype or adapters[0][1].dtype)) if adapters else None
-        self.b = {i: _kept(self.b.get(i), (B.t() * scale).to(self.a.dtype)) for i, _, B, scale in adapters}
+        self.a = _kept(self.a, torch.cat([A for _, A, _, _ in adapters]).to(self.dtype or adapters[0][1].dtype)) if adapters else None # (all ranks, d)
+        self.b = {i: _kept(self.b.get(i), (B.t() * scale).to(self.a.dtype).contiguous()) for i, _, B, scale in adapters} # (rank, outputs)
         self.parts, lo, rank = [], 0, 0
         for i, (base, _) in enumerate(peeled):
             hi = lo + self.layers[i].out_features
             r = rank + (len(self.b[i]) if i in self.b else 0)
             self.parts.append((base, plain[i], slice(lo, hi), self.b.get(i), slice(rank, r)))
             lo, rank = hi, r
-        self.width = lo
+        self.width, self.ranks = lo, rank
+        biases = [(base.bias if ok else None, place) for base, ok, place, *_ in self.parts]
+        self.bias = None if all(t is None for t, _ in biases) else _kept(self.bias, torch.cat([
+            torch.zeros(place.stop - place.start, dtype=self.dtype, device=peeled[0][0].weight.device) if t is None else t.to(self.dtype) for t, place in biases]))
+
+    @property
+    def adapter(self): # of `ops.epilogues`, or None
+        "The adapters' second halves, to go with `sums`."
+        return Adapter(tuple(b for *_, b, _ in self.parts), self.width) if self.b else None
 
     def foreign(self) -> list: # of modules that are called as they are
         "Layers that compute what is not known here."
@@ -71,7 +81,7 @@ class Joined:
     def __call__(self, x): # (R, d) -> (R, sum of outputs)
         x = x if self.dtype is None else x.to(self.dtype)
         out = x.new_empty(len(x), self.width)
-        xa = None if self.a is None else x.to(self.a.dtype) @ self.a
+        xa = None if self.a is None else x.to(self.a.dtype) @ self.a.t()
         for base, plain, place, b, thin in self.parts:
             y = out[:, place]
             if not plain: y.copy_(base(x))
@@ -79,6 +89,14 @@ class Joined:
             else: torch.addmm(base.bias.to(x.dtype), x, base.weight.to(x.dtype).t(), out=y)
             if b is not None: y.addmm_(xa[:, thin], b) if b.dtype == y.dtype else y.add_(xa[:, thin] @ b)
         return out
+
+    def sums(self, x, product): # (R, d), a form of `ops.skinny` -> (parts, R, width + ranks) fp32
+        "Partial sums of the products alone, those with the adapters' A last: what a form of `ops.epilogues` goes on from."
+        x = x if self.dtype is None else x.to(self.dtype)
+        thin = () if self.a is None else (self.a,)
+        if all(plain and base.weight.dtype == x.dtype and base.weight.is_contiguous() for base, plain, *_ in self.parts): return product(x, [*(base.weight for base, *_ in self.parts), *thin])
+        ours = [base(x) if not plain else F.linear(x, base.weight.to(x.dtype)) for base, plain, *_ in self.parts]
+        return torch.cat([*ours, *(F.linear(x.to(a.dtype), a) for a in thin)], 1).float()[None]
 
 # %% ../../nbs/28c_engines.layers.ipynb #a6b444de
 class Norm:
@@ -119,6 +137,8 @@ class Layer:
         self.gate_up = Joined(mlp.gate_up_proj) if hasattr(mlp, "gate_up_proj") else Joined(mlp.gate_proj, mlp.up_proj)
         self.down = Joined(mlp.down_proj)
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
+        points = torch.linspace(-6, 6, 49)
+        self.activation = next((kind for kind in ACTIVATIONS if torch.allclose(self.act(points), gated_naive(points, torch.ones(49), kind), rtol=1e-5, atol=1e-6)), None)
         self.head_norm = Norm(attention.q_norm, attention.k_norm, heads=(heads, kv)) if hasattr(attention, "q_norm") else None
         sandwich = hasattr(module, "pre_feedforward_layernorm") # Gemma: a norm before and after each half
         self.before = Norm(module.input_layernorm)
@@ -209,8 +229,20 @@ class Decoder:
 
     def logits(self, x): # (R, H) from the last layer -> (R, V) fp32
         "Final norm and head."
-        logits = self.head(self.norm(x)).float()
+        return self.capped(self.head(self.norm(x)).float())
+
+    def capped(self, logits): # Gemma 2's, over the vocabulary
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def addresses(self) -> tuple: # of int
+        "After `refresh`: where everything is that a step reads, and so what a recorded step depends on."
+        at = lambda t: 0 if t is None else t.data_ptr()
+        joined = [part for la in self.layers for part in la.linears] + [self.head]
+        part_of = lambda base, b: (id(base), at(b), *map(at, (*base._parameters.values(), *(() if _is_plain(base) else base.parameters()))),
+                                   getattr(base, "disable_adapters", None), *getattr(base, "active_adapters", ()))
+        joined = [part for la in self.layers for part in la.linears] + [self.head]
+        places = [(at(part.a), *(part_of(base, b) for base, _, _, b, _ in part.parts)) for part in joined]
+        return (*places, *(at(n.weight) for la in self.layers for n in la.norms), at(self.norm.weight), *(at(p) for p in self.text.embed_tokens.parameters()))
 
     def bytes_per_token(self) -> int:
         "What one position takes in a cache of keys and values."
