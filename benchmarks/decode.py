@@ -167,12 +167,12 @@ def plans(recorder, device):
         chosen, found = skinny.split_for(a, sizes, x.shape[1], x.element_size()), []
         for n, k, stages, warps, split in itertools.product((32, 64, 128, 256), (64, 128), (3, 4, 6), (4, 8), (1, 2, 3, 4, 6, 8)):
             if (n + chosen.block_s) * k * x.element_size() * stages > skinny.SHARED or split * k > x.shape[1] or (name == "head" and split > 1): continue
-            plan = skinny.Plan(chosen.block_s, n, k, split, warps, stages, 0.0)
+            plan = skinny.Plan(chosen.block_s, n, k, split, warps, stages)
             try: found.append((timed(lambda x=x, weights=weights, plan=plan: skinny.skinny(x, weights, plan=plan), device, rounds=3), plan))
             except Exception as problem: say(plan=str(plan), problem=str(problem)[:200]) # noqa: BLE001  a cut that does not compile is one of the results
             if device == "cpu": break
         found.sort(key=lambda pair: pair[0])
-        say(product=name, chosen=str(chosen), best=[dict(microseconds=round(s * 1e6, 2), plan=str(p[:6])) for s, p in found[:4]])
+        say(product=name, chosen=str(chosen), best=[dict(microseconds=round(s * 1e6, 2), plan=str(p)) for s, p in found[:4]])
 
 
 def main():

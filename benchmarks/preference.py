@@ -5,8 +5,9 @@
 
 Random weights and random tokens of one seed. Positions are counted at the embedding, of the policy and of the reference. Peak
 memory on a CPU is what a step adds to the process, measured in a fork of it (one thread); seconds are the median of the
-measured steps, stock and patched in turns. DPO, CPO and ORPO get pairs; KTO and BCO, whose data are judged one by one and
-shuffled, get a prompt a row, so that nothing is shared but what is saved by padding and logits. `CASES` holds what is measured: an algorithm is one entry.
+measured steps, stock and patched in turns, on a CPU the process's own, which other work on the machine changes little. DPO, CPO and ORPO get pairs; KTO and BCO, whose data are judged one by one and
+shuffled, get a prompt a row, so that nothing is shared but what is saved by padding and logits. RLOO has the pairs as two groups of two, with log-probs of the
+sampling that are not the step's own, as in a second step on one batch. `CASES` holds what is measured: an algorithm is one entry.
 """
 import argparse
 import gc
@@ -34,7 +35,7 @@ from datasets import Dataset, disable_progress_bars
 
 from grpo_nb.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.rl import preference
+from grpo_nb.rl import grpo, preference
 from grpo_nb.rl.forward import causal_lm
 
 disable_progress_bars()
@@ -75,6 +76,23 @@ def bco_batch(ids, mask, answer):
                 label=[i < len(ids) // 2 for i in range(len(ids))])
 
 
+def rloo_batch(ids, mask, answer):
+    p = SHAPE.prompt
+    return dict(prompt_ids=ids[:, :p], prompt_mask=mask[:, :p], completion_ids=ids[:, p:], completion_mask=mask[:, p:],
+                advantages=torch.tensor([1.0, -0.5] * (len(ids) // 2)).roll(1) * torch.linspace(0.5, 1.5, len(ids)))
+
+
+def with_old_logps(trainer, batch):
+    "The batch with log-probs of the sampling: the model's own and a little."
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad(): logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
+    return {**batch, "old_logps": (logps * batch["completion_mask"]).sum(1) + torch.linspace(-0.1, 0.1, len(ids), device=ids.device)}
+
+
+def rewarded(shape, device, dtype):
+    return {"model": make_model(shape, device, dtype), "reward_funcs": lambda completions, **_: [0.0] * len(completions)}
+
+
 @dataclass(frozen=True)
 class Case:
     "One algorithm: how its trainer is made, what a batch of it looks like, what is patched."
@@ -88,6 +106,7 @@ class Case:
     more: dict|None = None # for the configuration
     build: Callable|None = None # shape, device, dtype -> the trainer's models, where they are not one causal language model
     loss: Callable|None = None # trainer, model, batch -> loss, where the trainer's is not `compute_loss`
+    prepare: Callable|None = None # trainer, batch -> batch, once
 
 
 def preference_case(algorithm, data, batch, reference=False):
@@ -102,6 +121,8 @@ CASES = {
     "cpo": preference_case("cpo", [PAIR] * 2, pair_batch),
     "orpo": preference_case("orpo", [PAIR] * 2, pair_batch),
     "bco": preference_case("bco", JUDGED, bco_batch, reference=True),
+    "rloo": Case("trl.trainer.rloo_trainer:RLOOTrainer", "trl.trainer.rloo_config:RLOOConfig", [{"prompt": "<unk>"}] * 2, rloo_batch, lambda: grpo.patches("rloo"),
+                 more=dict(num_generations=2, beta=0.0), build=rewarded, prepare=with_old_logps),
 }
 
 
@@ -157,12 +178,13 @@ def step(trainer, batch) -> float: # the loss
 
 def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None) -> dict:
     "Stock and patched, in turns."
-    case = CASES[name]
+    case, clock = CASES[name], time.process_time if device == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(case, shape, folder, device)
         trainer.args.max_tokens_per_pack = max_tokens_per_pack
         ids = rows(shape, MODELS[shape.model][1], case.paired)
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.batch(*ids).items()}
+        if case.prepare: batch = case.prepare(trainer, batch)
         kinds = {"trl": nullcontext, "grpo_nb": lambda: PatchSet(case.patches())}
         found, grads = {kind: {"seconds": []} for kind in kinds}, {}
         for kind, on in kinds.items():
@@ -181,10 +203,10 @@ def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None
             for kind, on in kinds.items():
                 with on():
                     if device == "cuda": torch.cuda.synchronize()
-                    start = time.perf_counter()
+                    start = clock()
                     step(trainer, batch)
                     if device == "cuda": torch.cuda.synchronize()
-                    found[kind]["seconds"].append(time.perf_counter() - start)
+                    found[kind]["seconds"].append(clock() - start)
     for kind in kinds: found[kind]["seconds"] = statistics.median(found[kind]["seconds"]) if repeats else None
     return {"algorithm": name, "version": version("trl"), "grad_rel_err": error.item(), **found}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'ROLLOUTS', 'ROLLOUT_DEFAULTS', 'KINDS', 'KINDS_OF', 'model_of', 'continuous', 'check_rollout',
-           'bench_rollout', 'report_rollout', 'main']
+           'missing', 'merge_and_copy', 'timed', 'make_engine', 'cost_of', 'bench_rollout', 'report_rollout', 'main']
 
 # %% ../nbs/40a_bench_rollout.ipynb #ab3e4ec0
 import gc
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from .bench import MODELS, Shape, lengths, machine, make_model
 from .check import one_of
-from .engines.base import Sampling
+from .engines.base import EngineError, Sampling
 from .engines.hf import HuggingFace
 from .engines.inplace import InPlace
 
@@ -34,8 +34,8 @@ ROLLOUTS = {
     "qwen-8x512+8x256 ragged": Shape("qwen2.5-1.5b", 8, 512, 8, 256, 869, lora=64),
 }
 ROLLOUT_DEFAULTS = {"cpu": tuple(ROLLOUTS)[:5], "cuda": tuple(ROLLOUTS)[5:]}
-KINDS = ("hf", "continuous", "inplace")
-KINDS_OF = {"cpu": ("hf", "inplace"), "cuda": KINDS} # unless asked: on a CPU continuous batching takes minutes
+KINDS = ("hf", "continuous", "inplace", "vllm")
+KINDS_OF = {"cpu": ("hf", "inplace", "vllm"), "cuda": KINDS} # unless asked: on a CPU continuous batching takes minutes
 
 
 def model_of(shape:Shape, device:str):
@@ -64,24 +64,73 @@ def check_rollout(device:str, names=(), repeats:int=3, kinds=KINDS) -> None:
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': this machine has no CUDA device; 'cpu' is allowed.")
 
 
+def missing(kinds) -> dict: # {kind: why}
+    "Engines that this machine does not have."
+    if "vllm" not in kinds: return {}
+    from grpo_nb.engines.vllm import check_version
+    try: check_version()
+    except EngineError as error: return {"vllm": str(error).split(". ")[0]}
+    return {}
+
+
 def _clock(device):
     if device == "cpu": return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
+# %% ../nbs/40a_bench_rollout.ipynb #962323a7
+def merge_and_copy(model): # -> a function of no arguments that does it once, and the bytes of the copy
+    "TRL's way of bringing a step's weights to another model in the same process."
+    weights = [(p.data, torch.empty_like(p.data)) for n, p in model.named_parameters() if "lora_" not in n]
+    adapter = hasattr(model, "merge_adapter")
 
-def _ways(kinds, model, prompts, limits, n): # {kind: a function that samples and returns how many tokens}
-    sampling, inner = Sampling(max_tokens=limits), getattr(model, "get_base_model", lambda: model)()
-    engines = {kind: make(model) for kind, make in dict(hf=lambda m: HuggingFace(m, logps=False), inplace=InPlace).items() if kind in kinds}
-    made = {kind: lambda e=e: e.generate(prompts, n, sampling).tokens for kind, e in engines.items()}
-    if "continuous" in kinds: made["continuous"] = lambda: continuous(inner, prompts, n, limits)
-    return {kind: made[kind] for kind in kinds}, engines.get("inplace")
+    def once():
+        if adapter: model.merge_adapter()
+        for here, there in weights: there.copy_(here)
+        if adapter: model.unmerge_adapter()
+    return once, sum(there.nbytes for _, there in weights)
+
+
+def timed(call, device, repeats) -> float: # seconds, the median
+    "The time of a call, after one that is not counted."
+    found = []
+    for i in range(repeats + 1):
+        at = _clock(device)
+        call()
+        if i: found.append(_clock(device) - at)
+    return statistics.median(found)
+
+# %% ../nbs/40a_bench_rollout.ipynb #40ca57b1
+def make_engine(kind, model, shape, rows): # rows: completions
+    "An engine, or None for what has no class."
+    if kind == "hf": return HuggingFace(model, logps=False)
+    if kind == "inplace": return InPlace(model)
+    if kind != "vllm": return None
+    from grpo_nb.engines.vllm import VLLMEngine
+    return VLLMEngine(model, max_model_len=shape.prompt + shape.longest, max_num_seqs=rows)
+
+
+def cost_of(kind, engine, model, shape, device, repeats) -> dict:
+    "What an engine needs beside sampling: seconds after a training step, a copy of weights, keys and values."
+    decoder = (engine if kind == "inplace" else InPlace(model, check=False)).decoder
+    decoder.refresh()
+    per, rows = decoder.bytes_per_token(), shape.prompts * shape.completions
+    found = dict(sync_seconds=0.0, extra_weight_bytes=0, cache_bytes=None)
+    if kind == "hf": found["cache_bytes"] = rows * (shape.prompt + shape.longest) * per
+    if kind == "inplace": found |= dict(sync_seconds=timed(decoder.refresh, device, repeats), cache_bytes=(shape.prompts * shape.prompt + rows * shape.longest) * per)
+    if kind == "vllm":
+        cache, base = engine.llm.vllm_config.cache_config, getattr(model, "get_base_model", lambda: model)()
+        blocks = getattr(cache, "num_gpu_blocks", None)
+        whole = sum(p.nbytes for n, p in base.named_parameters() if "lora_" not in n)
+        found |= dict(sync_seconds=timed(lambda: engine.sync(model), device, repeats), extra_weight_bytes=whole if engine.copied_bytes is None else engine.copied_bytes,
+                      cache_bytes=None if blocks is None else blocks * cache.block_size * per)
+    return found
 
 
 def bench_rollout(name:str, # a key of ROLLOUTS
                   device:str="cpu", # "cpu" or "cuda"
                   repeats:int=3, # measured runs of each
-                  kinds=KINDS_OF["cpu"], # which engines
+                  kinds=("hf", "inplace"), # which engines
                   shape:Shape|None=None, # a shape of one's own, in place of ROLLOUTS[name]
                   ) -> list: # of dictionaries, one an engine
     "The engines in turns on one model, the same prompts and the same lengths."
@@ -92,50 +141,58 @@ def bench_rollout(name:str, # a key of ROLLOUTS
     vocabulary = 320 if shape.model == "quickstart" else MODELS[shape.model][1]
     prompts = torch.randint(3, vocabulary, (shape.prompts, shape.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     limits = tuple([shape.longest] * rows if shape.mean == shape.longest else lengths(rows, shape.mean, shape.longest).tolist())
-    started = time.perf_counter()
-    ways, engine = _ways(kinds, model, prompts, limits, shape.completions)
-    start_up, runs, tokens = time.perf_counter() - started, {k: [] for k in kinds}, {}
-    for i in range(repeats + 1): # the first is not counted
-        for kind, way in ways.items():
-            at = _clock(device)
-            tokens[kind] = way()
-            if i: runs[kind].append(_clock(device) - at)
-    sync = 0.0
-    if engine is not None:
-        at = _clock(device)
-        engine.decoder.refresh()
-        sync = _clock(device) - at
-    dec = (engine or InPlace(model, check=False)).decoder
-    dec.refresh()
-    per = dec.bytes_per_token()
-    longest = shape.prompt + shape.longest
-    held = dict(hf=rows * longest, inplace=shape.prompts * shape.prompt + rows * shape.longest, continuous=None)
+    sampling, inner = Sampling(max_tokens=limits), getattr(model, "get_base_model", lambda: model)()
+    engines, start, runs, wall, peak, tokens = {}, {}, {k: [] for k in kinds}, {k: [] for k in kinds}, dict.fromkeys(kinds, 0), {}
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    for kind in kinds:
+        at = time.perf_counter()
+        engines[kind] = make_engine(kind, model, shape, rows)
+        start[kind] = time.perf_counter() - at
+    try:
+        for i in range(repeats + 1): # the first is not counted
+            for kind, engine in engines.items():
+                if device == "cuda": torch.cuda.reset_peak_memory_stats()
+                at, begun = _clock(device), time.perf_counter()
+                tokens[kind] = continuous(inner, prompts, shape.completions, limits) if engine is None else engine.generate(prompts, shape.completions, sampling).tokens
+                if i: runs[kind].append(_clock(device) - at); wall[kind].append(time.perf_counter() - begun)
+                if device == "cuda": peak[kind] = max(peak[kind], torch.cuda.max_memory_allocated() - held)
+        costs = {kind: cost_of(kind, engine, model, shape, device, repeats) for kind, engine in engines.items()}
+    finally:
+        for engine in engines.values():
+            if engine is not None: engine.close()
+    merge, copied = merge_and_copy(model)
+    theirs, whole = timed(merge, device, repeats), sum(p.nbytes for p in model.parameters())
     seconds = {k: statistics.median(r) for k, r in runs.items()}
     base = seconds.get("hf")
-    return [{"shape": name, "engine": k, "tokens_per_second": round(tokens[k] / seconds[k]), "seconds": round(seconds[k], 4), "tokens": tokens[k],
-             "speedup": round(base / seconds[k], 2) if base else None, "sync_seconds": round(sync, 5) if k == "inplace" else 0.0,
-             "start_seconds": round(start_up, 3) if k == "inplace" else 0.0, "extra_weight_bytes": 0,
-             "cache_bytes": None if held[k] is None else held[k] * per} for k in kinds]
+    return [{"shape": name, "engine": k, "tokens_per_second": round(tokens[k] / seconds[k]), "seconds": round(seconds[k], 4), "wall_seconds": round(statistics.median(wall[k]), 4),
+             "tokens": tokens[k], "speedup": round(base / seconds[k], 2) if base else None, "start_seconds": round(start[k], 3), "weight_bytes": whole, **costs[k],
+             "peak_bytes": peak[k] or None, "trl_sync_seconds": round(theirs, 5), "trl_copy_bytes": copied} for k in kinds]
 
-# %% ../nbs/40a_bench_rollout.ipynb #d878048e
+# %% ../nbs/40a_bench_rollout.ipynb #14d67bd8
 def report_rollout(results:list, as_json:bool=False) -> str:
     "A line of JSON a result, or a table with the JSON of ours last."
     lines = [json.dumps(r) for r in results]
     if as_json: return "\n".join(lines)
     mib = lambda n: "-" if n is None else f"{n / 2**20:.1f}"
-    table = [f"{'shape':24} {'engine':11} {'tokens/s':>9} {'seconds':>9} {'speedup':>8} {'sync s':>8} {'cache MiB':>10}"]
-    table += [f"{r['shape']:24} {r['engine']:11} {r['tokens_per_second']:9,} {r['seconds']:9.3f} {r['speedup'] or 0:8.2f} {r['sync_seconds']:8.4f} {mib(r['cache_bytes']):>10}"
-              for r in results]
+    one = results[0]
+    table = [f"{'shape':24} {'engine':11} {'tokens/s':>9} {'seconds':>9} {'speedup':>8} {'start s':>8} {'sync s':>8} {'copy MiB':>9} {'cache MiB':>10}"]
+    table += [f"{r['shape']:24} {r['engine']:11} {r['tokens_per_second']:9,} {r['seconds']:9.3f} {r['speedup'] or 0:8.2f} {r['start_seconds']:8.2f} {r['sync_seconds']:8.4f} "
+              f"{mib(r['extra_weight_bytes']):>9} {mib(r['cache_bytes']):>10}" for r in results]
+    table += [f"weights {mib(one['weight_bytes'])} MiB; TRL's merge, copy and unmerge {one['trl_sync_seconds']:.4f} s a step, and a second copy of {mib(one['trl_copy_bytes'])} MiB"]
     return "\n".join([*table, *(line for line, r in zip(lines, results) if r["engine"] == "inplace")])
 
-# %% ../nbs/40a_bench_rollout.ipynb #ce61f0b3
+# %% ../nbs/40a_bench_rollout.ipynb #5c303233
 def main(given) -> int: # the exit code
     "Measure the engines with the arguments of `grpo-nb bench rollout`."
     try: check_rollout(given.device, given.shape or (), given.repeats, given.engine or ())
     except ValueError as error:
         print(f"grpo-nb bench rollout: {error}", file=sys.stderr)
         return 2
+    kinds = given.engine or KINDS_OF[given.device]
+    gone = missing(kinds)
+    for kind, why in gone.items(): print(f"grpo-nb bench rollout: {kind} is left out: {why}.", file=sys.stderr)
+    if not (kinds := [k for k in kinds if k not in gone]): return 0
     print(json.dumps(machine(given.device)), flush=True)
     for name in given.shape or ROLLOUT_DEFAULTS[given.device]:
-        print(report_rollout(bench_rollout(name, given.device, given.repeats, given.engine or KINDS_OF[given.device]), given.json), flush=True)
+        print(report_rollout(bench_rollout(name, given.device, given.repeats, kinds), given.json), flush=True)
     return 0

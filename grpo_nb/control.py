@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_heads', 'set_temperature',
            'set_max_completion_length', 'has_reference', 'set_beta', 'reward_weights', 'set_reward_weights', 'current',
-           'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'agreed',
-           'Steering']
+           'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'Randomness',
+           'close_training', 'agreed', 'Steering']
 
-# %% ../nbs/37a_control.ipynb #a3c33f33
+# %% ../nbs/37a_control.ipynb #6a508993
 import json
 import math
+import random
 import threading
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from .check import known_arguments, nearest
 from .events import Notice, SettingChanged, say, short
@@ -234,7 +237,31 @@ def read_changes(folder) -> tuple: # (name to value, list of changes); empty whe
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return kept.get("changed", {}), kept.get("changes", [])
 
-# %% ../nbs/37a_control.ipynb #b0a0a862
+# %% ../nbs/37a_control.ipynb #37799498
+class Randomness:
+    "The states of the random number generators that a checkpoint holds, as they are now."
+    def __init__(self):
+        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        "Put them back."
+        python, numpy, cpu, cuda = self.states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None: torch.cuda.set_rng_state(cuda)
+
+def close_training(trainer, # that was left in the middle of a step
+                   since:int=0, # the step at which it began
+                   ) -> TrainOutput:
+    "What the trainer does at its end: its best model, if it keeps one, the callbacks' end, and the mean of the logged losses."
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None: trainer._load_best_model()
+    trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    trainer.is_in_train = False
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > since]
+    return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else math.nan, {})
+
+# %% ../nbs/37a_control.ipynb #de319bde
 def agreed(trainer, # with an `accelerator`
            wishes:dict, # asked (name to value), pause, stop, save and keep, of this process
            ) -> dict: # the same keys, the same in every process

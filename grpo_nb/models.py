@@ -209,7 +209,7 @@ def _config_of(name, **hub):
 
 def _say_engine():
     "Tell once what `fast_inference=True` comes to."
-    from grpo_nb.engines.vllm import fast_engine
+    from grpo_nb.engines.vllm_start import fast_engine
     say(f"fast_inference=True: {fast_engine()[1]}")
 
 # %% ../nbs/27_models.ipynb #56fdbc5e
@@ -219,7 +219,7 @@ def from_pretrained(cls:FastLanguageModel,
                     max_seq_length:int=2048, # tokens of prompt and completion together
                     dtype=None, # "bfloat16", "float16", "float32" or a torch dtype; None: bf16 from Ampere on, fp16 before, fp32 on a CPU
                     load_in_4bit:bool=Default(True), # NF4 weights; left out, a machine that cannot gets 16 or 32 bits
-                    fast_inference:bool=False, # say what samples here: vLLM (with use_vllm=True in the configuration), in place on a CPU, TRL's generate on a GPU
+                    fast_inference:bool=False, # sample with vLLM where it is installed; one line says what it comes to
                     gpu_memory_utilization:float=0.5, # share of the GPU's memory for the engine, in (0, 1]
                     max_lora_rank:int=64, # the largest `r` that get_peft_model will take
                     token=None, # a Hub access token; None: the one that is logged in

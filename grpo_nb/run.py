@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .check import known_arguments
-from .control import Steering, agreed, write_changes
+from .control import Randomness, Steering, agreed, close_training, write_changes
 from .events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted,
                             RunStopped, StepLogged, say)
 from .guard import guard
@@ -32,13 +32,15 @@ from .inputs import (check_dataset, check_model, check_reference, check_reward_c
                             first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
+from .rl.rollout import LeftSampling, leave_when
 
 # %% ../nbs/38_run.ipynb #fe5a8146
 class _Listener(TrainerCallback):
     "Passes the trainer's moments on to the run."
     def __init__(self, run): self.run = run
     def on_train_begin(self, args, state, control, **kwargs): self.run._began()
-    def on_step_begin(self, args, state, control, **kwargs): self.run._meter.step_begins()
+    def on_epoch_begin(self, args, state, control, **kwargs): self.run._step_begins(epoch=True)
+    def on_step_begin(self, args, state, control, **kwargs): self.run._step_begins()
     def on_log(self, args, state, control, logs=None, **kwargs): self.run._logged(logs or {}, control)
     def on_step_end(self, args, state, control, **kwargs): self.run._step_ended(control)
     def on_save(self, args, state, control, **kwargs): self.run._saved()
@@ -103,7 +105,8 @@ class GRPORun(Steering):
         self.state = "ready" # ready, running, paused, stopped, finished or failed
         self.result = None # TRL's TrainOutput, once the run has ended without an error
         self._stop, self._pause, self._thread, self._failure, self._log_due = None, False, None, None, False
-        self._from = None # the checkpoint it goes on from
+        self._from, self._began_at = None, 0 # the checkpoint it goes on from, and the step
+        self._random, self._new_epoch = None, False # what a checkpoint of the last whole step holds of the random numbers
         self.checkpoint = None # the folder of the latest checkpoint of this run
         self._save_asked, self._save_at_stop = False, False
         self._ended = threading.Event()
@@ -111,6 +114,7 @@ class GRPORun(Steering):
                                      eval_dataset=eval_dataset, callbacks=[_Listener(self), *callbacks], **kwargs)
         for shown in () if progress else self._displays(): self.trainer.remove_callback(shown)
         self._meter = StepMeter(self.trainer)
+        leave_when(self.trainer, self._leaves)
 
     def _displays(self) -> list:
         "The trainer's callbacks that print or draw."
@@ -159,11 +163,19 @@ def _logged(self:GRPORun, logs, control):
         self._log_due = False
         self._between_steps(control)
 
-# %% ../nbs/38_run.ipynb #070f2a33
+# %% ../nbs/38_run.ipynb #2dd2d905
+@patch
+def _step_begins(self:GRPORun, epoch=False):
+    "Start the step's clock, and keep the random numbers of the last whole step; a checkpoint's are loaded before an epoch's first batch, or before a step."
+    if epoch or not self._new_epoch: self._random = Randomness()
+    self._new_epoch = epoch
+    if not epoch: self._meter.step_begins()
+
 @patch
 def _step_ended(self:GRPORun, control):
     "Answer requests now, or after the log that the trainer is about to write."
     self._meter.step_ends()
+    self._random = Randomness()
     self._log_due = control.should_log
     if not self._log_due: self._between_steps(control)
 
@@ -210,7 +222,7 @@ def save(self:GRPORun) -> GRPORun: # the run itself
     return self
 
 @patch
-def _save_now(self:GRPORun):
+def _save_now(self:GRPORun, then="the run goes on"):
     "Write the checkpoint that was asked for."
     folder = self._folder
     new = not folder.exists()
@@ -219,7 +231,7 @@ def _save_now(self:GRPORun):
         self._saved()
     except Exception as error: # noqa: BLE001 it is reported; a checkpoint that was asked for in passing does not end the run
         if new: shutil.rmtree(folder, ignore_errors=True)
-        self._report(f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); the run goes on.")
+        self._report(f"the checkpoint {folder} could not be written ({type(error).__name__}: {error}); {then}.")
 
 @patch(as_prop=True)
 def _folder(self:GRPORun) -> Path:
@@ -249,6 +261,9 @@ def _train(self:GRPORun, checkpoint, in_background):
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
         if self._stop and self.step < self.total_steps: self._end("stopped", RunStopped, reason=self._stop)
         else: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))
+    except LeftSampling:
+        self._leave()
+        self._end("stopped", RunStopped, reason=self._stop)
     except KeyboardInterrupt:
         self._end("stopped", RunStopped, reason="interrupt")
         raise
@@ -261,6 +276,23 @@ def _train(self:GRPORun, checkpoint, in_background):
         self._unwatch()
         self.events.drain(1.0) # a listener with a queue gets the end too, unless it hangs
         self._ended.set()
+
+@patch
+def _leaves(self:GRPORun) -> bool:
+    "Whether sampling is to be left in the middle."
+    return self._stop is not None and self.state == "running" and self.trainer.accelerator.num_processes == 1
+
+@patch
+def _leave(self:GRPORun):
+    "End a training whose step was given up, with a checkpoint of the last whole step where one is due."
+    due = (self._save_at_stop or self._config_saves) and str(self._folder) not in (self.checkpoint, str(self._from))
+    if due:
+        now = Randomness()
+        if self._from and self.step == self._began_at: self.trainer._load_rng_state(self._from)
+        else: self._random.restore()
+        self._save_now("the run ends without it")
+        now.restore()
+    self.result = close_training(self.trainer, self._began_at)
 
 @patch
 def _interrupt(self:GRPORun):
@@ -301,6 +333,7 @@ def _reload_adapter(self:GRPORun, folder):
 @patch
 def _began(self:GRPORun):
     "The trainer is about to do its first step."
+    self._began_at = self.step
     if self._from:
         self._reload_adapter(self._from)
         self._take_up_changes(self._from)
@@ -366,7 +399,7 @@ def resume(self:GRPORun) -> GRPORun: # the run itself
 def stop(self:GRPORun,
          save=True, # leave a checkpoint; False: only if the config saves
          ) -> GRPORun: # the run itself
-    "End after the current step; `start(resume=True)` goes on from the checkpoint that it leaves."
+    "End after the current step, or at once where it is still sampling; `start(resume=True)` goes on from the checkpoint that it leaves."
     self._check_going("stop")
     if self._stop: raise RuntimeError("stop(): the run is already about to stop.")
     if save and not self._config_saves:
@@ -391,7 +424,7 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../nbs/38_run.ipynb #651f9d5a
+# %% ../nbs/38_run.ipynb #e89ace71
 @patch
 def __repr__(self:GRPORun):
     steps = f", step {self.step} of {self.total_steps}" if self.total_steps else ""

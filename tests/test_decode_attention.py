@@ -128,8 +128,7 @@ def test_shapes(shape, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("launch", [Launch(64, 64), Launch(64, 128, rows=32, block=64), Launch(128, 64, rows=16, block=16)], ids=str)
+@pytest.mark.parametrize("rules,launch", [*((rules, Launch(64, 64)) for rules in RULES), (RULES[4], Launch(64, 128, rows=32, block=64)), (RULES[4], Launch(128, 64, rows=16, block=16))], ids=str)
 def test_windows_and_caps(rules, launch):
     case = Case(**GROUPS, heads=6, kv=1)
     close(case, case.kernel(launch=launch, **rules), **rules)

@@ -2,13 +2,14 @@
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from parity import VOCAB, tiny, tokenizer
 
-from grpo_nb.engines.base import EngineError
+from grpo_nb.engines.base import EngineError, Sampling
 from grpo_nb.events import said
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.rl import rollout
-from grpo_nb.rl.rollout import check_engine, elsewhere, engine_patches
+from grpo_nb.rl.rollout import check_engine, elsewhere, engine_patches, leave_when
 
 PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rloo_trainer:RLOOTrainer"}
 
@@ -110,7 +111,7 @@ def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
 def test_the_field_is_checked():
     for good in (dict(engine="auto"), dict(engine="auto", use_vllm=True), dict(engine="vllm", use_vllm=True), dict(engine="vllm-server", use_vllm=True, vllm_mode="server")):
         check_engine(**good)
-    for bad, words in ((dict(engine="vlm"), "Did you mean 'vllm'"), (dict(engine="inplace", use_vllm=True), "contradict"), (dict(engine="vllm"), "needs use_vllm=True"),
+    for bad, words in ((dict(engine="vlm"), "Did you mean 'vllm'"), (dict(engine="inplace", use_vllm=True), "contradict"), (dict(engine="vllm-server", use_vllm=True), "contradict"),
                        (dict(engine="vllm", use_vllm=True, vllm_mode="server"), "contradict")):
         with pytest.raises(ValueError, match=words): check_engine(**bad)
 
@@ -152,3 +153,134 @@ def test_tools(tmp_path, monkeypatch):
                              reward=lambda completions, **_: [float(i) for i in range(len(completions))], max_completion_length=24)
         trainer.train()
     assert calls == [3] * 8 and sizes[0] == (2, 8) and len(sizes) == 2 and sizes[1][1] >= 1
+
+
+# A model that has learnt to call a tool: twice, each time with what the last answer was
+
+TALK = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}<tool_call>{{ c['function'] | tojson }}</tool_call>"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ANSWER = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assistant\n",
+          "fields": {"tool_calls": {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "repeats": True, "content": "json",
+                                    "transform": {"type": "function", "function": "{content}"}},
+                     "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
+NUMBERS = (1, 2)
+
+
+def call(number): return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "double", "arguments": {"number": number}}}]}
+def told(number): return {"role": "tool", "name": "double", "content": str(number)}
+def conversation(n): return [{"role": "user", "content": str(n)}, call(n), told(2 * n), call(2 * n), told(4 * n), {"role": "assistant", "content": str(4 * n)}]
+
+
+@pytest.fixture(scope="module")
+def caller():
+    "The model, and a tokenizer whose template renders tools and whose answers are parsed."
+    from grpo_nb.tiny import make_model, make_tokenizer
+    tok = make_tokenizer(["1 2"])
+    tok.add_tokens(["<tool_call>", "</tool_call>", '{"name": "double", "arguments": {"number": ', '}}'])
+    tok.chat_template, tok.response_template = TALK, ANSWER
+    model = make_model(tok, hidden_size=64, layers=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = [tok.apply_chat_template(conversation(n), tokenize=True, return_dict=False) for n in NUMBERS]
+    ids = torch.tensor([r + [tok.pad_token_id] * (max(map(len, rows)) - len(r)) for r in rows])
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        for _ in range(80):
+            model(input_ids=ids, labels=ids.masked_fill(ids == tok.pad_token_id, -100)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, tok
+
+
+@pytest.mark.parametrize("how", ["tools", "environment"])
+def test_a_tool_calling_loop(tmp_path, caller, how):
+    "Three turns: the calls that the model makes, what it is told, and what comes of it, with each engine."
+    import trl
+    if Version(trl.__version__) < Version("1.16"): pytest.skip("this TRL parses answers in another way")
+    found = {}
+    for engine in ("hf", "inplace"):
+        calls, seen = [], []
+
+        def double(number: int) -> int:
+            """Double a number.
+
+            Args:
+                number: the number
+            """
+            calls.append(number)
+            return 2 * number
+
+        class Doubling:
+            "An environment with one tool."
+            def reset(self, **_): return None
+            def double(self, number: int) -> int:
+                """Double a number.
+
+                Args:
+                    number: the number
+                """
+                return double(number)
+
+        def reward(completions, completion_ids, **_):
+            seen.extend(zip(completions, completion_ids))
+            return [float(i) for i in range(len(completions))]
+
+        args = trl.GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=80, bf16=False, use_cpu=True, report_to=[],
+                              gradient_checkpointing=False, max_steps=1, save_strategy="no", learning_rate=0.0, logging_steps=1, generation_kwargs=dict(do_sample=False))
+        args.engine = engine
+        extra = dict(tools=[double]) if how == "tools" else dict(environment_factory=Doubling)
+        with PatchSet(engine_patches(PATHS["grpo"])):
+            trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
+                                      train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
+            trainer.train()
+            assert hasattr(trainer, "_grpo_nb_rollouts") == (engine == "inplace")
+        found[engine] = sorted(calls), seen, [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log]
+    assert found["hf"] == found["inplace"]
+    calls, seen, frequency = found["inplace"]
+    assert calls == [1] * 4 + [2] * 8 + [4] * 4 and frequency == [2.0]
+    whole = [conversation(n)[1:] for n in NUMBERS]
+    assert [sum(messages == one for messages, _ in seen) for one in whole] == [4, 4]
+
+
+# No end token
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_without_stop_tokens_every_engine_goes_on_to_the_length(greedy):
+    "Whatever ends the model's own generation config names."
+    from grpo_nb.engines.hf import HuggingFace
+    from grpo_nb.engines.inplace import InPlace
+    model = tiny()
+    model.generation_config.eos_token_id = list(range(1, VOCAB))
+    found = [engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, seed=0)) for engine in (HuggingFace(model), InPlace(model))]
+    assert all(f.finished == ["length"] * 4 and f.tokens == 28 for f in found)
+    assert not greedy or found[0].completions == found[1].completions
+    stopped = [engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, stop_token_ids=range(VOCAB))) for engine in (HuggingFace(model), InPlace(model))]
+    assert all(f.finished == ["eos"] * 4 for f in stopped)
+
+
+# Leaving, and what fails
+
+@pytest.mark.parametrize("engine", ["hf", "inplace"])
+def test_a_trainer_that_is_left(patched, tmp_path, engine):
+    "Outside a run as well; the same trainer trains afterwards."
+    asked = []
+    trainer = trainer_of(patched, tmp_path, engine=engine)
+    leave_when(trainer, lambda: asked.append(1) or len(asked) in (5, 6))
+    with pytest.raises(rollout.LeftSampling): trainer.train()
+    assert len(asked) == 6 and not trainer.state.global_step and trainer.model.training and "generate" not in vars(trainer.model)
+    assert not any(m._forward_pre_hooks for m in trainer.model.modules())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_ctrl_c_is_no_request(patched, tmp_path, monkeypatch):
+    "A `KeyboardInterrupt` that nobody asked for stays one."
+    monkeypatch.setattr(rollout.InPlace, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("by hand")))
+    trainer = trainer_of(patched, tmp_path)
+    leave_when(trainer, lambda: False)
+    with pytest.raises(KeyboardInterrupt, match="by hand") as caught: trainer.train()
+    assert type(caught.value) is KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error, lost", [(torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("CUDA error: out of memory"), True),
+                                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (RuntimeError("shapes differ"), False), (ValueError("out of memory"), False)])
+def test_what_counts_as_out_of_memory(error, lost): assert rollout.out_of_memory(error) == lost

@@ -1,9 +1,13 @@
 """GRPORun: input checks, events, pause, resume, stop, checkpoints, failures; in a real kernel, under nbclient and in a script."""
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from grpo_nb import events
+from grpo_nb.engines.base import EngineError
 from grpo_nb.guard import RewardError
 from grpo_nb.run import GRPORun
 from grpo_nb.tasks import get
@@ -365,6 +370,18 @@ def test_an_interrupt_of_an_idle_kernel_ends_the_run(kernel):
     assert kernel.run("", "run.state") == "stopped"
 
 
+def test_an_interrupt_while_a_kernel_samples(kernel):
+    kernel.run("""
+        run = make(2000)
+        run.trainer.generation_config.update(max_new_tokens=4000, eos_token_id=[2**31 - 1])
+        run.start()""")
+    time.sleep(1)
+    kernel.manager.interrupt_kernel()
+    kernel.until("stopped")
+    assert kernel.run("", "run.step") == 0
+    assert kernel.run("run = make(1).start().wait(60)", "run.state") == "finished"
+
+
 @pytest.mark.parametrize("cell, status", [("run.wait()", "ok"), ("while True: time.sleep(0.01)", "error")])
 def test_an_interrupt_of_a_busy_kernel_ends_the_run(kernel, cell, status):
     kernel.run("run = make(2000).start()")
@@ -428,3 +445,176 @@ def test_a_configuration_made_during_a_run_does_not_end_it(tmp_path):
     run.events.subscribe(other, events.StepLogged)
     run.start(background=True).wait(120)
     assert run.state == "finished" and run.step == 6
+
+
+# ---- a stop while completions are sampled
+
+@pytest.fixture(params=["trl", "hf", "inplace"])
+def engine(request):
+    "TRL as it comes, and patched with both engines."
+    from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+    if request.param != "trl": PatchFastRL("grpo")
+    yield request.param
+    UnpatchFastRL()
+
+
+class Long:
+    "A run whose sampling after step `at` takes 3,000 tokens; `act` is called in the middle of it, in the thread that samples."
+    def __init__(self, folder, engine, act, at=2, adapter=False, eval_dataset=None, **more):
+        model, tokenizer = tiny_model(TASK, **SMALL)
+        if adapter:
+            torch.manual_seed(3)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        if engine != "trl": more["engine"] = engine
+        self.asked, self.act, self.at = [], act, at
+        self.run = GRPORun(model, tokenizer, share_of_digits, TASK.train, config(folder, **{"max_steps": 4, **more}), eval_dataset=eval_dataset)
+        self.ends, self.length = self.run.trainer.generation_config.eos_token_id, self.run.trainer.generation_config.max_new_tokens
+        generate = self.run.trainer._generate
+        def longer(*args):
+            if self.run.step == self.at and self.act: self.set(3000, [2**31 - 1])
+            return generate(*args)
+        self.run.trainer._generate = longer
+
+    def set(self, length, ends): self.run.trainer.generation_config.update(max_new_tokens=length, eos_token_id=ends)
+
+    def leaves(self, real):
+        "In the place of the run's own question."
+        if self.act and self.run.trainer.generation_config.max_new_tokens == 3000:
+            if len(self.asked) == 30: self.act(self.run)
+            self.asked.append(real(self.run))
+            return self.asked[-1]
+        return real(self.run)
+
+    def again(self):
+        "Lengths as they were."
+        self.act = None
+        self.set(self.length, self.ends)
+
+
+@pytest.fixture
+def long(monkeypatch):
+    "A function that makes a `Long`."
+    real, made = GRPORun._leaves, {}
+    monkeypatch.setattr(GRPORun, "_leaves", lambda run: made[id(run)].leaves(real) if id(run) in made else real(run))
+    def make_long(*args, **more):
+        one = Long(*args, **more)
+        made[id(one.run)] = one
+        return one
+    return make_long
+
+
+def stop(run): run.stop()
+def pause_then_stop(run): run.pause().stop()
+def interrupt(run): os.kill(os.getpid(), signal.SIGINT)
+
+
+MORE = (dict(), dict(at=0), dict(adapter=True, beta=0.05), dict(gradient_accumulation_steps=2, steps_per_generation=1), dict(save_strategy="steps", save_steps=2))
+
+
+@pytest.mark.parametrize("engine, more", [("trl", {}), *((e, m) for e in ("hf", "inplace") for m in MORE)], indirect=["engine"], ids=lambda x: x if isinstance(x, str) else " ".join(x) or "plain")
+def test_a_stop_while_sampling_then_resume_equals_an_uninterrupted_run(tmp_path, engine, long, more):
+    at, more = more.get("at", 2), {k: v for k, v in more.items() if k != "at"}
+    whole = long(tmp_path / "whole", engine, None, **more).run.start(background=False)
+    one, told = long(tmp_path / "parts", engine, stop, at=at, **more), []
+    run = one.run
+    run.events.subscribe(lambda e: told.append(type(e).__name__), events.CheckpointSaved, events.RunStopped, events.RunFailed)
+    run.start(background=False)
+    assert run.state == "stopped" and run.step == at == run.result.global_step and one.asked == [False] * 30 + [True] * 2 # asked once more on the way out
+    assert told == ["CheckpointSaved", "RunStopped"] and run.checkpoint == str(tmp_path / "parts" / f"checkpoint-{at}")
+    assert run.trainer.model.training and "generate" not in vars(run.trainer.model) and not run.trainer.is_in_train
+    one.again()
+    torch.manual_seed(999)
+    run.start(resume=True, background=False)
+    assert run.state == "finished" and run.step == 4
+    for name, value in weights(whole).items(): torch.testing.assert_close(weights(run)[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("act, saves", [(interrupt, "no"), (interrupt, "steps"), (pause_then_stop, "no"), (lambda run: run.stop(save=False), "no")],
+                         ids=["interrupt", "interrupt saves", "pause", "stop"])
+@pytest.mark.parametrize("engine", ["hf", "inplace"], indirect=True)
+def test_what_is_left_when_sampling_is_left(tmp_path, engine, long, act, saves):
+    "An interrupt, and a stop that does not ask for it, save what the config saves; the next run on the same model works."
+    one = long(tmp_path, engine, act, save_strategy=saves, save_steps=1)
+    run = one.run.start(background=False) # no KeyboardInterrupt comes out
+    assert run.state == "stopped" and run.step == 2
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*"))] == (["checkpoint-1", "checkpoint-2"] if saves == "steps" else ["checkpoint-2"] if act is pause_then_stop else [])
+    assert "eval_loss" in evaluated(one) # outside the run nothing is left
+    again = GRPORun(run.trainer.model, run.trainer.processing_class, share_of_digits, TASK.train, config(tmp_path / "again", max_steps=1)).start(background=False)
+    assert again.state == "finished"
+
+
+def evaluated(one):
+    one.again()
+    one.run.trainer.eval_dataset = TASK.test
+    return one.run.trainer.evaluate()
+
+
+def test_a_stop_from_another_thread_and_a_pause_while_sampling(tmp_path, engine, long):
+    under_way = threading.Event()
+    one = long(tmp_path, engine, lambda run: under_way.set())
+    one.run.start(background=True)
+    assert under_way.wait(60)
+    one.run.pause() # waits for the end of the step
+    one.run.resume()
+    one.run.stop().wait(30)
+    assert one.run.state == "stopped" and one.run.step == 2 and (tmp_path / "checkpoint-2").is_dir()
+    assert one.asked.count(True) == 2
+
+
+@pytest.mark.parametrize("engine", ["hf", "inplace"], indirect=True)
+def test_an_evaluation_that_is_left(tmp_path, engine, long):
+    one = long(tmp_path, engine, stop, eval_strategy="steps", eval_steps=2, eval_dataset=TASK.test)
+    one.run.start(background=False)
+    assert one.run.state == "stopped" and one.run.step == 2 and one.run.checkpoint.endswith("checkpoint-2") and one.asked[-1]
+    one.again()
+    assert one.run.start(resume=True, background=False).state == "finished"
+
+
+# ---- an engine that fails
+
+FAULTS = {"dies": (lambda: EngineError("The engine died: its worker was killed. Start it with less."), "worker was killed"),
+          "gpu": (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "no memory left.*max_completion_length.*20.00 GiB"),
+          "cpu": (lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "no memory left"),
+          "other": (lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "mat1")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("engine", ["hf", "inplace"], indirect=True)
+def test_an_engine_that_fails_in_the_middle(tmp_path, engine, fault, monkeypatch):
+    from grpo_nb.engines.inplace import InPlace
+    options = dict(save_strategy="steps", save_steps=2, engine=engine)
+    whole = make(tmp_path / "whole", **options).start(background=False)
+    run, held, closed = make(tmp_path / "parts", **options), [], []
+    error, words = FAULTS[fault]
+
+    def broken(*args, **kwargs):
+        if run.step < 3: return real(*args, **kwargs)
+        cache = torch.zeros(9)
+        held.append(weakref.ref(cache))
+        raise error()
+
+    where, name = (InPlace, "generate") if engine == "inplace" else (type(run.trainer.model), "generate")
+    real = getattr(where, name)
+    with monkeypatch.context() as m:
+        m.setattr(where, name, broken)
+        m.setattr(InPlace, "close", lambda self: closed.append(self))
+        with pytest.raises(RuntimeError, match=f"(?s){words}") as caught: run.start(background=True).wait(60)
+    lost = fault != "other"
+    assert run.state == "failed" and isinstance(caught.value, EngineError) == lost
+    if lost:
+        assert held[0]() is None # although the run holds the error and its traceback
+        assert len(closed) == (engine == "inplace") and run.trainer._grpo_nb_engine is None
+    assert [p.name for p in sorted((tmp_path / "parts").glob("checkpoint-*"))] == ["checkpoint-2"]
+    run.start(resume=True, background=False) # the next cell
+    assert run.state == "finished"
+    for key, value in weights(whole).items(): torch.testing.assert_close(weights(run)[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("engine", ["inplace"], indirect=True)
+def test_a_cache_for_which_there_is_no_memory(tmp_path, engine, monkeypatch):
+    from grpo_nb.engines import inplace
+    monkeypatch.setattr(inplace, "free_bytes", lambda device: 1000)
+    run = make(tmp_path, engine="inplace")
+    with pytest.raises(EngineError, match="max_completion_length"): run.start(background=False)
+    monkeypatch.undo()
+    assert make(tmp_path, engine="inplace").start(background=False).state == "finished"

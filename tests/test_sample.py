@@ -46,9 +46,8 @@ def agree(logits, u, found, temperature=1.0, softcap=None, logp_error=3e-6):
 
 
 @each_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rules", [{}, dict(temperature=0.7), dict(softcap=4.0), dict(temperature=1.3, softcap=30.0)], ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 17, 4_096, 4_097, 9_001])
+@pytest.mark.parametrize("vocabulary,dtype", [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097, torch.float32), (9_001, torch.bfloat16)])
 def test_the_token_of_draw(forms, vocabulary, rules, dtype):
     logits, u = made(6, vocabulary, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u, **rules), **rules) <= 1
@@ -61,7 +60,7 @@ def test_the_token_of_draw(forms, vocabulary, rules, dtype):
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_real_vocabulary(forms, dtype):
-    logits, u = made(12, 151_936, dtype=dtype)
+    logits, u = made(6, 151_936, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u), logp_error=5e-6) <= 1
     assert torch.equal(forms[1](logits)[0], logits.float().max(-1).indices)
 
@@ -134,7 +133,7 @@ def test_a_peak_and_a_long_tail(forms):
 def test_the_distribution(forms):
     "Chi-square of draws over 12 tokens: 11 degrees of freedom, 36.1 is passed once in 6,000."
     logits, _ = made(1, 12, spread=0.7)
-    draws = 5_000 if forms[0] is sample_naive else 300 # a row takes long under the interpreter
+    draws = 5_000 if forms[0] is sample_naive else 200 # a row takes long under the interpreter
     u = torch.rand(draws, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     token, logp = forms[0](logits.expand(draws, -1), u)
     expected = logits.double().softmax(-1)[0] * draws

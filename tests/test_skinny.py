@@ -114,8 +114,15 @@ def test_how_a_product_is_cut(rows, widths, k, itemsize, processors, room):
     steps = -(-k // plan.block_k)
     size = -(-steps // plan.split)
     assert (plan.split - 1) * size < steps, "no part is empty"
-    assert (plan.block_s + plan.block_n) * plan.block_k * itemsize * plan.stages <= room * 1024 and plan.block_s >= min(16, rows) and plan.warps in (4, 8)
+    assert (plan.block_s + plan.block_n) * plan.block_k * itemsize * plan.stages <= room * 1024 and plan.block_s >= min(16, rows)
     assert split_for(rows, tuple(widths), k, itemsize, processors, room * 1024, split=3).split == 3
+
+
+def test_weights_of_a_wider_type_are_rounded_to_xs():
+    make = Made()
+    x, weights = make(5, 40, dtype=torch.float16), [make(30, 40), make(7, 40)]
+    assert torch.equal(skinny_naive(x, weights), skinny_naive(x, [w.half() for w in weights]))
+    if runs_on(x.device): assert torch.equal(skinny(x, weights), skinny(x, [w.half() for w in weights]))
 
 
 @once
@@ -362,6 +369,20 @@ def calls(dtype, rows, split, rank, d=1536, m=8960, heads=12, kv=2, D=128):
 def test_it_compiles(name, dtype, capability, monkeypatch, tmp_path):
     built = compiled_launch(monkeypatch, tmp_path, name, capability, calls(dtype, 64, 2, 64)[name])
     if name == "_product" and capability == 90: assert "wgmma" in built.asm["ptx"] and "cp.async.cg" in built.asm["ptx"], "tensor cores, and loads that run ahead"
+
+
+@compiled
+@pytest.mark.parametrize("b", [(True, False), (False, True)])
+def test_a_part_without_adapter_beside_one_with_it_compiles(b, monkeypatch, tmp_path):
+    m, e = 96, lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
+    adapter = Adapter(tuple(e(16, m) if there else None for there in b), 2 * m)
+    compiled_launch(monkeypatch, tmp_path, "_gate_parts", 90, lambda: gate(e(2, 5, 2 * m + 16, dtype=torch.float32), m, "silu", dtype=torch.bfloat16, adapter=adapter))
+
+
+@compiled
+def test_weights_of_a_wider_type_compile(monkeypatch, tmp_path):
+    built = compiled_launch(monkeypatch, tmp_path, "_product", 90, lambda: skinny(torch.empty(64, 1536, dtype=torch.bfloat16), [torch.empty(1536, 1536)]))
+    assert "wgmma" in built.asm["ptx"]
 
 
 @compiled

@@ -12,7 +12,7 @@ import pytest
 from grpo_nb.models import FastLanguageModel
 from grpo_nb.patch.core import PatchError, Value, look_up, split
 from grpo_nb.patch.undo import Undo
-from grpo_nb.rl import patch, seams, table
+from grpo_nb.rl import colocate, patch, seams, table
 
 HERE = [name for name in seams.HOMES if seams.has(name)]
 ABSENT = [name for name in seams.HOMES if not seams.has(name)]
@@ -21,7 +21,7 @@ ABSENT = [name for name in seams.HOMES if not seams.has(name)]
 def everything():
     "All attributes of every trainer and configuration, and the entries of their dataclass fields and annotations."
     classes = [look_up(path) for name in HERE for path in (seams.HOMES[name].config, seams.HOMES[name].trainer)]
-    classes += [look_up(path.rpartition(".")[0]) for path in seams.SAMPLERS.values() if seams.has_module(path)]
+    classes += [look_up(path.rpartition(".")[0]) for path in seams.SAMPLERS.values() if seams.has_module(path)] + [look_up(colocate.PATH)]
     owners = [vars(c) for c in classes] + [vars(c)[n] for c in classes for n in ("__dataclass_fields__", "__annotations__") if n in vars(c)]
     return [(owner, dict(owner)) for owner in owners]
 
@@ -53,11 +53,44 @@ def test_everything_comes_back(stock, calls):
         elif call is None or call in HERE: assert all(p.is_applied and patch.checked(p).ok for n in ([call] if call else HERE) for p in patch.patches_of(n))
     if len(calls) == 1 and calls[0] in HERE:
         home = seams.HOMES[calls[0]]
-        others = [pair for pair in stock if not any(pair[1].get("__module__") == p.partition(":")[0] for p in (home.config, home.trainer))
+        others = [pair for pair in stock if not any(pair[1].get("__module__") == p.partition(":")[0] for p in (home.config, home.trainer, *([colocate.PATH] if calls[0] in patch.GROUPS else [])))
                   and "__module__" in pair[1]]
         assert unchanged(others)
     patch.UnpatchFastRL()
     assert unchanged(stock) and not patch.applied
+
+
+@pytest.mark.parametrize("first", ["grpo", "rloo"])
+def test_the_way_to_vllm_is_shared(stock, first):
+    "GRPO and RLOO have it in common: it comes with the first of them and goes with the last, whichever that is."
+    second = {"grpo": "rloo", "rloo": "grpo"}[first]
+    on = lambda: {p.is_applied for p in patch.shared_patches("grpo")}
+    rows = lambda name: [r.state for r in table.patches(name) if r.patch == "vLLM in this process"]
+    assert patch.shared_patches("grpo") is patch.shared_patches("rloo") and on() == {False} and rows("grpo") == ["off"] and not patch.shared_patches("dpo")
+    patch.PatchRL(FastLanguageModel)
+    assert on() == {False}
+    patch.PatchFastRL(first)
+    patch.PatchFastRL(second)
+    assert on() == {True} and rows(first) == rows(second) == ["on"]
+    patch.UnpatchFastRL(first)
+    assert on() == {True} and second in patch.applied
+    patch.PatchFastRL(first)
+    patch.UnpatchFastRL(second)
+    assert on() == {True}
+    patch.UnpatchFastRL(first)
+    assert on() == {False}
+    patch.UnpatchFastRL()
+    assert unchanged(stock)
+
+
+def test_a_vllm_generation_that_moved(stock):
+    "One error that names it, and nothing is patched."
+    moved, owner = Undo(), look_up(colocate.PATH)
+    moved.delattr(owner, "sync_weights")
+    try:
+        with pytest.raises(PatchError, match="VLLMGeneration has no 'sync_weights'"): patch.PatchFastRL("rloo")
+        assert not patch.applied
+    finally: moved.restore()
 
 
 def methods(algorithm):
@@ -205,7 +238,7 @@ def test_sampling_in_inference_mode(target):
 
 OTHER = """
 import sys, warnings
-from grpo_nb.rl import patch, seams, table
+from grpo_nb.rl import colocate, patch, seams, table
 from grpo_nb.patch.core import PatchError
 assert seams.trl_version() == "9.99.0"
 patch.PatchFastRL("rloo")

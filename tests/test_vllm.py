@@ -21,9 +21,11 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_nb import tasks
 from grpo_nb.engines import vllm as module
+from grpo_nb.engines import vllm_start
 from grpo_nb.engines.base import EngineError, Sampling, sampling_logits
 from grpo_nb.engines.hf import HuggingFace
-from grpo_nb.engines.vllm import VLLMEngine, check_version, request_options
+from grpo_nb.engines.vllm import VLLMEngine
+from grpo_nb.engines.vllm_start import check_version, request_options
 from grpo_nb.engines.weights import adapter_of, adapter_problem, weights_of
 from grpo_nb.tiny import make_tokenizer
 
@@ -93,13 +95,46 @@ def running():
     for e in kept.values(): e.close()
 
 
+SETTINGS = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, max_steps=3,
+                save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0)
+DATA = [{"prompt": f"{i} 3"} for i in range(8)]
+
+
+def reward_of(completion_ids, **_): return [float(len(set(c))) for c in completion_ids]
+
+
+@pytest.fixture
+def patched(monkeypatch):
+    "TRL with our patches, and a function that makes a trainer."
+    from datasets import Dataset
+
+    from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    PatchFastRL("grpo")
+    PatchFastRL("rloo")
+
+    def make(algorithm, model, folder, **more):
+        import trl
+        kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
+        return kinds[1](model=model, args=kinds[0](**{**SETTINGS, "output_dir": str(folder), **more}), processing_class=make_tokenizer(["1 2"], 320),
+                        train_dataset=Dataset.from_list(DATA), reward_funcs=reward_of)
+    yield make
+    UnpatchFastRL()
+
+
 # What is refused, before vLLM is imported
 
-def test_versions():
+def test_versions(tmp_path, monkeypatch):
     for good in ("0.22.0", "0.24.0+cu129", "0.31.0", "0.32.0"): assert check_version(good) == good
     for bad in ("0.21.3", "0.33.0", "1.0", "dev"):
         with pytest.raises(EngineError, match="0.22.0 to 0.32.0"): check_version(bad)
     assert check_version("0.40.0", any_version=True) == "0.40.0"
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/request.py").write_text("class LoRARequests: pass")
+    assert {"lora/request.py: LoRARequest", "v1/worker/gpu_worker.py: wake_up"} <= set(vllm_start.lacking(tmp_path))
+    monkeypatch.setattr(vllm_start, "lacking", lambda: ["sampling_params.py: min_p"])
+    with pytest.raises(EngineError, match="0.40.0 lacks what is used of it: sampling_params.py: min_p. 0.22.0 to 0.32.0 have it"): check_version("0.40.0", any_version=True)
     with pytest.raises(EngineError, match="pip install vllm"): check_version("")
 
 
@@ -107,20 +142,20 @@ def test_versions():
     (dict(adapter="swop"), "Did you mean 'swap'"), (dict(adapter="swap"), "no adapter"), (dict(max_num_seqs=0), "max_num_seqs=0"), (dict(max_model_len=2.5), "max_model_len=2.5"),
     (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"), (dict(log_level="loud"), "log_level='loud'")])
 def test_arguments(options, words, monkeypatch):
-    monkeypatch.setattr(module, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.32.0")
     with pytest.raises(ValueError, match=words): VLLMEngine(model_of(), **options)
 
 
 def test_another_version_starts_nothing(monkeypatch):
-    monkeypatch.setattr(module, "vllm_version", lambda: "0.21.0")
+    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.21.0")
     monkeypatch.setattr(VLLMEngine, "_start", lambda self: pytest.fail("started"))
     with pytest.raises(EngineError, match="vLLM 0.21.0 is not known to work"): VLLMEngine(model_of())
 
 
 def test_fast_inference(monkeypatch):
-    for found, name, words in (("", "inplace", "not installed. On a CPU completions are sampled in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed; with use_vllm=True")):
-        monkeypatch.setattr(module, "vllm_version", lambda: found)
-        assert module.fast_engine()[0] == name and words in module.fast_engine()[1]
+    for found, name, words in (("", "inplace", "not installed. On a CPU completions are sampled in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
+        monkeypatch.setattr(vllm_start, "vllm_version", lambda: found)
+        assert vllm_start.fast_engine()[0] == name and words in vllm_start.fast_engine()[1]
 
 
 def test_request_options():
@@ -171,6 +206,8 @@ def test_what_can_be_swapped():
 class TestVLLM:
     pytestmark = needs_vllm
 
+    def test_what_is_used_of_it_is_there(self): assert not vllm_start.lacking()
+
     @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
     @pytest.mark.parametrize("way", ["swap", "fold"])
     def test_greedy_is_hugging_face_and_a_change_shows_at_once(self, family, way, tokenizer):
@@ -193,6 +230,99 @@ class TestVLLM:
                 assert not same(engine, model)
                 engine.sync(model)
                 assert same(engine, model)
+
+    @pytest.mark.parametrize("family,tied", [("Llama", False), ("Qwen2", True), ("Qwen3", True), ("Qwen3", False)])
+    def test_one_copy_of_trained_weights(self, family, tied, tokenizer):
+        "What changes in the training model shows in the very next sampling, without a sync; a long prompt has pages in the prefix cache by then."
+        model = model_of(family, tied)
+        objects, before = list(model.parameters()), {n: p.clone() for n, p in model.state_dict().items()}
+        with VLLMEngine(model, tokenizer, share=True) as engine:
+            inner = engine.llm.model_executor.driver_worker.worker.model_runner.get_model()
+            theirs = {p.data_ptr() for p in inner.parameters()}
+            assert engine.way == "full" and engine.copied_bytes == 0 and engine.shared_bytes == sum(p.nbytes for p in model.parameters())
+            attention = model.model.layers[1].self_attn
+            assert {attention.q_proj.weight.data_ptr(), attention.o_proj.weight.data_ptr(), model.model.norm.weight.data_ptr(), model.lm_head.weight.data_ptr()} <= theirs
+            assert all(a is b for a, b in zip(objects, model.parameters())) and all(torch.equal(before[n], w) for n, w in model.state_dict().items())
+            assert same(engine, model)
+            for part in "k_proj", "up_proj", "norm", "embed_tokens":
+                with torch.no_grad(): [p.add_(torch.randn_like(p) * 0.2) for n, p in model.named_parameters() if part in n]
+                assert same(engine, model)
+            long = prompts_of(200)
+            for _ in range(2):
+                shake(model, 0.1)
+                assert engine.generate(long, 2, greedy()).completions == HuggingFace(model, tokenizer).generate(long, 2, greedy()).completions
+            model.float().to("cpu")
+            attention.k_proj.weight.data = attention.k_proj.weight.data * -1 # moved
+            assert same(engine, model) and attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+            engine.sync(model)
+            with pytest.raises(EngineError, match="another"): engine.sync(model_of(family, tied))
+        assert inner.lm_head.weight.data_ptr() in theirs # closing freed nothing of ours
+        model(torch.tensor(PROMPTS[:1]))
+
+    @pytest.mark.parametrize("way", ["fold", "swap"])
+    def test_one_copy_of_a_frozen_base(self, way, tokenizer):
+        "The adapter comes in and goes out again, and the base stays bit for bit."
+        model = adapted(model_of())
+        with VLLMEngine(model, tokenizer, adapter=way, share=True) as engine:
+            base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+            assert engine.way == way and engine.copied_bytes == 0 and engine.shared_bytes == sum(p.nbytes for p in base.values())
+            for _ in range(3):
+                if way == "swap": engine.sync()
+                assert same(engine, model)
+                assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
+                shake(model, 0.1, "lora_")
+            with torch.no_grad(): model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight.mul_(1.5) # changed by someone: kept
+            changed = model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight.clone()
+            if way == "swap": engine.sync()
+            assert same(engine, model) and torch.equal(changed, model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight)
+
+    @pytest.mark.parametrize("options", [dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "embed_tokens", "down_proj"], use_rslora=True), dict(rank_pattern={"v_proj": 2})], ids=str)
+    def test_other_adapters_on_one_copy(self, options, tokenizer):
+        model = adapted(model_of("Qwen2", tied=False), **options)
+        with VLLMEngine(model, tokenizer, share=True) as engine:
+            assert engine.way == "fold" and engine.copied_bytes == 0
+            for _ in range(2):
+                shake(model, 0.1, "lora_" if "modules_to_save" not in options else "modules_to_save")
+                assert same(engine, model)
+        with pytest.raises(ValueError, match="share=True: .* variant of LoRA"): VLLMEngine(adapted(model_of(), use_dora=True), tokenizer, share=True)
+
+    def test_never_left_folded(self, tokenizer, monkeypatch):
+        model = adapted(model_of())
+        engine = VLLMEngine(model, tokenizer, share=True)
+        base = {n: p.clone() for n, p in model.named_parameters()}
+        whole = lambda: all(torch.equal(base[n], p) for n, p in model.named_parameters()) and not any(getattr(m, "merged", False) for m in model.modules())
+        timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt): engine.generate(PROMPTS, 500, Sampling(max_tokens=200, top_k=1))
+        timer.join()
+        assert whole() and same(engine, model)
+        inside = []
+        monkeypatch.setattr(engine.llm, "step", lambda: inside.append(whole()) or (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.raises(EngineError, match="broken"): engine.generate(PROMPTS, 1, greedy())
+        assert inside == [False] and whole() and engine.llm is None
+        with VLLMEngine(model, tokenizer, share=True) as again: assert same(again, model)
+        assert whole()
+
+    def test_a_vocabulary_that_is_padded_and_a_norm_that_is_not_shared(self, tokenizer):
+        torch.manual_seed(0)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**SHAPE, "vocab_size": 330}, tie_word_embeddings=True)).eval()
+        shake(model, 0.15)
+        model.model.norm.to(torch.float64)
+        with VLLMEngine(model, tokenizer, share=True) as engine:
+            assert engine.copied_bytes == 64 * 4 and engine.shared.copied == ("model.norm.weight",)
+            model.model.norm.to(torch.float32)
+            assert same(engine, model)
+            with torch.no_grad(): model.model.norm.weight.mul_(torch.linspace(0.2, 3, 64))
+            assert same(engine, model)
+
+    def test_half_precision_beside_full_is_a_copy(self, tokenizer):
+        with pytest.raises(ValueError, match="share=True: the model holds float32, and vLLM computes in bfloat16"): VLLMEngine(plain_model(), tokenizer, dtype=torch.bfloat16, share=True)
+
+    def test_too_little_room_for_the_originals(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
+        with pytest.raises(ValueError, match="share=True: the copy of the originals"): VLLMEngine(adapted(model_of()), tokenizer, adapter="fold", share=True)
+        model = adapted(model_of())
+        with VLLMEngine(model, tokenizer, share=True) as engine: assert engine.way == "swap" and engine.shared_bytes and same(engine, model)
 
     def plain(self, running, tokenizer):
         model = plain_model()
@@ -312,7 +442,7 @@ class TestVLLM:
 
     def test_a_small_cache_still_finishes(self, tokenizer):
         "More completions than the cache holds: vLLM lets some wait."
-        with VLLMEngine(plain_model(), tokenizer, cache_bytes=module.cache_bytes_for(plain_model().config, 4 * 256, 4)) as engine: assert same(engine, plain_model(), greedy(40), 6)
+        with VLLMEngine(plain_model(), tokenizer, cache_bytes=vllm_start.cache_bytes_for(plain_model().config, 4 * 256, 4)) as engine: assert same(engine, plain_model(), greedy(40), 6)
 
     def test_a_start_leaves_no_trace(self, tokenizer):
         random.seed(1); np.random.seed(1); torch.manual_seed(1)
@@ -349,34 +479,93 @@ class TestVLLM:
             with pytest.raises(EngineError, match="adapter='fold'"): engine.sync(adapted(model_of(), r=32))
             assert same(engine, model)
 
-    @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-    def test_in_trls_trainers(self, algorithm, tmp_path, monkeypatch):
-        "`use_vllm=True` with our engine in its place: groups, sync after each step, log-probs for the importance correction, weights untouched by it."
-        import trl
-        from datasets import Dataset
-
-        from grpo_nb.patch.core import PatchSet
-        from grpo_nb.rl.colocate import colocate_patches
-
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
-        seen, model, tok = [], adapted(model_of(), target_modules="all-linear"), make_tokenizer(["1 2"], 320)
-        real = VLLMEngine.generate
+    @pytest.mark.parametrize("algorithm,share", [("grpo", None), ("grpo", True), ("rloo", True)])
+    def test_in_trls_trainers(self, algorithm, share, tmp_path, monkeypatch, patched):
+        "Our engine in the place of TRL's: groups, sync after each step, log-probs for the importance correction, weights untouched by it."
+        seen, model = [], adapted(model_of(), target_modules="all-linear")
+        real, made = VLLMEngine.generate, VLLMEngine.__init__
         monkeypatch.setattr(VLLMEngine, "generate", lambda self, prompts, n, s: seen.append((len(prompts), n, s)) or real(self, prompts, n, s))
-        config = kinds[0](output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True, report_to=[],
-                          gradient_checkpointing=False, max_steps=3, save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0, use_vllm=True, vllm_mode="colocate")
-        with PatchSet(colocate_patches()):
-            trainer = kinds[1](model=model, args=config, processing_class=tok, train_dataset=Dataset.from_list([{"prompt": f"{i} 3"} for i in range(8)]),
-                               reward_funcs=lambda completion_ids, **_: [float(len(set(c))) for c in completion_ids])
-            trainer.train()
-            engine = trainer.vllm_generation._grpo_nb_engine
-            assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen) and tok.eos_token_id in seen[0][2].stop_token_ids
-            engine.sync()
-            assert same(engine, trainer.model) # as trained, to the last step
-            if algorithm == "grpo":
-                rows = {k: v for e in trainer.state.log_history for k, v in e.items() if "importance_sampling_ratio/mean" in k or "logp_difference/mean" in k}
-                assert all(abs(v - 1) < 1e-3 for k, v in rows.items() if "ratio" in k) and all(abs(v) < 1e-3 for k, v in rows.items() if "difference" in k) and rows
+        monkeypatch.setattr(VLLMEngine, "__init__", lambda self, *a, **k: made(self, *a, **{**k, "share": share}))
+        base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+        trainer = patched(algorithm, model, tmp_path, use_vllm=True)
+        trainer.train()
+        engine = trainer.vllm_generation._grpo_nb_engine
+        assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen) and trainer.processing_class.eos_token_id in seen[0][2].stop_token_ids
+        assert bool(engine.shared) == bool(share) and all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
+        engine.sync()
+        assert same(engine, trainer.model) # as trained, to the last step
+        if algorithm == "grpo":
+            rows = {k: v for e in trainer.state.log_history for k, v in e.items() if "importance_sampling_ratio/mean" in k or "logp_difference/mean" in k}
+            assert all(abs(v - 1) < 1e-3 for k, v in rows.items() if "ratio" in k) and all(abs(v) < 1e-3 for k, v in rows.items() if "difference" in k) and rows
         engine.close()
+
+    @pytest.mark.parametrize("how", ["engine", "fast_inference"])
+    def test_vllm_by_name_or_by_the_model(self, how, tmp_path, capsys, patched, monkeypatch):
+        "`engine='vllm'`, or a model loaded with `fast_inference=True`, is all; a full fine-tuning, saved, loads as it was trained."
+        from grpo_nb.events import said
+        from grpo_nb.models import Settings
+
+        said.clear()
+        made = VLLMEngine.__init__
+        monkeypatch.setattr(VLLMEngine, "__init__", lambda self, *a, **k: made(self, *a, **{**k, "share": True}))
+        model = model_of()
+        if how == "fast_inference": model._grpo_nb = Settings("digits", 128, torch.float32, False, True, 0.6, 16)
+        trainer = patched("grpo", model, tmp_path, save_strategy="steps", save_steps=3, **({"engine": "vllm"} if how == "engine" else {}))
+        engine = trainer.vllm_generation._grpo_nb_engine
+        trainer.train()
+        told = capsys.readouterr().out
+        assert ("engine='vllm' means use_vllm=True" if how == "engine" else "fast_inference=True: completions are sampled by vLLM") in told and "are shared" in told
+        if how == "fast_inference": assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["share"] == 0.6
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3").state_dict()
+        assert all(torch.equal(w, loaded[n]) for n, w in trainer.model.state_dict().items()) and same(engine, trainer.model)
+        assert engine.copied_bytes == 0 # Adam's updates went into the shared tensors
+        engine.close()
+
+    def test_a_run_is_stopped_while_it_samples(self, tmp_path, patched):
+        "`run.stop()` ends vLLM's sampling between two tokens; the weights are whole, the checkpoint is there, and the next run goes on from it."
+        from grpo_nb.run import GRPORun
+
+        model = adapted(model_of())
+        run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_completion_length": 200, "max_steps": 50})
+        engine, started = run.trainer.vllm_generation._grpo_nb_engine, threading.Event()
+        real = engine._run
+
+        def endless(requests): # from the second step on
+            if run.step >= 1: started.set()
+            while run.step >= 1: real(requests)
+            return real(requests)
+        engine._run = endless
+        run.start(background=True)
+        assert started.wait(60)
+        asked = time.perf_counter()
+        run.stop()
+        run.wait(30)
+        assert run.state == "stopped" and run.checkpoint and time.perf_counter() - asked < 5
+        assert not engine.llm.has_unfinished_requests() and not any(getattr(m, "merged", False) for m in model.modules())
+        again = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_steps": run.step + 1})
+        again.start(resume=True, background=False)
+        assert again.state == "finished" and engine.llm is None
+        again.trainer.vllm_generation._grpo_nb_engine.close()
+
+    def test_an_engine_that_dies_in_a_run(self, tmp_path, patched):
+        "A clear error, the weights whole and the checkpoint intact; the same trainer, and the next one, go on with a new engine."
+        from grpo_nb.run import GRPORun
+
+        model, settings = adapted(model_of()), {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "save_strategy": "steps", "save_steps": 1}
+        run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, settings)
+        engine = run.trainer.vllm_generation._grpo_nb_engine
+        real = engine.llm.step
+        engine.llm.step = lambda: real() if run.step < 1 else (_ for _ in ()).throw(RuntimeError("CUDA out of memory"))
+        with pytest.raises(EngineError, match="failed while sampling, and was closed.*Make room"): run.start(background=False)
+        assert run.state == "failed" and engine.llm is None and (tmp_path / "checkpoint-1").is_dir() and not torch.distributed.is_initialized()
+        run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        second = run.trainer.vllm_generation._grpo_nb_engine
+        second.sync()
+        assert second is not engine and run.step == 3 and same(second, run.trainer.model)
+        again = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**settings, "max_steps": 4})
+        again.start(resume=True, background=False)
+        assert again.state == "finished" and again.step == 4
+        again.trainer.vllm_generation._grpo_nb_engine.close()
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
@@ -384,9 +573,7 @@ class TestVLLM:
         "Sorting four digits: 100 steps with vLLM reach the accuracy that Hugging Face reaches."
         from grpo_nb.demo import adapter, quickstart_config
         from grpo_nb.models import FastLanguageModel
-        from grpo_nb.patch.core import PatchSet
-        from grpo_nb.rl.colocate import colocate_patches
-        from grpo_nb.rl.patch import PatchFastRL
+        from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
         from grpo_nb.run import GRPORun
         from grpo_nb.tiny import tiny_model
 
@@ -397,8 +584,7 @@ class TestVLLM:
         before = measure()
         PatchFastRL("grpo", FastLanguageModel)
         started = time.perf_counter()
-        with PatchSet([p for p in colocate_patches() if not p.is_applied]):
-            run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "use_vllm": True, "vllm_mode": "colocate"}).start(background=False)
+        run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "engine": "vllm"}).start(background=False)
         seconds, after = time.perf_counter() - started, measure()
         engine = run.trainer.vllm_generation._grpo_nb_engine
         rewards = [row["value"] for row in run.history if row["name"] == "reward"]
@@ -406,6 +592,7 @@ class TestVLLM:
             print(f"\nvLLM {engine.version}, {engine.way}: accuracy {before:.3f} -> {after:.3f}, reward {sum(rewards[:10]) / 10:.2f} -> {sum(rewards[-10:]) / 10:.2f}, "
                   f"{len(rewards)} steps in {seconds:.0f} s, engine start {engine.start_seconds:.1f} s, last sync {1000 * engine.sync_seconds:.0f} ms", file=sys.stderr)
         engine.close()
+        UnpatchFastRL()
         assert after >= 0.93
 
 

@@ -136,7 +136,9 @@ class Table:
             self.out[rows].scatter_(1, place, token[:, None])
             self.logps[rows].scatter_(1, place, logp[:, None])
         else: self.out[rows, place[:, 0]], self.logps[rows, place[:, 0]] = token, logp
-        if self.seen is not None: self.seen[torch.arange(len(self.token), device=token.device)[rows], token] = True
+        if self.seen is not None:
+            if isinstance(rows, slice): self.seen[rows].scatter_(1, token[:, None], True)
+            else: self.seen[rows, token] = True
         count = count + alive
         self.token[rows], self.count[rows] = token, count
         alive = alive & (count < self.limit[rows])

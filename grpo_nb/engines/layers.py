@@ -94,7 +94,8 @@ class Joined:
         "Partial sums of the products alone, those with the adapters' A last: what a form of `ops.epilogues` goes on from."
         x = x if self.dtype is None else x.to(self.dtype)
         thin = () if self.a is None else (self.a,)
-        if all(plain and base.weight.dtype == x.dtype and base.weight.is_contiguous() for base, plain, *_ in self.parts): return product(x, [*(base.weight for base, *_ in self.parts), *thin])
+        weights = [*(base.weight for base, *_ in self.parts), *thin]
+        if all(plain for _, plain, *_ in self.parts) and all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights): return product(x, weights)
         ours = [base(x) if not plain else F.linear(x, base.weight.to(x.dtype)) for base, plain, *_ in self.parts]
         return torch.cat([*ours, *(F.linear(x.to(a.dtype), a) for a in thin)], 1).float()[None]
 

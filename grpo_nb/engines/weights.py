@@ -47,6 +47,7 @@ def folded(layer:BaseTunerLayer, # of PEFT
 # %% ../../nbs/28g_engines.weights.ipynb #910d24b5
 @torch.no_grad()
 def weights_of(model, # a transformers model, with a PEFT adapter or without
+               fold:bool=True, # False: adapted weights as they lie, without the adapter
                ): # an iterator of (name, tensor); the tensors are to be copied, not changed
     "Every weight with its adapter folded in, one at a time; raises `EngineError` for a weight that cannot be handed over."
     seen, inside = set(), ()
@@ -57,7 +58,7 @@ def weights_of(model, # a transformers model, with a PEFT adapter or without
             inside, layer = dot, module.get_base_layer()
             if id(layer.weight) in seen: raise EngineError(f"{name} has an adapter and shares its weight with another layer; leave it out of target_modules, or use engine='inplace'.")
             seen.add(id(layer.weight))
-            yield f"{dot}weight", folded(module, name)
+            yield f"{dot}weight", folded(module, name) if fold else _plain(layer.weight, name)
             if getattr(layer, "bias", None) is not None: yield f"{dot}bias", layer.bias.data
             continue
         if isinstance(module, ModulesToSaveWrapper):

@@ -281,7 +281,7 @@ def decode_attention(q:Tensor, # (S, H, D) float32, bfloat16 or float16
                      ) -> Tensor: # (S, H, D), 0 for slots not in use
     "`decode_attention_naive` by two kernels; `runs_on` says where."
     _check(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles, window, softcap)
-    (s, h, d), (lanes, kv, p, _), c, (rows, per_tile) = q.shape, prompt_k.shape, own_k.shape[2], tiles.shape
+    (s, h, d), (_, kv, p, _), c, (rows, per_tile) = q.shape, prompt_k.shape, own_k.shape[2], tiles.shape
     cut = launch or launch_for(prompt_k, own_k)
     prompt_parts, own_parts = triton.cdiv(p, cut.prompt_chunk), triton.cdiv(c, cut.own_chunk)
     parts, rep, width = prompt_parts + own_parts, h // kv, max(16, triton.next_power_of_2(d))

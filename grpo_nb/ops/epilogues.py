@@ -98,7 +98,8 @@ def _thin(y, a, b, b_row, r, rank, at, at_in, WIDE: tl.constexpr):
 
 def _lora_arguments(parts, pieces, adapter): # -> (xa, its strides), and for each piece (b, stride of b, first column of xa, rank)
     xa = parts if adapter is None or adapter.xa is None else adapter.xa
-    each = [(parts, 0, 0, 0) if b is None else (b, b.stride(0), place.start, len(b)) for b, place in pieces]
+    some = next((b for b, _ in pieces if b is not None), parts) # for a piece without adapter: never read, but of the type that a dot product takes
+    each = [(some, 0, 0, 0) if b is None else (b, b.stride(0), place.start, len(b)) for b, place in pieces]
     return (xa, xa.stride(0), xa.stride(1)), each
 
 

@@ -74,7 +74,7 @@ def rows_of(algorithm:str) -> list: # of Row
     if not has(algorithm):
         state = "moved" if expected(algorithm) else "not in this TRL"
         return [Row(algorithm, cls(HOMES[algorithm].trainer), "", state, f"{known_in(algorithm)}; this is {trl_version()}", "")]
-    try: made = [*face.patches_of(algorithm), *([sampling(algorithm)] if algorithm in SAMPLERS else [])]
+    try: made = [*face.patches_of(algorithm), *face.shared_patches(algorithm), *([sampling(algorithm)] if algorithm in SAMPLERS else [])]
     except PatchError as error: return [Row(algorithm, cls(HOMES[algorithm].trainer), "", "moved", str(error), "")]
     return [row_of(algorithm, [p for p in made if p.name == name]) for name in dict.fromkeys(p.name for p in made)]
 
@@ -161,7 +161,8 @@ class Differences:
 def show_patch(algorithm:str, # one of `HOMES`, in any case
                ) -> Differences: # raises `ValueError` for an unknown one, or one that the installed TRL does not have
     "What changes in TRL's source, shown as differences."
-    return Differences(algorithm.lower(), face.patches_of(face.check_name(algorithm)))
+    name = face.check_name(algorithm)
+    return Differences(name, (*face.patches_of(name), *face.shared_patches(name)))
 
 # %% ../../nbs/35a_rl.table.ipynb #84fe2acf
 def main(given, # `json` (bool), `algorithm` (a name or None)
