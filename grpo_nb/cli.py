@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     rollout = kinds.add_parser("rollout", help="sampling: Hugging Face generate and the engines, in turns", allow_abbrev=False)
     rollout.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     rollout.add_argument("--shape", nargs="*", help="shapes of grpo_nb.bench_rollout.ROLLOUTS (default: the device's)")
-    rollout.add_argument("--engine", nargs="*", help="of hf, continuous and inplace (default: the device's)")
+    rollout.add_argument("--engine", nargs="*", help="of hf, continuous, inplace and vllm (default: the device's)")
     rollout.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
     rollout.add_argument("--json", action="store_true", help="only lines of JSON")
     rollout.set_defaults(run=_bench_rollout)

@@ -107,8 +107,7 @@ def fast_engine() -> tuple: # "vllm" or "inplace", and a sentence
     try: check_version(found)
     except EngineError:
         why = f"vLLM {found} is not known to work here ({OLDEST} to {NEWEST} are)" if found else "vLLM is not installed"
-        return "inplace", (f"{why}. On a CPU completions are sampled in place, from the training weights; on a GPU by TRL's own generate, as the "
-                           "in-place engine has not been measured there. gpu_memory_utilization has no effect on either.")
+        return "inplace", f"{why}, so the patched trainers sample in place, from the training weights; gpu_memory_utilization has no effect on that."
     return "vllm", f"vLLM {found} is installed, and the patched trainers sample with it where engine='auto' or 'vllm'."
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #a5cd9fdf

@@ -19,7 +19,7 @@ from .view import Later, View, css
 ACTIONS = { # state: the buttons that can be pressed
     "idle": ("start",), "busy": (), "ready": ("start",), "running": ("pause", "stop", "save"), "paused": ("resume", "stop", "save"),
     "stopped": ("go on", "start"), "failed": ("go on", "start"), "finished": ("start",)}
-BUTTONS = {"go on": "go on from the last checkpoint", "start": "train with these settings", "pause": "wait after this step", "resume": "go on", "stop": "end after this step and leave a checkpoint",
+BUTTONS = {"go on": "go on from the last checkpoint", "start": "train with these settings", "pause": "wait after this step", "resume": "go on", "stop": "end and leave a checkpoint: a step that trains is finished, one that still samples is given up",
            "save": "write a checkpoint after this step"}
 KEPT = 200 # notes that are kept
 
