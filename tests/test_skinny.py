@@ -100,7 +100,7 @@ def test_a_buffer_and_another_type_of_result():
 
 @pytest.mark.parametrize("change,said", [
     (dict(weights=[]), "weights=0"), (dict(weights=[torch.ones(2, 8)] * 5), "weights=5"), (dict(weights=[torch.ones(8, 2).T]), r"weights\[0\]"),
-    (dict(weights=[torch.ones(2, 8).half()]), r"weights\[0\].*float16"), (dict(weights=[torch.ones(2, 7)]), "rows of 8"), (dict(x=torch.ones(8, 3).T), "x="),
+    (dict(weights=[torch.ones(2, 8), torch.ones(2, 8).half()]), r"weights\[1\].*float16"), (dict(weights=[torch.ones(2, 7)]), "rows of 8"), (dict(x=torch.ones(8, 3).T), "x="),
     (dict(x=torch.ones(3, 8).double()), "float64"), (dict(out=torch.empty(1, 3, 3)), "out="), (dict(out=torch.empty(2, 3, 2).half()), "out=.*float32"), (dict(out=torch.float16, split=2), "out=")])
 def test_a_product_that_cannot_be(change, said):
     with pytest.raises(ValueError, match=said): skinny(**{"x": torch.ones(3, 8), "weights": [torch.ones(2, 8)], **change})

@@ -153,7 +153,7 @@ def test_another_version_starts_nothing(monkeypatch):
 
 
 def test_fast_inference(monkeypatch):
-    for found, name, words in (("", "inplace", "not installed. On a CPU completions are sampled in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
+    for found, name, words in (("", "inplace", "not installed, so the patched trainers sample in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
         monkeypatch.setattr(vllm_start, "vllm_version", lambda: found)
         assert vllm_start.fast_engine()[0] == name and words in vllm_start.fast_engine()[1]
 
