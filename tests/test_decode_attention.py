@@ -3,10 +3,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiled_kernel, resources
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -196,25 +196,11 @@ def test_kernels_under_the_interpreter():
 
 
 def build(kernel, types, constants, capability, warps, stages):
-    "The kernel as machine code, without a GPU; integers are taken as multiples of 16 where `types` says `i32+`."
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    "The kernel as machine code; integers are taken as multiples of 16 where `types` says `i32+`."
     names = kernel.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in types and types[n][0] == "*" or types.get(n) == "i32+"}
+    aligned = [i for i, n in enumerate(names) if n in types and types[n][0] == "*" or types.get(n) == "i32+"]
     signature = {n: types[n].rstrip("+") if n in types else "constexpr" for n in names}
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, num_stages=stages))
-
-
-def resources(built, tmp_path):
-    "Registers and bytes of stack of a thread."
-    import triton
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists(): pytest.skip("this Triton has no cuobjdump")
-    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return compiled_kernel(kernel, signature, constants, aligned, capability, dict(num_warps=warps, num_stages=stages))
 
 
 MACHINES = [("bf16", 90, 128, False), ("fp16", 75, 64, True)]

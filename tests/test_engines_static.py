@@ -125,6 +125,18 @@ def test_the_table_stays_where_it_is_until_it_does_not_fit():
     assert engine.kept is None
 
 
+def test_a_slot_that_is_free_has_drawn_nothing():
+    "What the kernels know an idle slot by, in the middle of a run and after it."
+    engine, seen = still(made("qwen3")), []
+    engine.generate(prompts_of(5, 9), 4, Sampling(greedy=True, max_tokens=(2, 3, 2, 30, 3, 2, 30, 2)))
+    table, arrange = engine.kept[1], static.Recorder.arrange
+    assert not table.count.any() and not table.alive.any()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static.Recorder, "arrange", lambda self: (seen.append([bool(n) for n in table.count]), arrange(self))[1])
+        engine.generate(prompts_of(5, 9), 4, Sampling(greedy=True, max_tokens=(2, 3, 2, 30, 3, 2, 30, 2)))
+    assert seen[0] == [True] * 8 and sum(seen[-1]) == 2
+
+
 def test_a_weight_in_another_place_is_another_record():
     model, prompts = fresh("qwen3"), prompts_of(5, 9)
     engine = still(model)

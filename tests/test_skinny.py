@@ -1,12 +1,11 @@
 """The products of a decode step and what follows them: plain forms, kernels under Triton's interpreter, and what the compiler makes of them."""
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiled_kernel, resources
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -310,29 +309,15 @@ class Launches:
 
 
 def build(kernel, arguments, named, capability):
-    "A launch's kernel as machine code, without a GPU."
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    "A launch's kernel as machine code."
     options = {k: v for k, v in named.items() if k.startswith("num_")}
     constants = {k: False if k == "WIDE" else v for k, v in named.items() if k not in options}
     kinds = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
     kind = lambda x: kinds[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32"
     names = kernel.arg_names
-    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)}
+    aligned = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)]
     signature = {n: "constexpr" for n in names} | {n: kind(x) for n, x in zip(names, arguments)}
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(built, tmp_path):
-    "Registers and bytes of stack of a thread."
-    import triton
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists(): pytest.skip("this Triton has no cuobjdump")
-    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return compiled_kernel(kernel, signature, constants, aligned, capability, options)
 
 
 CHIPS = {90: (132, SHARED, True), 89: (58, 99 * 1024, True), 75: (40, 64 * 1024, False)}
