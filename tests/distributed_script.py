@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from grpo_nb.rl import grpo
 from grpo_nb.rl import step as steps
+from grpo_nb.rl.tokens import token_stats
 
 kind = sys.argv[1]
 stock_loss, stock_logps = GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies
@@ -34,7 +35,7 @@ trainer.args.max_tokens_per_pack = 20 if rank == 0 else 45
 def full(grads): return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in grads.items()}
 
 
-def run(compute, batches):
+def run(compute, batches, model=model):
     model.zero_grad()
     trainer._metrics["train"].clear()
     for i, inputs in enumerate(batches):
@@ -63,5 +64,28 @@ for n in (1, 2): # micro-batches in an optimiser step
         replayed, _ = run(stock_loss, batches)
         GRPOTrainer._get_per_token_logps_and_entropies = stock_logps
         assert relative(replayed, theirs) < 1e-5
+if kind == "ddp": # rows without a gradient in one rank only, also in the second step, where DDP lays out its buckets anew
+    fresh = torch.nn.parallel.DistributedDataParallel(tiny()) # as with gradient checkpointing: it looks for no unused parameters
+    for seed in range(3):
+        inputs = micro_batch(seed=70 + 2 * seed + rank, completion=(4, 12))
+        inputs["advantages"][:2] = float(rank)
+        theirs, _ = run(stock_loss, [inputs])
+        ours, _ = run(grpo.compute_loss(stock_loss), [inputs], fresh)
+        assert relative(ours, theirs) < 1e-5, relative(ours, theirs)
+if kind == "ddp": # the other trainers' log-probs: one rank has a single pack, the other runs its packs again in the backward; both log something in between
+    fresh, plain = torch.nn.parallel.DistributedDataParallel(tiny()), tiny()
+    for seed in range(3):
+        inputs = micro_batch(seed=90 + 2 * seed + rank, completion=(4, 12), pad_inside=False)
+        ids, mask = (torch.cat([inputs["prompt_" + n], inputs["completion_" + n]], 1) for n in ("ids", "mask"))
+        target = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1)
+        fresh.zero_grad(), plain.zero_grad()
+        values = token_stats(trainer, fresh, ids, mask, target, ()).log_probs
+        dist.all_reduce(values.detach().sum())
+        values.sum().backward()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = plain(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float() / trainer.temperature
+        (logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * target[:, 1:]).sum().backward()
+        for p in plain.parameters(): p.grad is None or dist.all_reduce(p.grad.div_(2))
+        assert relative({n.removeprefix("module."): g for n, g in gradients(fresh).items()}, gradients(plain)) < 1e-5
 if rank == 0: print(f"{kind}: gradients agree, packs {packs}", flush=True)
 dist.destroy_process_group()

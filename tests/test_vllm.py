@@ -3,6 +3,7 @@
 `pytest -m vllm` in an environment that has vLLM (`make test-vllm` makes one with its CPU build); the tests of what is refused run everywhere.
 """
 import gc
+import io
 import logging
 import os
 import random
@@ -156,6 +157,16 @@ def test_fast_inference(monkeypatch):
     for found, name, words in (("", "inplace", "not installed, so the patched trainers sample in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
         monkeypatch.setattr(vllm_start, "vllm_version", lambda: found)
         assert vllm_start.fast_engine()[0] == name and words in vllm_start.fast_engine()[1]
+
+
+def test_standard_output_without_a_descriptor(monkeypatch):
+    "As in some notebooks: vLLM before 0.32 asks for one while it starts."
+    page = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", page)
+    with vllm_start.untouched():
+        os.dup2(os.dup(sys.stdout.fileno()), sys.stdout.fileno())
+        print("seen")
+    assert page.getvalue() == "seen\n" and sys.stdout is page
 
 
 def test_request_options():

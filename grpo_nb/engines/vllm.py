@@ -26,7 +26,7 @@ from .base import Engine, EngineError, Rollouts, Sampling, check_request
 from .fold import Fold, fold_problem
 from .inplace import free_bytes
 from .share import Layout, adopt, share_problem
-from .vllm_start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled, release_pools, request_options, untouched
+from .vllm_start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled, process_group_kept, release_pools, request_options, untouched
 from .weights import adapter_of, adapter_problem, weights_of
 from ..events import say
 from ..models import settings_of
@@ -152,6 +152,7 @@ def _start(self:VLLMEngine):
             _folder(self.model, self.tokenizer, folder)
             args = EngineArgs(**_arguments(self, folder, _loader(fill, self._sharing)))
             config = args.create_engine_config()
+            config.device_config.device = self.device # else vLLM would take the first GPU
             self.llm = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False)
         _live = weakref.ref(self)
         if self.shared: self._check_shared()
@@ -200,13 +201,14 @@ def close(self:VLLMEngine) -> None:
         with suppress(Exception): llm.wake_up() # what sleeps cannot be freed; where there is no room to wake, the pool is left as it is
         self.asleep = False
     self.why = self.why or "it was closed"
-    if llm is not None: llm.engine_core.shutdown()
-    llm = None
     own, self._own_group = self._own_group, None # None: not started, or closed already
-    if own is None or (loaded := sys.modules.get("vllm.distributed.parallel_state")) is None: return
-    gc.unfreeze()
-    loaded.destroy_model_parallel()
-    if own: loaded.destroy_distributed_environment()
+    with process_group_kept(own is False) as groups:
+        if llm is not None: llm.engine_core.shutdown()
+        llm = None
+        if own is None or groups is None: return
+        gc.unfreeze()
+        groups.destroy_model_parallel()
+        groups.destroy_distributed_environment()
     gc.collect()
     release_pools()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
@@ -224,7 +226,8 @@ def _put_adapter(worker, number, rank, tensors): # runs in vLLM's worker
     runner = worker.model_runner
     manager = runner.lora_manager._adapter_manager
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"): mapper = mapper.get_rename_mapper()
+    for name in ("get_rename_mapper", "get_unstacked_mapper"): # of vLLM 0.29 on, and of 0.25 to 0.28: names without the stacking of q, k and v
+        if hasattr(mapper, name): mapper = getattr(mapper, name)()
     targets = sorted({name.split(".")[-3] for name in tensors})
     known = {part for m in manager.supported_lora_modules for part in (m, *manager.packed_modules_mapping.get(m, ()))}
     if strange := [t for t in targets if t not in known]: raise EngineError(f"vLLM cannot apply an adapter to {strange[0]!r} of this model; use adapter='fold'.")

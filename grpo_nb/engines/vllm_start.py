@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OLDEST', 'NEWEST', 'INSTALL', 'NEEDS', 'vllm_version', 'names_in', 'lacking', 'check_version', 'fast_engine',
-           'request_options', 'untouched', 'plain_linear', 'pooled', 'release_pools', 'cache_bytes_for']
+           'request_options', 'untouched', 'plain_linear', 'process_group_kept', 'pooled', 'release_pools',
+           'cache_bytes_for']
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #b1d9a6e4
 import ast
@@ -15,7 +16,7 @@ import os
 import random
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,8 @@ NEEDS = { # what is used of vLLM, by file
     "engine/arg_utils.py": ("EngineArgs", "create_engine_config", "load_format", "kv_cache_memory_bytes", "enable_sleep_mode", "enable_prefix_caching", "logprobs_mode", "generation_config",
                             "skip_tokenizer_init", "max_lora_rank", "enforce_eager", "disable_log_stats"),
     "config/model.py": ("processed_logprobs",),
+    "config/device.py": ("device",),
+    "distributed/parallel_state.py": ("_WORLD", "destroy_model_parallel", "destroy_distributed_environment"),
     "sampling_params.py": ("SamplingParams", "RequestOutputKind", "FINAL_ONLY", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "detokenize", "logprobs"),
     "model_executor/model_loader/__init__.py": ("register_model_loader",),
     "model_executor/model_loader/base_loader.py": ("BaseModelLoader", "download_model", "load_model", "load_weights"),
@@ -128,12 +131,22 @@ def _finished(output): # of vLLM -> as `Rollouts.finished` says it
     return "stop" if isinstance(output.stop_reason, str) else "eos"
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f027ef6c
+class _Described: # vLLM before 0.32 asks standard output for its file descriptor, to silence what C libraries print
+    "A notebook's standard output, with the descriptor of the null device where it has none."
+    def __init__(self, stream): self.stream, self.null = stream, open(os.devnull, "w")
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def fileno(self):
+        try: return self.stream.fileno()
+        except (AttributeError, OSError, ValueError): return self.null.fileno()
+
+
 @contextmanager
 def untouched():
     "Random numbers, environment, thread count and log levels are afterwards what they were before."
     env, threads, state, theirs = dict(os.environ), torch.set_num_threads, random.getstate(), np.random.get_state()
     dtype, many, quiet = torch.get_default_dtype(), torch.get_num_threads(), logging.root.manager.disable
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), redirect_stdout(_Described(sys.stdout)):
         warnings.simplefilter("ignore")
         logging.disable(max(quiet, logging.WARNING))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" # else vLLM would start a process of its own for the work
@@ -192,6 +205,20 @@ def plain_linear(on:bool):
     finally: utils.dispatch_cpu_unquantized_gemm = packs
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f910eb8a
+@contextmanager
+def process_group_kept(on:bool): # -> vLLM's module of groups, where it is loaded
+    "vLLM's shutdown destroys its own groups and leaves the process group, which the training needs, alone."
+    groups = sys.modules.get("vllm.distributed.parallel_state")
+    if groups is None or not on: return (yield groups)
+
+    def leave():
+        if groups._WORLD: groups._WORLD.destroy()
+        groups._WORLD = None
+    destroy, groups.destroy_distributed_environment = groups.destroy_distributed_environment, leave
+    try: yield groups
+    finally: groups.destroy_distributed_environment = destroy
+
+
 def _allocator(): # -> vLLM's, where one was made
     return getattr(getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None), "instance", None)
 

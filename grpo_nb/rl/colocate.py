@@ -18,7 +18,6 @@ from ..engines.vllm_start import check_version, fast_engine
 from ..events import say
 from ..models import settings_of
 from ..patch.core import Patch, Wrap
-from .config import world_size
 from .rollout import groups
 
 # %% ../../nbs/34c_rl.colocate.ipynb #a43a9d02
@@ -31,7 +30,6 @@ def not_ours(generation, # TRL's `VLLMGeneration`, before its start
     "Why TRL keeps its own vLLM."
     if generation.mode != "colocate": return "server mode"
     if generation.tensor_parallel_size > 1: return "vLLM over several GPUs"
-    if getattr(generation.accelerator, "num_processes", 1) > 1: return "several processes train"
     if generation.structured_outputs_regex is not None: return "structured outputs"
     if other := sorted(set(generation.generation_kwargs) - _OPEN): return f"generation_kwargs has {other[0]!r}"
     if getattr(generation.accelerator.state, "fsdp_plugin", None) is not None: return "FSDP shards the weights"
@@ -140,7 +138,6 @@ def colocate_patches(versions=None, # tested
 # %% ../../nbs/34c_rl.colocate.ipynb #c6a9fcc2
 def choose(args, # the trainer's configuration, or None
            model, # what the trainer is given: a model, or a name
-           processes:int=1, # that train
            ) -> bool: # whether vLLM was chosen now
     "Set `use_vllm` and `vllm_mode` where the engine that is asked for means them; raises `EngineError` for a vLLM that is missing or not known to work."
     if args is None or getattr(args, "use_vllm", True): return False
@@ -152,9 +149,6 @@ def choose(args, # the trainer's configuration, or None
         return True
     other = any(getattr(args, name, False) for name in ("use_transformers_continuous_batching", "use_transformers_paged"))
     if engine != "auto" or settings is None or not settings.fast_inference or other or fast_engine()[0] != "vllm": return False
-    if processes > 1:
-        say("fast_inference=True: with several processes completions are sampled without vLLM; use_vllm=True takes TRL's own.")
-        return False
     args.use_vllm, args.vllm_mode = True, "colocate"
     say("fast_inference=True: completions are sampled by vLLM (use_vllm=True and vllm_mode='colocate' are set); engine='inplace' or 'hf' would sample without it.")
     return True
@@ -166,7 +160,7 @@ def init(original): # of the trainer's `__init__`
 
     def __init__(self, *args, **kwargs):
         given = takes.bind(self, *args, **kwargs).arguments
-        choose(given.get("args"), given.get("model"), world_size())
+        choose(given.get("args"), given.get("model"))
         original(self, *args, **kwargs)
     return __init__
 

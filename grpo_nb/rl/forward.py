@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['installed', 'causal_lm', 'HeadSettings', 'PackedOutput', 'PackCall', 'install', 'uninstall', 'uninstall_all', 'score',
-           'attention_kind', 'run_pack', 'tree']
+           'attention_kind', 'apart', 'run_pack', 'tree']
 
 # %% ../../nbs/30_rl.forward.ipynb #3b5abe8e
 from contextlib import contextmanager, nullcontext
@@ -140,6 +140,15 @@ def attention_kind(model:nn.Module # possibly wrapped
     return "flex" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "dense"
 
 
+@contextmanager
+def apart(model):
+    "Without DDP's broadcast of buffers: the other processes may run another number of packs, or none."
+    if not hasattr(model, "require_forward_param_sync"): return (yield)
+    before, model.require_forward_param_sync = model.require_forward_param_sync, False
+    try: yield
+    finally: model.require_forward_param_sync = before
+
+
 def run_pack(model:nn.Module, # as the trainer holds it, wrapped
              pack:Pack, # on the model's device
              head:HeadSettings,
@@ -150,9 +159,9 @@ def run_pack(model:nn.Module, # as the trainer holds it, wrapped
     kind = kind or attention_kind(model)
     call = PackCall(pack.predict, pack.target, head, entropy)
     if kind == "padded":
-        with tree(model, kind): return model(input_ids=pack.input_ids, attention_mask=pack.segment.view_as(pack.input_ids), pack=call)
+        with tree(model, kind), apart(model): return model(input_ids=pack.input_ids, attention_mask=pack.segment.view_as(pack.input_ids), pack=call)
     mask = masks_for(causal_lm(model).config, pack, kind=kind)
-    with tree(model, kind):
+    with tree(model, kind), apart(model):
         return model(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=mask, pack=call)
 
 

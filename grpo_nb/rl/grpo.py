@@ -27,7 +27,7 @@ from ..models import tokenizer_of
 from .forward import install, run_pack
 from .layout import Path
 from .seams import patches_at
-from .step import IMAGE_INPUTS, accumulate, even, head_settings, kind_of, packs_of, path_of, replayed_logps, score_packs
+from .step import IMAGE_INPUTS, accumulate, even, head_settings, kind_of, meet, packs_of, path_of, replayed_logps, score_packs
 
 # %% ../../nbs/33_rl.grpo.ipynb #795a705f
 def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and_entropies`
@@ -45,6 +45,7 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
             return original(self, model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size,
                             compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **images)
         install(model)
+        meet(model)
         packs, kind = packs_of(self, model, path, batch), kind_of(model, path)
         if torch.is_grad_enabled(): logps, entropies = replayed_logps(self, model, packs, batch, kind)
         else: logps, entropies = score_packs(self, model, packs, batch, kind, compute_entropy)
@@ -122,6 +123,7 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
         path = scorable(self, batch, path)
         if path.name == "trl" or not one_pass(self): return theirs(self, original, model, inputs)
         install(model)
+        meet(model)
         mode = "train" if self.model.training else "eval"
         completion = inputs["completion_mask"]
         mask = completion if "tool_mask" not in inputs else completion * inputs["tool_mask"]

@@ -24,7 +24,7 @@ from ..events import say
 from ..ops.fuse import fuse
 from ..patch.core import Patch, Versions, Wrap
 from .forward import causal_lm, installed, run_pack, tree
-from .step import Replayed, autograd_scope, even, hold, kind_of, one_graph, packs_of, path_of, same_draws
+from .step import Replayed, autograd_scope, even, hold, kind_of, meet, one_graph, packs_of, path_of, same_draws
 
 # %% ../../nbs/33d_rl.reward.ipynb #20355068
 class StandIn:
@@ -209,6 +209,7 @@ def compute_reward_loss(original): # -> the replacement of `RewardTrainer.comput
 def pooled(trainer, model, path, batch, reads) -> SequenceClassifierOutputWithPast:
     "What the model returns: one value a row."
     install_head(model)
+    meet(model)
     packs, kind = packs_of(trainer, model, path, batch), kind_of(model, path)
     log_positions(trainer, sum(p.input_ids.numel() for p in packs), len(packs))
     return SequenceClassifierOutputWithPast(logits=read_packs(trainer, model, packs, reads, kind)[reads]) # (B, L)
@@ -233,6 +234,7 @@ def compute_prm_loss(original): # -> the replacement of `PRMTrainer.compute_loss
 def labelled(trainer, model, path, batch, reads, labels) -> TokenClassifierOutput:
     "What the model returns: values at labelled tokens, and the loss where labels were given."
     install_head(model)
+    meet(model)
     packs, kind, base = packs_of(trainer, model, path, batch), kind_of(model, path), causal_lm(model)
     logits = read_packs(trainer, model, packs, reads, kind) # (B, T, L)
     return TokenClassifierOutput(loss=None if labels is None else base.loss_function(logits, labels, base.config), logits=logits)

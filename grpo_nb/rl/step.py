@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_INPUTS', 'head_settings', 'path_of', 'budget', 'packs_of', 'one_graph', 'reentrant', 'kind_of', 'score_packs',
-           'run_packs', 'collective_forward', 'most_packs', 'even', 'idle', 'same_draws', 'Incoming', 'autograd_scope',
-           'expected_factor', 'scale_now', 'accumulate', 'add_gradients', 'apart', 'hold', 'Replayed', 'replayed_logps']
+           'run_packs', 'collective_forward', 'most_packs', 'even', 'meet', 'idle', 'same_draws', 'Incoming',
+           'autograd_scope', 'expected_factor', 'scale_now', 'accumulate', 'add_gradients', 'hold', 'Replayed',
+           'replayed_logps']
 
 # %% ../../nbs/32_rl.step.ipynb #0dc108d7
 from collections.abc import Callable
@@ -110,6 +111,13 @@ def even(trainer, packs, kind) -> list:
     return [*packs, *[idle(trainer.accelerator.device, kind) for _ in range(missing)]]
 
 
+def meet(model:nn.Module) -> None: # as the trainer holds it
+    "Do, if a gradient is wanted, what DDP's ranks do together in the first forward of a step (PyTorch's `DistributedDataParallel._pre_forward`)."
+    if not hasattr(model, "reducer") or not torch.is_grad_enabled(): return
+    if model.reducer._rebuild_buckets(): model._has_rebuilt_buckets = True
+    if model.broadcast_buffers and len(model.modules_buffers): model._sync_buffers()
+
+
 def idle(device, kind) -> Pack:
     "A pack without targets."
     pack = filler(device=device)
@@ -189,7 +197,7 @@ def accumulate(trainer,
     def put_right(difference): # inside the last pack's backward
         if not hasattr(model, "reducer"): return early(difference)
         for i in range(len(packs) - 1):
-            with apart(model), trainer.accelerator.no_sync(model), autograd_scope(device):
+            with trainer.accelerator.no_sync(model), autograd_scope(device):
                 share = forward(i)
                 with tree(model, kind): add_gradients(share * difference, model)
 
@@ -211,14 +219,6 @@ def add_gradients(loss, model):
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
         if g is not None: p.grad = g if p.grad is None else p.grad.add_(g)
-
-
-@contextmanager
-def apart(model):
-    "Without DDP's broadcast of buffers: the other processes may have no pack to put right."
-    before, model.require_forward_param_sync = model.require_forward_param_sync, False
-    try: yield
-    finally: model.require_forward_param_sync = before
 
 
 def hold(context):

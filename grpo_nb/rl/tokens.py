@@ -19,7 +19,7 @@ from ..check import one_of
 from ..ops.linear_logprob import compute_dtype
 from .forward import _gathered, HeadSettings, causal_lm, install, run_pack, tree
 from .layout import Path
-from .step import autograd_scope, even, head_settings, hold, kind_of, one_graph, packs_of, path_of, same_draws
+from .step import autograd_scope, even, head_settings, hold, kind_of, meet, one_graph, packs_of, path_of, same_draws
 
 # %% ../../nbs/33a_rl.tokens.ipynb #ea8b6daf
 @dataclass(frozen=True, eq=False)
@@ -281,6 +281,7 @@ def token_stats(trainer, # of TRL
     path = route(trainer, model, rows, given or {})
     if path.name == "trl": return None
     install(model)
+    meet(model)
     laid = packs_of(trainer, model, path, rows.batch, rows.target.any(1))
     device = trainer.accelerator.device
     tokens = [tuple(x.to(device) for x in places(pack, rows)) for pack in laid] if "row_logits" in want else []
