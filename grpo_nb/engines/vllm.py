@@ -153,6 +153,7 @@ def _start(self:VLLMEngine):
             args = EngineArgs(**_arguments(self, folder, _loader(fill, self._sharing)))
             config = args.create_engine_config()
             config.device_config.device = self.device # else vLLM would take the first GPU
+            config.parallel_config.distributed_executor_backend = "uni" # the CPU build of vLLM 0.22 would work in a process of its own
             self.llm = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False)
         _live = weakref.ref(self)
         if self.shared: self._check_shared()

