@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -83,10 +83,10 @@ def rloo_batch(ids, mask, answer):
 
 
 def with_old_logps(trainer, batch):
-    "The batch with log-probs of the sampling: the model's own and a little."
+    "The batch with log-probs of the sampling: the model's own and a little, in steps of 1/64, which sums of thousands hold exactly in fp32."
     ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     with torch.no_grad(): logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
-    return {**batch, "old_logps": (logps * batch["completion_mask"]).sum(1) + torch.linspace(-0.1, 0.1, len(ids), device=ids.device)}
+    return {**batch, "old_logps": (logps * batch["completion_mask"]).sum(1) + (torch.linspace(-0.1, 0.1, len(ids), device=ids.device) * 64).round() / 64}
 
 
 def rewarded(shape, device, dtype):
@@ -184,12 +184,14 @@ def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None
         trainer.args.max_tokens_per_pack = max_tokens_per_pack
         ids = rows(shape, MODELS[shape.model][1], case.paired)
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.batch(*ids).items()}
-        if case.prepare: batch = case.prepare(trainer, batch)
         kinds = {"trl": nullcontext, "grpo_nb": lambda: PatchSet(case.patches())}
-        found, grads = {kind: {"seconds": []} for kind in kinds}, {}
+        found, grads, batches = {kind: {"seconds": []} for kind in kinds}, {}, dict.fromkeys(kinds, batch)
+        for kind, on in kinds.items():
+            if not case.prepare: break
+            with on(): batches[kind] = case.prepare(trainer, batch) # in 16 bits, a sum of log-probs has the rounding of who made it
         for kind, on in kinds.items():
             if hasattr(trainer, "running"): trainer.running = type(trainer.running)(trainer.accelerator) # BCO's mean starts anew
-            with on(), counted(trainer) as positions: found[kind]["loss"] = step(trainer, batch)
+            with on(), counted(trainer) as positions: found[kind]["loss"] = step(trainer, batches[kind])
             grads[kind] = {k: p.grad.clone() for k, p in trainer.model.named_parameters() if p.grad is not None}
             found[kind]["positions"] = sum(positions)
         scale = max(g.abs().max() for g in grads["trl"].values())
@@ -198,13 +200,13 @@ def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None
         for kind, on in kinds.items():
             trainer.model.zero_grad(set_to_none=True)
             gc.collect()
-            with on(): found[kind]["peak_bytes"] = peak_on_cpu(lambda: step(trainer, batch)) if device == "cpu" else _peak_on_gpu(trainer, batch)
+            with on(): found[kind]["peak_bytes"] = peak_on_cpu(partial(step, trainer, batches[kind])) if device == "cpu" else _peak_on_gpu(trainer, batches[kind])
         for _ in range(repeats):
             for kind, on in kinds.items():
                 with on():
                     if device == "cuda": torch.cuda.synchronize()
                     start = clock()
-                    step(trainer, batch)
+                    step(trainer, batches[kind])
                     if device == "cuda": torch.cuda.synchronize()
                     found[kind]["seconds"].append(clock() - start)
     for kind in kinds: found[kind]["seconds"] = statistics.median(found[kind]["seconds"]) if repeats else None
@@ -238,11 +240,13 @@ def main(given=None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each; 0: no times")
     parser.add_argument("--max-tokens-per-pack", type=int)
+    parser.add_argument("--model", choices=list(MODELS), default=SHAPE.model, help="whose shape, with random weights")
+    parser.add_argument("--prompts", type=int, default=SHAPE.prompts, help="how many, with two answers each")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: all weights are trained")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args(given)
     if a.device == "cpu": torch.set_num_threads(1)
-    shape = Shape(**{**vars(SHAPE), "lora": a.lora})
+    shape = replace(SHAPE, model=a.model, prompts=a.prompts, lora=a.lora)
     results = []
     for name in a.algorithm or CASES:
         try: load(CASES[name].trainer)

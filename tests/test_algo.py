@@ -61,11 +61,20 @@ def test_on_policy(seed):
     "Right after sampling the ratio is exactly 1, and k3 of a policy with itself is exactly 0."
     g = torch.Generator().manual_seed(seed)
     logps, mask = -torch.rand(3, 5, generator=g) * 9, (torch.rand(3, 5, generator=g) > 0.3).float()
-    for level in LEVELS: assert (log_ratio(logps, logps, mask, level).exp() == 1).all()
+    for level in LEVELS: assert (log_ratio(logps, (logps * mask).sum(1, keepdim=True) if level == "sequence_sum" else logps, mask, level).exp() == 1).all()
     other = -torch.rand(3, 5, generator=g) * 9
     assert (kl(logps, other) >= 0).all() and (kl(logps, logps) == 0).all() and (kl(logps, other, "k2") >= 0).all()
     for mode in SAMPLING_MODES: assert (sampling_correction(logps, logps, mask, mode, 0.5, 2.0) == 1).all()
     assert (off_policy_mask(torch.full((3, 1), -1.0), logps, logps, mask, 0.0) == 1).all()
+
+
+def test_long_sums_cancel():
+    "RLOO's ratio is as exact after a thousand tokens as after ten: -9,000 and -9,000 plus a little lie 1e-3 apart in fp32."
+    g = torch.Generator().manual_seed(3)
+    logps, mask = -torch.rand(4, 1024, generator=g) * 18, torch.ones(4, 1024)
+    offset = torch.tensor([[-0.125], [0.0], [0.0625], [0.125]]) # which such sums hold exactly
+    ratio = log_ratio(logps, (logps * mask).sum(1, keepdim=True) + offset, mask, "sequence_sum").exp()
+    assert torch.allclose(ratio, (-offset).exp(), rtol=2e-7, atol=0)
 
 
 def inputs_for(loss_type, seed=0, dtype=torch.float64):
@@ -76,7 +85,9 @@ def inputs_for(loss_type, seed=0, dtype=torch.float64):
     mask = torch.ones(4, 6, dtype=dtype)
     mask[1, 3:], mask[3] = 0, 0
     settings = LossSettings(loss_type=loss_type, beta=0.04, delta=1.5, off_policy_mask_threshold=2.0, epsilon_high=2.0 if loss_type == "cispo" else 0.2)
-    return LossInputs(logps.requires_grad_(), mask, draw(4, 1), near(), near(), near(), entropies=draw(4, 6).abs()), settings
+    advantages, old = draw(4, 1), near()
+    if loss_type == "rloo": old = (old * mask).sum(1, keepdim=True)
+    return LossInputs(logps.requires_grad_(), mask, advantages, old, near(), near(), entropies=draw(4, 6).abs()), settings
 
 
 DENOMINATORS = Denominators(rows=4, tokens=9.0, max_completion_length=6, items=20.0, accumulation=2.0)

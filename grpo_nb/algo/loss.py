@@ -24,7 +24,7 @@ class LossInputs:
     logps: Tensor # (B, T) float, log-probs under the policy, with gradient
     mask: Tensor # (B, T) float, 1 on tokens that count
     advantages: Tensor # (B, 1) or (B, T) float
-    old_logps: Tensor|None = None # (B, T); None: the weights have not changed since sampling
+    old_logps: Tensor|None = None # (B, T), for rloo (B, 1), a sequence's sum; None: the weights have not changed since sampling
     ref_logps: Tensor|None = None # (B, T); needed where beta is not 0
     sampling_logps: Tensor|None = None # (B, T), as the sampler reported them
     importance_ratio: Tensor|None = None # (B, T) or (B, 1), `sampling_correction`'s weight
@@ -115,8 +115,9 @@ POLICY_TERMS = {
 # %% ../../nbs/19_algo.loss.ipynb #01895ae7
 def per_token_loss(inputs:LossInputs, s:LossSettings):
     "The loss before aggregation, (B, T) or (B, 1), with what the metrics need: `(loss, ratio, per-token KL or None)`."
-    old = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps
     level = "sequence_sum" if s.loss_type == "rloo" else s.importance_sampling_level
+    old = inputs.old_logps
+    if old is None: old = inputs.logps.detach() if level != "sequence_sum" else (inputs.logps.detach() * inputs.mask).sum(-1, keepdim=True)
     ratio = log_ratio(inputs.logps, old, inputs.mask, level).exp()
     loss = POLICY_TERMS[s.loss_type](inputs, ratio, s)
     if s.off_policy_mask_threshold is not None:

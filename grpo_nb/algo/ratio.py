@@ -16,16 +16,15 @@ LEVELS = ("token", "sequence", "sequence_sum")
 
 
 def log_ratio(logps:Tensor, # (B, T) log-probs under the policy
-              old_logps:Tensor, # (B, T) log-probs at sampling time
+              old_logps:Tensor, # (B, T) log-probs at sampling time; (B, 1), a sequence's sum of them, for "sequence_sum"
               mask:Tensor, # (B, T) 1 on tokens that count
               level:str="token", # "token", "sequence" (mean over tokens, GSPO) or "sequence_sum" (RLOO)
               ) -> Tensor: # (B, T) for "token", else (B, 1)
     "Logarithm of the importance ratio. Raises `ValueError` for an unknown level."
     one_of("importance_sampling_level", level, LEVELS)
+    if level == "sequence_sum": return (logps * mask).sum(-1, keepdim=True) - old_logps
     difference = logps - old_logps
-    if level == "token": return difference
-    total = (difference * mask).sum(-1, keepdim=True)
-    return total if level == "sequence_sum" else total / mask.sum(-1, keepdim=True).clamp(min=1.0)
+    return difference if level == "token" else (difference * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
 
 # %% ../../nbs/16_algo.ratio.ipynb #9bb340b1
 SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

@@ -309,10 +309,8 @@ def rloo_settings(trainer) -> LossSettings:
 
 
 def rloo_inputs(trainer, inputs, mask, rows, logps, entropies) -> LossInputs:
-    "RLOO keeps one old log-prob a sequence; spread evenly over its tokens it sums to the same."
-    here = mask[rows].to(logps.dtype)
-    old = (inputs["old_logps"][rows] / here.sum(1).clamp(min=1.0))[:, None] * here
-    return LossInputs(logps=logps, mask=here, advantages=inputs["advantages"][rows][:, None], old_logps=old, entropies=entropies)
+    "RLOO keeps one old log-prob a sequence."
+    return LossInputs(logps=logps, mask=mask[rows].to(logps.dtype), advantages=inputs["advantages"][rows][:, None], old_logps=inputs["old_logps"][rows][:, None], entropies=entropies)
 
 # %% ../../nbs/33_rl.grpo.ipynb #5ade19a6
 def init(original): # -> the replacement of the trainer's `__init__`
