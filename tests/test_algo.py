@@ -69,12 +69,13 @@ def test_on_policy(seed):
 
 
 def test_long_sums_cancel():
-    "RLOO's ratio is as exact after a thousand tokens as after ten: -9,000 and -9,000 plus a little lie 1e-3 apart in fp32."
+    "RLOO's ratio of a thousand tokens is exact where fp32 holds the old sum (numbers near 9,000 lie 1e-3 apart): nothing is lost on the way."
     g = torch.Generator().manual_seed(3)
     logps, mask = -torch.rand(4, 1024, generator=g) * 18, torch.ones(4, 1024)
     offset = torch.tensor([[-0.125], [0.0], [0.0625], [0.125]]) # which such sums hold exactly
     ratio = log_ratio(logps, (logps * mask).sum(1, keepdim=True) + offset, mask, "sequence_sum").exp()
     assert torch.allclose(ratio, (-offset).exp(), rtol=2e-7, atol=0)
+    with pytest.raises(ValueError, match="sequence's sum"): log_ratio(logps, logps, mask, "sequence_sum")
 
 
 def inputs_for(loss_type, seed=0, dtype=torch.float64):

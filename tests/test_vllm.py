@@ -178,6 +178,25 @@ def test_standard_output_without_a_descriptor(monkeypatch):
     assert page.getvalue() == "seen\n" and sys.stdout is page
 
 
+def test_fast_inference_under_sharding(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from grpo_nb.events import said
+    from grpo_nb.models import Settings
+    from grpo_nb.rl.colocate import choose
+
+    said.clear()
+    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.24.0")
+    model, args = model_of(), SimpleNamespace(use_vllm=False, engine="auto", fsdp=["full_shard"], deepspeed=None)
+    model._grpo_nb = Settings("digits", 128, torch.float32, False, True, 0.6, 16)
+    assert not choose(args, model, 2) and not args.use_vllm and "without vLLM" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args.fsdp = []
+    assert not choose(args, model, 2)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    assert choose(args, model, 2) and args.use_vllm
+
+
 def test_request_options():
     s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2, stop=("a",), stop_token_ids=(4,))
     found = request_options(s, 7, -1)
@@ -444,6 +463,9 @@ class TestVLLM:
     def test_a_cache_that_holds_no_completion(self, tokenizer):
         with pytest.raises(EngineError, match="(?s)could not start.*cache_bytes"): VLLMEngine(plain_model(), tokenizer, cache_bytes=1000)
         with VLLMEngine(plain_model(), tokenizer) as engine: assert same(engine, plain_model())
+
+    def test_several_gpus_are_refused(self, tokenizer):
+        with pytest.raises(EngineError, match="2 GPUs for one vLLM"): VLLMEngine(plain_model(), tokenizer, tensor_parallel_size=2)
 
     def test_misspelt_arguments_of_vllm(self, tokenizer):
         with pytest.raises(TypeError, match="Did you mean 'block_size'"): VLLMEngine(plain_model(), tokenizer, blocksize=32)

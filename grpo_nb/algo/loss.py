@@ -121,6 +121,7 @@ def per_token_loss(inputs:LossInputs, s:LossSettings):
     ratio = log_ratio(inputs.logps, old, inputs.mask, level).exp()
     loss = POLICY_TERMS[s.loss_type](inputs, ratio, s)
     if s.off_policy_mask_threshold is not None:
+        if inputs.sampling_logps is None and level == "sequence_sum": raise ValueError("off_policy_mask_threshold needs sampling_logps with loss_type='rloo', whose old_logps are sums; they are None")
         sampled = old if inputs.sampling_logps is None else inputs.sampling_logps
         loss = loss * off_policy_mask(inputs.advantages, inputs.logps, sampled, inputs.mask, s.off_policy_mask_threshold)
     if inputs.entropy_mask is not None: loss = loss * inputs.entropy_mask

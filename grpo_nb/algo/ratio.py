@@ -20,9 +20,11 @@ def log_ratio(logps:Tensor, # (B, T) log-probs under the policy
               mask:Tensor, # (B, T) 1 on tokens that count
               level:str="token", # "token", "sequence" (mean over tokens, GSPO) or "sequence_sum" (RLOO)
               ) -> Tensor: # (B, T) for "token", else (B, 1)
-    "Logarithm of the importance ratio. Raises `ValueError` for an unknown level."
+    "Logarithm of the importance ratio. Raises `ValueError` for an unknown level, or old log-probs that are not sums where they must be."
     one_of("importance_sampling_level", level, LEVELS)
-    if level == "sequence_sum": return (logps * mask).sum(-1, keepdim=True) - old_logps
+    if level == "sequence_sum":
+        if old_logps.shape[-1] != 1: raise ValueError(f"old_logps has shape {tuple(old_logps.shape)}; at level 'sequence_sum' it is (B, 1), a sequence's sum")
+        return (logps * mask).sum(-1, keepdim=True) - old_logps
     difference = logps - old_logps
     return difference if level == "token" else (difference * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
 

@@ -152,6 +152,7 @@ def _start(self:VLLMEngine):
             _folder(self.model, self.tokenizer, folder)
             args = EngineArgs(**_arguments(self, folder, _loader(fill, self._sharing)))
             config = args.create_engine_config()
+            if config.parallel_config.world_size > 1: raise ValueError(f"{config.parallel_config.world_size} GPUs for one vLLM: this engine works in one process, on one. TRL's own vLLM takes several (vllm_tensor_parallel_size).")
             config.device_config.device = self.device # else vLLM would take the first GPU
             config.parallel_config.distributed_executor_backend = "uni" # the CPU build of vLLM 0.22 would work in a process of its own
             self.llm = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False)

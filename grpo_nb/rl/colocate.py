@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATH', 'TRLS_SHARE', 'not_ours', 'sampling_of', 'memory_share', 'make_engine', 'running', 'start', 'sync', 'sample',
-           'colocate_patches', 'choose', 'init', 'choice_patch']
+           'colocate_patches', 'spread', 'choose', 'init', 'choice_patch']
 
 # %% ../../nbs/34c_rl.colocate.ipynb #24a04d19
+import os
 from contextlib import nullcontext
 from functools import cache
 from inspect import signature
@@ -18,6 +19,7 @@ from ..engines.vllm_start import check_version, fast_engine
 from ..events import say
 from ..models import settings_of
 from ..patch.core import Patch, Wrap
+from .config import world_size
 from .rollout import groups
 
 # %% ../../nbs/34c_rl.colocate.ipynb #a43a9d02
@@ -83,7 +85,7 @@ def _zero(generation): # None where DeepSpeed, which moves weights into buffers 
 
 
 def running(generation) -> VLLMEngine | None: # None: TRL's own vLLM samples
-    "Our engine; started again where it was closed, by a failure or because another took its place."
+    "Our engine; started again where it was closed, by a failure or because another took its place. With several processes all have to come here then."
     engine = getattr(generation, "_grpo_nb_engine", None)
     if engine is None or engine.llm is not None: return engine
     asked, made = engine._interrupted, make_engine(generation)
@@ -136,8 +138,15 @@ def colocate_patches(versions=None, # tested
                        why="vLLM samples from the training weights or takes them from memory, and leaves them bit for bit as they are") for method, wrap, takes in made)
 
 # %% ../../nbs/34c_rl.colocate.ipynb #c6a9fcc2
+def spread(args) -> bool:
+    "Whether the weights may lie in several processes: what the configuration says of FSDP and DeepSpeed, or accelerate's launcher."
+    asked = any(getattr(args, name, None) for name in ("fsdp", "deepspeed"))
+    return bool(asked) or any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
 def choose(args, # the trainer's configuration, or None
            model, # what the trainer is given: a model, or a name
+           processes:int=1, # that train
            ) -> bool: # whether vLLM was chosen now
     "Set `use_vllm` and `vllm_mode` where the engine that is asked for means them; raises `EngineError` for a vLLM that is missing or not known to work."
     if args is None or getattr(args, "use_vllm", True): return False
@@ -149,6 +158,9 @@ def choose(args, # the trainer's configuration, or None
         return True
     other = any(getattr(args, name, False) for name in ("use_transformers_continuous_batching", "use_transformers_paged"))
     if engine != "auto" or settings is None or not settings.fast_inference or other or fast_engine()[0] != "vllm": return False
+    if processes > 1 and spread(args):
+        say("fast_inference=True: under FSDP and DeepSpeed completions are sampled without vLLM; use_vllm=True takes TRL's own, with a model of its own.")
+        return False
     args.use_vllm, args.vllm_mode = True, "colocate"
     say("fast_inference=True: completions are sampled by vLLM (use_vllm=True and vllm_mode='colocate' are set); engine='inplace' or 'hf' would sample without it.")
     return True
@@ -160,7 +172,7 @@ def init(original): # of the trainer's `__init__`
 
     def __init__(self, *args, **kwargs):
         given = takes.bind(self, *args, **kwargs).arguments
-        choose(given.get("args"), given.get("model"))
+        choose(given.get("args"), given.get("model"), world_size())
         original(self, *args, **kwargs)
     return __init__
 
