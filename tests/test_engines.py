@@ -390,3 +390,13 @@ def test_generation_configs():
     for name, value in dict(num_beams=2, suppress_tokens=[3], no_repeat_ngram_size=2, min_new_tokens=2, typical_p=0.5).items():
         assert read_config(GenerationConfig(**{name: value}))[1] == name
     assert read_config(GenerationConfig(do_sample=True), GenerationConfig(no_repeat_ngram_size=3))[1] == "no_repeat_ngram_size"
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    alone, before = inplace.neighbours(), inplace.free_bytes(cpu)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    assert alone == 1 and inplace.neighbours() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4") # of two machines
+    assert inplace.neighbours() == 4 and before / 8 < inplace.free_bytes(cpu) < before / 2
