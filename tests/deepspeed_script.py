@@ -92,11 +92,11 @@ elif kind == "lora":
 else:
     models = [tiny(), tiny()] # before ZeRO-3 shards every model that is made
     start = {n: p.detach().clone() for n, p in models[0].named_parameters()}
+    folder = tempfile.mkdtemp() # each rank's own, with the reference: later the first rank alone would write it
+    models[0].save_pretrained(f"{folder}/model")
     deepspeed.init_distributed("gloo")
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    theirs, stock = trained(models[0], stock_loss, stock_logps, folder[0])
-    ours, packed = trained(models[1], packed_loss, packed_logps, folder[0])
+    theirs, stock = trained(models[0], stock_loss, stock_logps, folder)
+    ours, packed = trained(models[1], packed_loss, packed_logps, folder)
     moved = {n: v - start[n] for n, v in theirs.items()}
     error = relative({n: v - start[n] for n, v in ours.items()}, moved)
     print(error, [(a.get("loss"), b.get("loss"), a.get("grad_norm"), b.get("grad_norm"), a.get("kl"), b.get("kl")) for a, b in zip(stock, packed)], flush=True)
