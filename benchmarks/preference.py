@@ -186,8 +186,7 @@ def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.batch(*ids).items()}
         kinds = {"trl": nullcontext, "grpo_nb": lambda: PatchSet(case.patches())}
         found, grads, batches = {kind: {"seconds": []} for kind in kinds}, {}, dict.fromkeys(kinds, batch)
-        for kind, on in kinds.items():
-            if not case.prepare: break
+        for kind, on in kinds.items() if case.prepare else ():
             with on(): batches[kind] = case.prepare(trainer, batch) # in 16 bits, a sum of log-probs has the rounding of who made it
         for kind, on in kinds.items():
             if hasattr(trainer, "running"): trainer.running = type(trainer.running)(trainer.accelerator) # BCO's mean starts anew

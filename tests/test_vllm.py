@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
+from torchrun import in_two_processes
 
 from grpo_nb import tasks
 from grpo_nb.engines import vllm as module
@@ -565,12 +565,7 @@ class TestVLLM:
 
     def test_two_processes(self, tmp_path):
         "Under DDP each process has an engine of its own, and closing it leaves their process group alone."
-        here = Path(__file__).resolve().parent
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(here / "vllm_script.py"), str(tmp_path)],
-                              cwd=here, env=env, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "both sampled from their own weights" in done.stdout
+        assert "both sampled from their own weights" in in_two_processes("vllm_script.py", tmp_path)
 
     def test_a_run_is_stopped_while_it_samples(self, tmp_path, patched):
         "`run.stop()` ends vLLM's sampling between two tokens; the weights are whole, the checkpoint is there, and the next run goes on from it."

