@@ -83,7 +83,7 @@ def child(case) -> dict:
     "One case, measured in this process."
     import torch
     from grpo_nb.models import FastLanguageModel
-    from grpo_nb.rl.patch import PatchFastRL
+    from grpo_nb.trainers.patch import PatchFastRL
     from grpo_nb.specs import this_device
     torch.set_num_threads(1)
     PatchFastRL("grpo", FastLanguageModel)

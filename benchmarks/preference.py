@@ -35,8 +35,8 @@ from datasets import Dataset, disable_progress_bars
 
 from grpo_nb.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.rl import grpo, preference
-from grpo_nb.rl.forward import causal_lm
+from grpo_nb.trainers import grpo, preference
+from grpo_nb.step.forward import causal_lm
 
 disable_progress_bars()
 SHAPE = Shape("qwen3-tiny", prompts=2, prompt=512, completions=2, mean=128, longest=256) # pairs: two completions a prompt

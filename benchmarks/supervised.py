@@ -13,7 +13,7 @@ import torch
 from preference import SHAPE, Case, make_model, words
 
 from grpo_nb.bench import lengths
-from grpo_nb.rl import reward, sft, xpo
+from grpo_nb.trainers import reward, sft, xpo
 
 
 def ragged(ids, mask, answer): # the same, as (2n, T) rows of all lengths with prompts of their own

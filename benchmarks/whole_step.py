@@ -186,7 +186,7 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
     if engine == "vllm-server": more |= dict(vllm_server_base_url=address, vllm_server_timeout=240.0, vllm_group_port=free_port())
     if case in FROM_FOLDER: more["generation_kwargs"] = dict(ignore_eos=True) # vLLM refuses an end token outside the vocabulary
     if case == "grpo_nb/vllm":
-        from grpo_nb.rl import colocate
+        from grpo_nb.trainers import colocate
         asked = colocate.sampling_of
         colocate.sampling_of = lambda generation: replace(asked(generation), stop_token_ids=())
     args = GRPOConfig(output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro, num_generations=shape.completions,
@@ -216,7 +216,7 @@ def measure(case, name, device, steps) -> dict:
     if device == "cpu": torch.set_num_threads(1)
     if case.startswith("grpo_nb"):
         from grpo_nb.models import FastLanguageModel
-        from grpo_nb.rl.patch import PatchFastRL
+        from grpo_nb.trainers.patch import PatchFastRL
         PatchFastRL("grpo", FastLanguageModel)
     warm(case, device)
     if device == "cpu":

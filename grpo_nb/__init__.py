@@ -14,8 +14,8 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 # The public face. Each name is imported on first use, so that `import grpo_nb` and the command line stay quick.
 _public = {
     "FastLanguageModel": ("grpo_nb.models", "FastLanguageModel"),
-    "PatchFastRL": ("grpo_nb.rl.patch", "PatchFastRL"),
-    "UnpatchFastRL": ("grpo_nb.rl.patch", "UnpatchFastRL"),
+    "PatchFastRL": ("grpo_nb.trainers.patch", "PatchFastRL"),
+    "UnpatchFastRL": ("grpo_nb.trainers.patch", "UnpatchFastRL"),
     "GRPORun": ("grpo_nb.run", "GRPORun"),
     "rewards": ("grpo_nb.rewards", None),
     "tasks": ("grpo_nb.tasks", None),

@@ -170,7 +170,7 @@ def peak_on_cpu(step) -> int|None: # bytes
 
 def agreement(shape:Shape, device:str) -> tuple: # loss difference, largest gradient difference relative to the largest entry
     "Loss and gradients in fp32 on a shortened copy of the shape, where rounding does not hide a mistake."
-    from grpo_nb.rl import grpo
+    from grpo_nb.trainers import grpo
     small = replace(shape, model=shape.model, prompt=min(shape.prompt, 256), mean=min(shape.mean, 64), longest=min(shape.longest, 256),
                     completions=min(shape.completions, 8), checkpointing=False)
     model = make_model(small, device, torch.float32)
@@ -210,7 +210,7 @@ def bench_step(name:str, # a key of SHAPES
                shape:Shape|None=None, # a shape of one's own, in place of SHAPES[name]
                ) -> list: # of two dictionaries: TRL's and ours
     "Stock TRL and the packed step in turns on one model and one batch."
-    from grpo_nb.rl import grpo
+    from grpo_nb.trainers import grpo
     shape = shape or SHAPES[one_of("shape", name, SHAPES)]
     check_bench(device, (), repeats, max_tokens_per_pack)
     loss_error, grad_error = agreement(shape, device)

@@ -131,7 +131,7 @@ def _doctor(given) -> int: # the exit code: 0, 1 where a finding is an error, 2 
 
 def _patches(given) -> int: # the exit code: 0, 1 where a patch does not fit, 2 for an unknown algorithm
     "Print the table of patches."
-    from grpo_nb.rl.table import main
+    from grpo_nb.trainers.table import main
     return main(given)
 
 # %% ../nbs/55_cli.ipynb #f9b908f2

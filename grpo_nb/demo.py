@@ -54,7 +54,7 @@ def _measure(model, tokenizer, task): return round(tasks.accuracy(model, tokeniz
 def _train(task, model, tokenizer, config, progress):
     "Train `model` with the packed step; returns the run and its seconds."
     from grpo_nb.models import FastLanguageModel
-    from grpo_nb.rl.patch import PatchFastRL
+    from grpo_nb.trainers.patch import PatchFastRL
     from grpo_nb.run import GRPORun
     PatchFastRL("grpo", FastLanguageModel)
     run = GRPORun(model, tokenizer, task.reward, task.train, config)

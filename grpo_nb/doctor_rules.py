@@ -19,7 +19,7 @@ from .findings import Diagnosis
 from .guard import RewardError, name_of, shorten
 from .memory import Estimate, size_text, time_text
 from .models import settings_of
-from .rl.config import next_rows
+from .trainers.config import next_rows
 
 # %% ../nbs/42b_doctor_rules.ipynb #b52418a3
 @dataclass

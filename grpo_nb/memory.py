@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .check import known_arguments, one_of
-from .rl.config import FIELDS, next_rows
+from .trainers.config import FIELDS, next_rows
 from .specs import DeviceSpec, published, this_device
 
 # %% ../nbs/41_memory.ipynb #a36e2d01
@@ -150,7 +150,7 @@ class Load:
     dense: int # the side of a mask that is held as a tensor; 0: none is
 
 def default_budget(device:DeviceSpec) -> int: # positions
-    "`max_tokens_per_pack` where the configuration gives none, as `rl.layout` chooses it."
+    "`max_tokens_per_pack` where the configuration gives none, as `step.layout` chooses it."
     return 2048 if device.kind == "cpu" else 16384 if device.bfloat16 else 4096
 
 def _packed(groups, prompt, tokens, budget, chunks) -> tuple: # packs, positions of the largest, positions of all

@@ -32,7 +32,7 @@ from .inputs import (check_dataset, check_model, check_reference, check_reward_c
                             first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
-from .rl.rollout import LeftSampling, leave_when
+from .trainers.sampling import LeftSampling, leave_when
 
 # %% ../nbs/38_run.ipynb #fe5a8146
 class _Listener(TrainerCallback):

@@ -11,7 +11,7 @@ from parity import grpo_trainer, micro_batch, relative, tiny
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from grpo_nb.rl import grpo
+from grpo_nb.trainers import grpo
 
 stage, kind = int(sys.argv[1]), sys.argv[2]
 stock_loss, stock_logps = GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from parity import gradients, grpo_trainer, micro_batch, relative, tiny
 from trl import GRPOTrainer
 
-from grpo_nb.rl import grpo
-from grpo_nb.rl import step as steps
-from grpo_nb.rl.tokens import token_stats
+from grpo_nb.trainers import grpo
+from grpo_nb.step import packed as steps
+from grpo_nb.step.tokens import token_stats
 
 kind = sys.argv[1]
 stock_loss, stock_logps = GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from grpo_nb import control, events
-from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
 from grpo_nb.run import GRPORun
 from grpo_nb.tasks import get
 from grpo_nb.tiny import tiny_model

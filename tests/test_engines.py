@@ -16,7 +16,7 @@ from grpo_nb.engines.hf import HuggingFace, read_config
 from grpo_nb.engines.inplace import InPlace
 from grpo_nb.engines.layers import unsupported
 from grpo_nb.packing import plan
-from grpo_nb.rl.forward import HeadSettings, install, run_pack, uninstall
+from grpo_nb.step.forward import HeadSettings, install, run_pack, uninstall
 from grpo_nb.tiny import make_tokenizer
 
 VOCABULARY, ENDS = 96, (1, 5, 7)

@@ -317,7 +317,7 @@ def test_triton_under_the_interpreter():
 
 
 def test_a_copy_of_an_installed_model_runs_its_own_weights():
-    from grpo_nb.rl.forward import install, uninstall
+    from grpo_nb.step.forward import install, uninstall
     model = tiny("llama")
     install(model)
     twin = copy.deepcopy(model)

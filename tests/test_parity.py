@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
 
 from grpo_nb.patch.core import release
-from grpo_nb.rl import grpo
-from grpo_nb.rl.seams import trl_version
+from grpo_nb.trainers import grpo
+from grpo_nb.trainers.seams import trl_version
 
 TOLERANCE = 1e-5 # relative, the bound that the design sets for fp32
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -284,7 +284,7 @@ def test_lora_with_dropout_takes_rows(tmp_path, stock):
     "A shared prompt would share its dropout; rows are laid out one by one, and two runs of a pack draw the same."
     from peft import LoraConfig, get_peft_model
 
-    from grpo_nb.rl.layout import choose_path
+    from grpo_nb.step.layout import choose_path
 
     model = get_peft_model(tiny(), LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"))
     trainer = grpo_trainer(model, tmp_path)

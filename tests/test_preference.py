@@ -10,9 +10,10 @@ from datasets import Dataset
 from parity import gradients, relative, tiny, tokenizer
 
 from grpo_nb.patch.core import PatchError, PatchSet
-from grpo_nb.rl import preference, tokens
-from grpo_nb.rl.forward import uninstall_all
-from grpo_nb.rl.tokens import token_stats
+from grpo_nb.step import tokens
+from grpo_nb.trainers import preference
+from grpo_nb.step.forward import uninstall_all
+from grpo_nb.step.tokens import token_stats
 
 warnings.filterwarnings("ignore")
 pytestmark = pytest.mark.filterwarnings("ignore")

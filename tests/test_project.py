@@ -15,8 +15,10 @@ LAYERS = {
     0: ("check", "events", "patch", "batch"),
     1: ("ops", "packing", "algo"),
     2: ("models", "device", "specs", "modes", "engines", "answers", "rewards", "guard", "evaluate", "tasks", "tiny"),
-    3: ("rl", "run", "control", "measure", "inputs", "kernel", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench", "bench_rollout"),
-    4: ("ui", "cli"),
+    3: ("step",),
+    4: ("trainers",),
+    5: ("run", "control", "measure", "inputs", "kernel", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench", "bench_rollout"),
+    6: ("ui", "cli"),
 }
 STANDARD_LIBRARY_ONLY = ("check", "events", "patch")
 
@@ -42,7 +44,7 @@ def imports(name, path):
                 base = ".".join([*parts, node.module] if node.module else parts)
             else: base = node.module
             yield base
-            if base in ("grpo_nb", "grpo_nb.ops", "grpo_nb.algo", "grpo_nb.rl", "grpo_nb.ui", "grpo_nb.patch", "grpo_nb.engines"):
+            if base in ("grpo_nb", "grpo_nb.ops", "grpo_nb.algo", "grpo_nb.step", "grpo_nb.trainers", "grpo_nb.ui", "grpo_nb.patch", "grpo_nb.engines"):
                 yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
@@ -55,7 +57,7 @@ def test_layers(name, path):
             if inner.split(".")[0] in ("__version__", "_modidx"): continue
             assert layer(inner) <= own, f"{name} (layer {own}) imports {imported} (layer {layer(inner)})"
         if imported.split(".")[0] == "trl":
-            assert name.split(".")[0] in ("rl", "run", "inputs", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench"), f"{name} imports TRL: only layer 3 does"
+            assert name.split(".")[0] in ("trainers", "run", "inputs", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench"), f"{name} imports TRL: only layers 4 and 5 do"
         if name.split(".")[0] in STANDARD_LIBRARY_ONLY and imported.split(".")[0] != "grpo_nb":
             assert imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}: standard library only"
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from grpo_nb import events
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.rl import reward
-from grpo_nb.rl.forward import causal_lm, uninstall
+from grpo_nb.trainers import reward
+from grpo_nb.step.forward import causal_lm, uninstall
 from parity import FAMILIES, VOCAB, gradients, relative, tokenizer
 
 warnings.filterwarnings("ignore")

@@ -9,8 +9,8 @@ from parity import tiny
 from grpo_nb.events import said
 from grpo_nb.models import FastLanguageModel
 from grpo_nb.patch.core import PatchError, look_up
-from grpo_nb.rl import grpo, patch, seams
-from grpo_nb.rl.forward import causal_lm, install, installed, uninstall
+from grpo_nb.trainers import grpo, patch, seams
+from grpo_nb.step.forward import causal_lm, install, installed, uninstall
 
 
 @pytest.fixture

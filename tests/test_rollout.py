@@ -10,8 +10,8 @@ from parity import VOCAB, tiny, tokenizer
 from grpo_nb.engines.base import EngineError, Sampling
 from grpo_nb.events import said
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.rl import rollout
-from grpo_nb.rl.rollout import check_engine, elsewhere, engine_patches, leave_when
+from grpo_nb.trainers import sampling as rollout
+from grpo_nb.trainers.sampling import check_engine, elsewhere, engine_patches, leave_when
 
 PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rloo_trainer:RLOOTrainer"}
 
@@ -158,7 +158,7 @@ def test_a_server_samples(lora, tmp_path, monkeypatch, capsys):
     from peft import LoraConfig, get_peft_model
     from trl.generation import vllm_generation
 
-    from grpo_nb.rl.colocate import choice_patch, colocate_patches
+    from grpo_nb.trainers.colocate import choice_patch, colocate_patches
 
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *_, **__: True)
     monkeypatch.setattr(vllm_generation, "VLLMClient", Server)

@@ -452,7 +452,7 @@ def test_a_configuration_made_during_a_run_does_not_end_it(tmp_path):
 @pytest.fixture(params=["trl", "hf", "inplace"])
 def engine(request):
     "TRL as it comes, and patched with both engines."
-    from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+    from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
     if request.param != "trl": PatchFastRL("grpo")
     yield request.param
     UnpatchFastRL()

@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from grpo_nb import events
 from grpo_nb.patch.core import PatchSet, release
-from grpo_nb.rl import sft
-from grpo_nb.rl.forward import uninstall
+from grpo_nb.trainers import sft
+from grpo_nb.step.forward import uninstall
 from parity import VOCAB, gradients, relative, tiny, tokenizer
 
 warnings.filterwarnings("ignore")

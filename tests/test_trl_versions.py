@@ -12,7 +12,7 @@ import pytest
 from grpo_nb.models import FastLanguageModel
 from grpo_nb.patch.core import PatchError, Value, look_up, split
 from grpo_nb.patch.undo import Undo
-from grpo_nb.rl import colocate, patch, seams, table
+from grpo_nb.trainers import colocate, patch, seams, table
 
 HERE = [name for name in seams.HOMES if seams.has(name)]
 ABSENT = [name for name in seams.HOMES if not seams.has(name)]
@@ -238,7 +238,7 @@ def test_sampling_in_inference_mode(target):
 
 OTHER = """
 import sys, warnings
-from grpo_nb.rl import colocate, patch, seams, table
+from grpo_nb.trainers import colocate, patch, seams, table
 from grpo_nb.patch.core import PatchError
 assert seams.trl_version() == "9.99.0"
 patch.PatchFastRL("rloo")

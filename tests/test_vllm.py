@@ -112,7 +112,7 @@ def patched(monkeypatch):
     "TRL with our patches, and a function that makes a trainer."
     from datasets import Dataset
 
-    from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+    from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     PatchFastRL("grpo")
@@ -183,7 +183,7 @@ def test_fast_inference_under_sharding(monkeypatch, capsys):
 
     from grpo_nb.events import said
     from grpo_nb.models import Settings
-    from grpo_nb.rl.colocate import choose
+    from grpo_nb.trainers.colocate import choose
 
     said.clear()
     monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.24.0")
@@ -619,7 +619,7 @@ class TestVLLM:
         "Sorting four digits: 100 steps with vLLM reach the accuracy that Hugging Face reaches."
         from grpo_nb.demo import adapter, quickstart_config
         from grpo_nb.models import FastLanguageModel
-        from grpo_nb.rl.patch import PatchFastRL, UnpatchFastRL
+        from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
         from grpo_nb.run import GRPORun
         from grpo_nb.tiny import tiny_model
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.rl import xpo
-from grpo_nb.rl.forward import uninstall
+from grpo_nb.trainers import xpo
+from grpo_nb.step.forward import uninstall
 from parity import FAMILIES, gradients, relative, tiny, tokenizer
 
 warnings.filterwarnings("ignore")

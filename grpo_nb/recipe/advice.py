@@ -17,7 +17,7 @@ from ..device import best_dtype, four_bit_problem, has_bfloat16, slow_dtype, tar
 from ..inputs import check_reference
 from .trl import alone
 from .value import Recipe, config_fields, loading_fields, lora_fields, unplaced
-from ..rl.config import FIELDS, check_fields, next_rows, world_size
+from ..trainers.config import FIELDS, check_fields, next_rows, world_size
 
 # %% ../../nbs/43d_recipe.advice.ipynb #12c06cab
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def optimisation(c, recipe, facts):
 @rule
 def packing(c, recipe, facts):
     "Settings of the step, and whether it is on."
-    from grpo_nb.rl.patch import applied
+    from grpo_nb.trainers.patch import applied
     ours = [n for n in FIELDS if getattr(c, n) != FIELDS[n][1]]
     if ours and not applied: yield Advice((ours[0],), "warning", f"{', '.join(ours)}: these are settings of grpo_nb's step, which is not on. PatchFastRL('grpo', FastLanguageModel) puts it into TRL's trainer.", {})
     budget, need = c.max_tokens_per_pack, (facts.prompt_length or 0) + (c.max_completion_length if isinstance(c.max_completion_length, int) else 0)

@@ -18,7 +18,7 @@ from ..device import best_dtype, four_bit_problem, target_device
 from ..events import say
 from .code import Unreadable, _choice, _name, call, from_code, loader_of
 from .value import USUAL, Choice, Recipe, config_fields, library, segments
-from ..rl.config import FIELDS, next_rows, world_size
+from ..trainers.config import FIELDS, next_rows, world_size
 
 # %% ../../nbs/43b_recipe.trl.ipynb #633193cd
 def alone(recipe:Recipe) -> tuple: # (fields for TRL's own GRPOConfig, {name: [written, asked; None for nothing]})

@@ -79,7 +79,7 @@ def library() -> dict: # name -> its options with their defaults; `inspect.Param
 def config_fields() -> dict: # name -> default
     "The fields of TRL's GRPOConfig, and ours."
     from trl import GRPOConfig
-    from grpo_nb.rl.config import FIELDS
+    from grpo_nb.trainers.config import FIELDS
     given = {f.name: f.default if f.default_factory is _missing else f.default_factory() for f in fields(GRPOConfig) if f.init}
     return {**{k: literal(k, v) for k, v in given.items()}, **{k: default for k, (_, default, _) in FIELDS.items()}}
 

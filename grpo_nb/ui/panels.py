@@ -122,8 +122,8 @@ for f in (_part, get, fixed, _changed): setattr(HyperparameterPanel, f.__name__,
 # %% ../../nbs/52d_ui.panels.ipynb #cfdf80ea
 def config(self): # a GRPOConfig
     "The configuration for a run; the rewards' weights are not in it, they go with the rewards."
-    from grpo_nb.rl.config import FIELDS
-    from grpo_nb.rl.patch import applied
+    from grpo_nb.trainers.config import FIELDS
+    from grpo_nb.trainers.patch import applied
     ours = [n for n in self._base.config if n in FIELDS]
     if ours and not applied: raise ValueError(f"{', '.join(ours)}: settings of grpo_nb's step, which is not on. Call PatchFastRL('grpo', FastLanguageModel) first.")
     return make_config(make_parts(self._base))
