@@ -35,7 +35,7 @@ from datasets import Dataset, disable_progress_bars
 
 from grpo_nb.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
 from grpo_nb.patch.core import PatchSet
-from grpo_nb.trainers import grpo, preference
+from grpo_nb.trainers import grpo, preference, seams
 from grpo_nb.step.forward import causal_lm
 
 disable_progress_bars()
@@ -110,7 +110,7 @@ class Case:
 
 
 def preference_case(algorithm, data, batch, reference=False):
-    path = preference.TRAINERS[algorithm]
+    path = seams.HOMES[algorithm].trainer
     config = path.replace("_trainer:", "_config:").replace("Trainer", "Config")
     return Case(path, config, data, batch, lambda: preference.patches(algorithm), reference, paired=data[0] is PAIR)
 

@@ -20,9 +20,10 @@ class RolloutBatch:
     prompt_mask:Tensor # (B, P) bool or integer, non-zero at real tokens
     completion_ids:Tensor # (B, C) long, completions, padded anywhere (TRL: on the right)
     completion_mask:Tensor # (B, C) bool or integer, non-zero at real tokens
+    group:Tensor|None = None # (B,) long, the number of each row's prompt, where the sampler knows it; None: found by comparing prompts
 
     def __post_init__(self):
-        for field in fields(self):
+        for field in fields(self)[:4]:
             value = getattr(self, field.name)
             if not isinstance(value, Tensor) or value.dim() != 2:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -31,6 +32,8 @@ class RolloutBatch:
             if getattr(self, ids).shape != getattr(self, mask).shape:
                 raise ValueError(f"{mask} has the shape {tuple(getattr(self, mask).shape)} and {ids} has "
                                  f"{tuple(getattr(self, ids).shape)}; they must be equal.")
+        if self.group is not None and self.group.shape != self.prompt_ids.shape[:1]:
+            raise ValueError(f"group has the shape {tuple(self.group.shape)}; the batch has {len(self.prompt_ids)} rows.")
         if len(self.prompt_ids) != len(self.completion_ids):
             raise ValueError(f"prompt_ids has {len(self.prompt_ids)} rows and completion_ids has {len(self.completion_ids)}; "
                              "each completion needs its prompt beside it.")
@@ -40,10 +43,10 @@ class RolloutBatch:
                     inputs:dict, # what TRL's trainers pass to `compute_loss`; other keys are ignored
                     ) -> "RolloutBatch":
         "The four tensors out of TRL's dictionary; `KeyError` names the ones that are missing."
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)[:4]]
         missing = [name for name in names if name not in inputs]
         if missing: raise KeyError(f"inputs has no {', '.join(missing)}; it holds {', '.join(map(str, inputs))}.")
-        return cls(*[inputs[name] for name in names])
+        return cls(*[inputs[name] for name in names], inputs.get("group"))
 
     @property
     def shape(self) -> tuple: # (B, P, C): rows, prompt width, completion width

@@ -18,15 +18,16 @@ from .batch import Pack, RolloutBatch
 # %% ../nbs/10_packing.ipynb #0dd9de6f
 def _host(batch:RolloutBatch, # the batch, on any device
           keep_rows, # (B,) bool or None
-          ) -> tuple: # prompt_ids, prompt_mask, completion_ids, completion_mask, keep_rows: NumPy arrays
+          ) -> tuple: # prompt_ids, prompt_mask, completion_ids, completion_mask, keep_rows, group (or None): NumPy arrays
     "Everything that planning reads, in one copy from the device."
     rows,prompt,completion = batch.shape
     keep = torch.ones(rows, dtype=torch.bool, device=batch.device) if keep_rows is None else torch.as_tensor(keep_rows)
     if keep.shape != (rows,): raise ValueError(f"keep_rows has the shape {tuple(keep.shape)}; the batch has {rows} rows.")
-    parts = (batch.prompt_ids, batch.prompt_mask != 0, batch.completion_ids, batch.completion_mask != 0, keep[:, None] != 0)
+    parts = [batch.prompt_ids, batch.prompt_mask != 0, batch.completion_ids, batch.completion_mask != 0, keep[:, None] != 0]
+    if batch.group is not None: parts.append(batch.group[:, None])
     whole = torch.cat([part.to(batch.device, torch.long) for part in parts], dim=1).cpu().numpy()
-    ids,mask,answer,answer_mask,keep = np.split(whole, np.cumsum([prompt, prompt, completion, completion]), axis=1)
-    return ids, mask.astype(bool), answer, answer_mask.astype(bool), keep[:, 0].astype(bool)
+    ids,mask,answer,answer_mask,rest = np.split(whole, np.cumsum([prompt, prompt, completion, completion]), axis=1)
+    return ids, mask.astype(bool), answer, answer_mask.astype(bool), rest[:, 0].astype(bool), rest[:, 1] if batch.group is not None else None
 
 # %% ../nbs/10_packing.ipynb #e577c068
 @dataclass(frozen=True)
@@ -39,15 +40,17 @@ def _groups(prompt_ids:np.ndarray, # (B, P)
             prompt_mask:np.ndarray, # (B, P) bool
             counts:np.ndarray, # (B,) real completion tokens; 0 where a row takes no place
             share:bool, # one group a prompt; else one group a row
+            group=None, # (B,) the prompts' numbers, where they are known
             ) -> list: # of Group, by first row
-    "Rows by the content of their prompt; `ValueError` names a row that has a completion and no prompt."
+    "Rows by their prompt's number or content; `ValueError` names a row that has a completion and no prompt."
     found = {}
     for row in np.flatnonzero(counts):
         prompt = prompt_ids[row][prompt_mask[row]]
         if not len(prompt):
             raise ValueError(f"Row {row} has a completion of {counts[row]} tokens and an empty prompt: nothing predicts its first "
                              "token. Give it at least a beginning-of-sequence token as prompt.")
-        found.setdefault(prompt.tobytes() if share else int(row), (prompt, []))[1].append(int(row))
+        key = int(row) if not share else prompt.tobytes() if group is None else int(group[row])
+        found.setdefault(key, (prompt, []))[1].append(int(row))
     return [Group(prompt, tuple(rows)) for prompt,rows in found.values()]
 
 # %% ../nbs/10_packing.ipynb #071f11de
@@ -208,9 +211,9 @@ def plan(batch:RolloutBatch, # the batch, on any device
                              "whole number, 1 or more.")
     if max_tokens_per_pack is None and n_packs is None:
         raise ValueError("max_tokens_per_pack=None and n_packs=None: one of the two has to say how large a pack is.")
-    ids,mask,answer,answer_mask,keep = _host(batch, keep_rows)
+    ids,mask,answer,answer_mask,keep,group = _host(batch, keep_rows)
     counts = np.where(keep, answer_mask.sum(1), 0).tolist()
-    groups = _groups(ids, mask, np.array(counts), share_prompts)
+    groups = _groups(ids, mask, np.array(counts), share_prompts, group)
     if not groups: parts = []
     else: parts = _into(groups, counts, n_packs) if n_packs else _under_budget(groups, counts, max_tokens_per_pack)
     parts = [sorted(pack, key=lambda part: part.rows[0]) for pack in parts]

@@ -7,7 +7,7 @@ import transformers as t
 from hypothesis import given, settings, strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from grpo_nb.ops.attention import (block_mask, dense_mask, intervals, masks_for, probe, supports_tree, tree_attention,
+from grpo_nb.ops.attention import (block_mask, dense_mask, intervals, masks_for, Obstacle, probe, why_not_tree, tree_attention,
                                    tree_mask_reference, use_tree_attention)
 from grpo_nb.packing import filler, plan
 from test_packing import batches, truth
@@ -168,7 +168,7 @@ def test_dropout_is_refused_with_a_block_mask():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_known_families_are_supported_and_pass_the_probe(name):
-    assert supports_tree(tiny(name)) == (True, "")
+    assert why_not_tree(tiny(name)) is None
     assert probe(tiny(name)) < 1e-5 and not tiny(name).training
 
 
@@ -192,40 +192,40 @@ REFUSED = dict(
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_take_the_tree_says_why(name):
     config, why = REFUSED[name]
-    ok, reason = supports_tree(t.AutoModelForCausalLM.from_config(config).eval())
-    assert not ok and any(part in reason for part in why.split("|")), reason
+    reason = str(why_not_tree(t.AutoModelForCausalLM.from_config(config).eval()))
+    assert any(part in reason for part in why.split("|")), reason
 
 
 def test_an_encoder_decoder_is_refused():
     model = t.T5ForConditionalGeneration(t.T5Config(vocab_size=16, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
-    assert supports_tree(model.eval())[1] == "T5ForConditionalGeneration is an encoder-decoder"
+    assert why_not_tree(model.eval()).kind is Obstacle.ENCODER_DECODER
 
 
 def test_dropout_counts_in_training_only():
     model = t.AutoModelForCausalLM.from_config(t.LlamaConfig(**BASE, attention_dropout=.1))
-    assert supports_tree(model.eval())[0]
-    ok, reason = supports_tree(model.train())
-    assert not ok and "self_attn (0.1)" in reason
+    assert why_not_tree(model.eval()) is None
+    reason = why_not_tree(model.train())
+    assert reason.kind is Obstacle.DROPOUT and "self_attn (0.1)" in reason.words
     model = t.AutoModelForCausalLM.from_config(t.Phi3Config(**BASE, resid_pdrop=.1)).train()
-    assert "dropout is on in" in supports_tree(model)[1]
+    assert "dropout is on in" in why_not_tree(model).words
 
 
 def test_adapters():
     import peft
     base = lambda: t.AutoModelForCausalLM.from_config(FAMILIES["llama"])
     lora = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
-    assert supports_tree(lora.train()) == (True, "") and probe(lora) < 1e-5
+    assert why_not_tree(lora.train()) is None and probe(lora) < 1e-5
     dropped = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=.1, task_type="CAUSAL_LM"))
-    assert "lora_dropout" in supports_tree(dropped.train())[1] and supports_tree(dropped.eval())[0]
+    assert "lora_dropout" in why_not_tree(dropped.train()).words and why_not_tree(dropped.eval()) is None
     prefix = peft.get_peft_model(base(), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
-    assert "prompt learning" in supports_tree(prefix)[1]
+    assert why_not_tree(prefix).kind is Obstacle.PROMPT_LEARNING
 
 
 def test_longrope_below_and_above_its_length():
     config = t.Phi3Config(**BASE | dict(max_position_embeddings=64, original_max_position_embeddings=32), rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000., "short_factor": [1.] * 4, "long_factor": [2.] * 4, "original_max_position_embeddings": 32})
     model = t.AutoModelForCausalLM.from_config(config).eval()
-    assert supports_tree(model, 32)[0] and "longrope" in supports_tree(model, 33)[1]
+    assert why_not_tree(model, 32) is None and why_not_tree(model, 33).kind is Obstacle.ROTARY_LENGTH
 
 
 def test_bad_arguments_are_named():

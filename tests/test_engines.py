@@ -16,7 +16,8 @@ from grpo_nb.engines.hf import HuggingFace, read_config
 from grpo_nb.engines.inplace import InPlace
 from grpo_nb.engines.layers import unsupported
 from grpo_nb.packing import plan
-from grpo_nb.step.forward import HeadSettings, install, run_pack, uninstall
+from grpo_nb.step.forward import install, run_pack, uninstall
+from grpo_nb.step.read import HeadSettings, LogProbs
 from grpo_nb.tiny import make_tokenizer
 
 VOCABULARY, ENDS = 96, (1, 5, 7)
@@ -201,7 +202,7 @@ def test_logps_are_the_training_steps(family, temperature):
     install(model)
     try:
         for pack in plan(batch).packs():
-            with torch.no_grad(): out = run_pack(model, pack, HeadSettings.of(model, temperature), False, "dense")
+            with torch.no_grad(): out = run_pack(model, pack, HeadSettings.of(model, temperature), LogProbs(False), "dense")
             ours = found.padded_logps()[pack.row, pack.column]
             assert torch.allclose(out.log_probs, ours, atol=2e-5)
     finally: uninstall(model)

@@ -10,16 +10,17 @@ from datasets import Dataset
 from parity import gradients, relative, tiny, tokenizer
 
 from grpo_nb.patch.core import PatchError, PatchSet
-from grpo_nb.step import tokens
 from grpo_nb.trainers import preference
 from grpo_nb.step.forward import uninstall_all
-from grpo_nb.step.tokens import token_stats
+from grpo_nb.step import packed
+from grpo_nb.trainers import seams
+from grpo_nb.trainers.tokens import token_stats
 
 warnings.filterwarnings("ignore")
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = {"dpo": "trl.trainer.dpo_config:DPOConfig", "kto": "trl.trainer.kto_config:KTOConfig", "cpo": "trl.experimental.cpo.cpo_config:CPOConfig",
           "orpo": "trl.experimental.orpo.orpo_config:ORPOConfig", "bco": "trl.experimental.bco.bco_config:BCOConfig"}
-ALGORITHMS = tuple(preference.TRAINERS)
+ALGORITHMS = tuple(preference.WRAPPERS)
 LOGITS = ("logits/chosen", "logits/rejected", "logits/chosen_sum", "logits/rejected_sum")
 
 
@@ -29,7 +30,7 @@ def load(path):
 
 
 def have(algorithm):
-    try: return load(preference.TRAINERS[algorithm])
+    try: return load(seams.HOMES[algorithm].trainer)
     except ImportError as error: pytest.skip(f"the installed TRL has no {algorithm}: {error}")
 
 
@@ -265,7 +266,7 @@ def test_trl_path(shared, monkeypatch, algorithm):
     trainer, batch = shared(algorithm)
     stock = measure(trainer, batch)
     monkeypatch.setattr(trainer.args, "step", "trl", raising=False)
-    monkeypatch.setattr(tokens, "run_pack", lambda *a, **k: pytest.fail("a pack was run"))
+    monkeypatch.setattr(packed, "run_pack", lambda *a, **k: pytest.fail("a pack was run"))
     with PatchSet(preference.patches(algorithm)): same(stock, measure(trainer, batch))
 
 
@@ -348,7 +349,7 @@ def test_everything_comes_back(algorithm):
 
 
 def test_an_algorithm_that_is_gone():
-    try: load(preference.TRAINERS["bco"])
+    try: load(seams.HOMES["bco"].trainer)
     except ImportError:
         with pytest.raises(PatchError, match="bco"): PatchSet(preference.patches("bco")).apply()
     else: pytest.skip("the installed TRL has all five")

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from grpo_nb import events
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import reward
-from grpo_nb.step.forward import causal_lm, uninstall
+from grpo_nb.step.forward import uninstall
+from grpo_nb.step.read import causal_lm
 from parity import FAMILIES, VOCAB, gradients, relative, tokenizer
 
 warnings.filterwarnings("ignore")

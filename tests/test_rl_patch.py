@@ -10,7 +10,8 @@ from grpo_nb.events import said
 from grpo_nb.models import FastLanguageModel
 from grpo_nb.patch.core import PatchError, look_up
 from grpo_nb.trainers import grpo, patch, seams
-from grpo_nb.step.forward import causal_lm, install, installed, uninstall
+from grpo_nb.step.read import causal_lm
+from grpo_nb.step.forward import install, installed, uninstall
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from grpo_nb.engines.base import EngineError, Sampling
 from grpo_nb.events import said
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import sampling as rollout
+from grpo_nb.trainers.state import state_of
 from grpo_nb.trainers.sampling import check_engine, elsewhere, engine_patches, leave_when
 
 PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rloo_trainer:RLOOTrainer"}
@@ -50,7 +51,7 @@ def test_the_same_completions_in_the_same_places(patched, tmp_path):
     ours = turn(trainer, prompts)
     trainer.args.engine = "hf"
     assert turn(trainer, prompts) == ours
-    assert len(trainer._grpo_nb_rollouts.prompts) == 3
+    assert len(state_of(trainer).rollouts.prompts) == 3
 
 
 @pytest.mark.parametrize("engine", ["auto", "inplace"])
@@ -66,13 +67,13 @@ def test_training(patched, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(rollout.InPlace, "generate", generate)
     trainer.train()
     assert len(states) == 2 and not torch.equal(*states) and trainer.model.training
-    assert not trainer._grpo_nb_engine._interrupted.is_set()
+    assert not state_of(trainer).engine._interrupted.is_set()
 
 
 def test_evaluation(patched, tmp_path):
     trainer = trainer_of(patched, tmp_path, per_device_eval_batch_size=4)
     trainer.eval_dataset = trainer.train_dataset
-    assert "eval_loss" in trainer.evaluate() and trainer._grpo_nb_rollouts.tokens
+    assert "eval_loss" in trainer.evaluate() and state_of(trainer).rollouts.tokens
 
 
 def test_unknown_models_are_left_to_trl(patched, tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_settings_that_are_not_known_are_left_to_trl(tmp_path, capsys):
         trainer = trainer_of("grpo", tmp_path, generation_kwargs=dict(suppress_tokens=[5]))
         assert "suppress_tokens" in elsewhere(trainer, None)
         found, _ = turn(trainer, [[3, 4]] * 8)
-    assert not any(5 in c for c in found) and not hasattr(trainer, "_grpo_nb_rollouts")
+    assert not any(5 in c for c in found) and state_of(trainer).rollouts is None
 
 
 def test_adapter(tmp_path):
@@ -301,7 +302,7 @@ def test_a_tool_calling_loop(tmp_path, caller, how):
             trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
                                       train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
             trainer.train()
-            assert hasattr(trainer, "_grpo_nb_rollouts") == (engine == "inplace")
+            assert (state_of(trainer).rollouts is not None) == (engine == "inplace")
         found[engine] = sorted(calls), seen, [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log]
     assert found["hf"] == found["inplace"]
     calls, seen, frequency = found["inplace"]

@@ -603,7 +603,7 @@ def test_an_engine_that_fails_in_the_middle(tmp_path, engine, fault, monkeypatch
     assert run.state == "failed" and isinstance(caught.value, EngineError) == lost
     if lost:
         assert held[0]() is None # although the run holds the error and its traceback
-        assert len(closed) == (engine == "inplace") and run.trainer._grpo_nb_engine is None
+        assert len(closed) == (engine == "inplace") and run.trainer._grpo_nb.engine is None
     assert [p.name for p in sorted((tmp_path / "parts").glob("checkpoint-*"))] == ["checkpoint-2"]
     run.start(resume=True, background=False) # the next cell
     assert run.state == "finished"

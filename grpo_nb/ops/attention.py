@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['tree_mask_reference', 'intervals', 'dense_mask', 'block_mask', 'attention_length', 'tree_attention',
-           'use_tree_attention', 'masks_for', 'supports_tree', 'probe']
+           'use_tree_attention', 'masks_for', 'Obstacle', 'Reason', 'why_not_tree', 'probe']
 
 # %% ../../nbs/11_ops.attention.ipynb #598e6d44
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from functools import cache, partial
 from types import FunctionType
 
@@ -243,6 +245,27 @@ def masks_for(model_config, # the model's config
     return make(pack, window=None if types or getattr(config, "use_sliding_window", None) is False else window)
 
 # %% ../../nbs/11_ops.attention.ipynb #8ccda185
+class Obstacle(Enum):
+    "What keeps a model's rows out of a shared pack."
+    PROMPT_LEARNING = "tokens of an adapter before each row"
+    ENCODER_DECODER = "an encoder-decoder"
+    LAYERS = "layers that are neither full nor sliding attention"
+    STATE = "a state that runs from token to token"
+    CHUNKS = "attention in chunks of absolute positions"
+    LATER_TOKENS = "attention to later tokens"
+    POSITIONS = "no rotary positions"
+    FIXED_ATTENTION = "an attention function that cannot be chosen"
+    ROTARY_LENGTH = "rotary frequencies that depend on the batch's length"
+    DROPOUT = "dropout"
+
+@dataclass(frozen=True)
+class Reason:
+    "Why something is not the first choice: what decides, and the same in words for a person."
+    kind: Enum
+    words: str
+
+    def __str__(self): return self.words
+
 def _dropout(model:nn.Module) -> str: # the name of a module, or an empty string
     "The first module in training mode whose dropout is not 0."
     for module in _every(model):
@@ -256,40 +279,46 @@ def _dropout(model:nn.Module) -> str: # the name of a module, or an empty string
 
 def _rotary(config, # a text config
             length:int|None, # the longest row
-            ) -> str: # a reason, or an empty string
+            ) -> Reason|None:
     "Whether rotary frequencies hang on the length of the batch."
     found = getattr(config, "rope_parameters", None) or {}
     for rope in (found, *[value for value in found.values() if isinstance(value, dict)]):
         kind,limit = rope.get("rope_type"), rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind in ("dynamic", "longrope") and (length is None or length > limit):
-            return f"{kind} rotary frequencies depend on the padded length of the batch above {limit} positions"
-    return ""
+            return Reason(Obstacle.ROTARY_LENGTH, f"{kind} rotary frequencies depend on the padded length of the batch above {limit} positions")
+    return None
 
-def supports_tree(model:nn.Module, # a Transformers model, wrapped or not, in the mode in which it will run
-                  length:int|None=None, # the longest row, prompt and completion with padding, where it is known
-                  ) -> tuple: # bool, and the reason where it is False
-    "Whether the model computes in a pack what it computes in rows."
+def why_not_tree(model:nn.Module, # a Transformers model, wrapped or not, in the mode in which it will run
+                 length:int|None=None, # the longest row, prompt and completion with padding, where it is known
+                 ) -> Reason|None: # None: it does
+    "Why the model would not compute in a pack what it computes in rows."
     model = getattr(model, "module", model)
     for adapter in getattr(model, "peft_config", {}).values():
-        if adapter.is_prompt_learning: return False, f"the adapter is prompt learning ({adapter.peft_type.value}), which puts tokens before each row"
+        if adapter.is_prompt_learning:
+            return Reason(Obstacle.PROMPT_LEARNING, f"the adapter is prompt learning ({adapter.peft_type.value}), which puts tokens before each row")
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    config,modules = _text(base.config), _every(base)
-    name = type(base).__name__
-    if getattr(config, "is_encoder_decoder", False): return False, f"{name} is an encoder-decoder"
+    config,name = _text(base.config), type(base).__name__
+    if getattr(config, "is_encoder_decoder", False): return Reason(Obstacle.ENCODER_DECODER, f"{name} is an encoder-decoder")
+    if why := _attention_obstacle(base, config, name) or _rotary(config, length): return why
+    if where := _dropout(model):
+        return Reason(Obstacle.DROPOUT, f"dropout is on in {where}, and a shared prompt would draw it once for all its rows")
+    return None
+
+def _attention_obstacle(base, config, name) -> Reason|None:
+    "What of a model's attention and positions a tree mask cannot say."
+    modules = _every(base)
     if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        return False, f"{name} has layers of type {', '.join(sorted(odd))}, and only full and sliding attention can share a prompt"
+        return Reason(Obstacle.LAYERS, f"{name} has layers of type {', '.join(sorted(odd))}, and only full and sliding attention can share a prompt")
     if getattr(base, "_is_stateful", False) or any(isinstance(m, (nn.Conv1d, nn.RNNBase)) for m in modules):
-        return False, f"{name} carries a state from token to token (state space, linear attention, convolution or recurrence)"
-    if getattr(config, "attention_chunk_size", None): return False, f"{name} attends in chunks of absolute positions"
+        return Reason(Obstacle.STATE, f"{name} carries a state from token to token (state space, linear attention, convolution or recurrence)")
+    if getattr(config, "attention_chunk_size", None): return Reason(Obstacle.CHUNKS, f"{name} attends in chunks of absolute positions")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        return False, f"{name} attends to later tokens"
+        return Reason(Obstacle.LATER_TOKENS, f"{name} attends to later tokens")
     if getattr(config, "alibi", False) or not any("Rotary" in type(m).__name__ for m in modules):
-        return False, f"{name} has no rotary positions (absolute positions or ALiBi), and padding would shift them"
+        return Reason(Obstacle.POSITIONS, f"{name} has no rotary positions (absolute positions or ALiBi), and padding would shift them")
     if not getattr(base, "_can_set_attn_implementation", lambda: False)():
-        return False, f"{name} does not take an attention function from Transformers' table"
-    if why := _rotary(config, length): return False, why
-    if where := _dropout(model): return False, f"dropout is on in {where}, and a shared prompt would draw it once for all its rows"
-    return True, ""
+        return Reason(Obstacle.FIXED_ATTENTION, f"{name} does not take an attention function from Transformers' table")
+    return None
 
 # %% ../../nbs/11_ops.attention.ipynb #59d9637e
 @torch.no_grad()
