@@ -97,7 +97,7 @@ def _guarded(reset):
     return _reset_state
 
 _guard = PatchSet([Patch("own accelerator", "accelerate.state:AcceleratorState._reset_state", Wrap(_guarded),
-                         why="while a run trains, a configuration made in another thread leaves Accelerate's state as it is")], "kernel")
+                         why="a configuration made in another thread leaves Accelerate's state to the run")], "kernel")
 
 @contextmanager
 def own_accelerator():

@@ -127,8 +127,10 @@ def _end_ids(trainer) -> set:
 @patch
 def attach(self:StepMeter) -> None:
     "Wrap those of the trainer's methods that it has; doing it again changes nothing."
-    for name, around in {"_generate": self._generate, "_calculate_rewards": self._rewards, "_generate_and_score_completions": self._scored}.items():
-        if hasattr(self.trainer, name): wrap(self.trainer, name, around, by="measure", why="times sampling and rewards, keeps the tokens of completions")
+    arounds = dict(_generate=self._generate, _calculate_rewards=self._rewards, _generate_and_score_completions=self._scored)
+    how = dict(why="times sampling and rewards, keeps the tokens of completions", by="measure")
+    for name, around in arounds.items():
+        if hasattr(self.trainer, name): wrap(self.trainer, name, around, **how)
 
 @patch
 def detach(self:StepMeter) -> None:

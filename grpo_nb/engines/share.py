@@ -140,8 +140,8 @@ def noted(inner, weights, default) -> dict: # {id of a parameter: its calls, (te
         calls.setdefault(id(param), []).append((tensor, args, named))
         return True
     with ExitStack() as stack:
-        for p in inner.parameters():
-            stack.enter_context(changing(p, "weight_loader", note, why="takes notes of what is loaded", by="engines.share", new=True))
+        how = dict(why="takes notes of what is loaded", by="engines.share", new=True)
+        for p in inner.parameters(): stack.enter_context(changing(p, "weight_loader", note, **how))
         inner.load_weights(weights)
     return {key: [(loaders[key], *call) for call in done] for key, done in calls.items()}
 
