@@ -12,6 +12,8 @@ import sys
 import threading
 from contextlib import contextmanager
 
+from .patch.core import Patch, PatchSet, Wrap
+
 # %% ../nbs/36_kernel.ipynb #1cd80e92
 def _shell():
     "IPython's shell if this process has one, without importing IPython."
@@ -86,26 +88,22 @@ def on_kernel_interrupt(request, # called without arguments, in the main thread;
     return end
 
 # %% ../nbs/36_kernel.ipynb #847375c4
-_training = set() # the threads that train
-_training_lock = threading.Lock()
-
-@contextmanager
-def own_accelerator():
-    "Inside this context, no other thread resets Accelerate's state."
-    from accelerate.state import AcceleratorState
-    me = threading.get_ident()
-    with _training_lock:
-        if not hasattr(AcceleratorState._reset_state, "_grpo_nb"): AcceleratorState._reset_state = staticmethod(_guarded(AcceleratorState._reset_state))
-        _training.add(me)
-    try: yield
-    finally:
-        with _training_lock:
-            _training.discard(me)
-            if not _training: AcceleratorState._reset_state = staticmethod(AcceleratorState._reset_state._grpo_nb)
+_training = [] # the threads that train
 
 def _guarded(reset):
     "Accelerate's reset, for the threads that may."
     def _reset_state(reset_partial_state=False):
         if not _training or threading.get_ident() in _training: reset(reset_partial_state)
-    _reset_state._grpo_nb = reset
     return _reset_state
+
+_guard = PatchSet([Patch("own accelerator", "accelerate.state:AcceleratorState._reset_state", Wrap(_guarded),
+                         why="a configuration made in another thread leaves Accelerate's state to the run")], "kernel")
+
+@contextmanager
+def own_accelerator():
+    "Inside this context, no other thread resets Accelerate's state."
+    me = threading.get_ident()
+    with _guard: # the first run applies it, the last one reverts it
+        _training.append(me)
+        try: yield
+        finally: _training.remove(me)

@@ -8,12 +8,13 @@ __all__ = ['GIB', 'memory', 'StepMeter']
 # %% ../nbs/37b_measure.ipynb #28ffaa9c
 import sys
 from collections import deque
-from functools import wraps
 from time import perf_counter
 
 import torch
+from fastcore.basics import patch
 
 from .events import say
+from .patch.objects import restore, wrap
 
 # %% ../nbs/37b_measure.ipynb #bc9c1b21
 GIB = 2 ** 30
@@ -42,19 +43,6 @@ class StepMeter:
         self.longest_prompt = 0 # tokens, of all prompts so far
         self.token_values = False # score each completion's tokens, one more forward a step
         self._sampled = None
-        self._wrap("_generate", self._generate)
-        self._wrap("_calculate_rewards", self._rewards)
-        self._wrap("_generate_and_score_completions", self._scored)
-
-    def _wrap(self, name, around):
-        "Put `around` before the trainer's method, where it has one."
-        trainer, own = self.trainer, self.trainer.__dict__.get(name)
-        if not hasattr(trainer, name): return
-        @wraps(getattr(trainer, name))
-        def method(*args, **kwargs):
-            call = own or getattr(type(trainer), name).__get__(trainer)
-            return around(call, *args, **kwargs)
-        setattr(trainer, name, method)
 
     def _timed(self, what, call, *args, **kwargs):
         "Call, and count the seconds if it belongs to training."
@@ -63,14 +51,14 @@ class StepMeter:
         finally:
             if self.trainer.model.training: self.seconds[what] += perf_counter() - start
 
-    def _generate(self, call, *args, **kwargs):
+    def _generate(self, trainer, call, *args, **kwargs):
         out = self._timed("sampling", call, *args, **kwargs)
         self._sampled = out
         return out
 
-    def _rewards(self, call, *args, **kwargs): return self._timed("rewards", call, *args, **kwargs)
+    def _rewards(self, trainer, call, *args, **kwargs): return self._timed("rewards", call, *args, **kwargs)
 
-    def _scored(self, call, *args, **kwargs):
+    def _scored(self, trainer, call, *args, **kwargs):
         out = call(*args, **kwargs)
         sampled, self._sampled = self._sampled, None
         if sampled is not None: self._record(sampled[0], sampled[1], out)
@@ -134,3 +122,23 @@ def _end_ids(trainer) -> set:
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     ends = getattr(trainer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     return {*ends, tokenizer.pad_token_id}
+
+# %% ../nbs/37b_measure.ipynb #029a89f9
+@patch
+def attach(self:StepMeter) -> None:
+    "Wrap those of the trainer's methods that it has; doing it again changes nothing."
+    arounds = dict(_generate=self._generate, _calculate_rewards=self._rewards, _generate_and_score_completions=self._scored)
+    how = dict(why="times sampling and rewards, keeps the tokens of completions", by="measure")
+    for name, around in arounds.items():
+        if hasattr(self.trainer, name): wrap(self.trainer, name, around, **how)
+
+@patch
+def detach(self:StepMeter) -> None:
+    "Take the wrappers off; what was measured stays."
+    restore(self.trainer, by="measure")
+
+@patch
+def __enter__(self:StepMeter): self.attach()
+
+@patch
+def __exit__(self:StepMeter, *_): self.detach()

@@ -257,7 +257,7 @@ def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
     self._from = checkpoint
     try:
-        with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator():
+        with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator(), self._meter:
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
         if self._stop and self.step < self.total_steps: self._end("stopped", RunStopped, reason=self._stop)
         else: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))

@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'ROWS', 'grouped', 'padded', 'Piece', 'Layout', 'thin', 'noted', 'Shared', 'adopt', 'share_problem']
 
 # %% ../../nbs/28h_engines.share.ipynb #568a4456
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from torch import nn
 from .base import EngineError
 from .weights import weights_of
 from ..modes import base_of
+from ..patch.core import Patch, PatchSet, Wrap
+from ..patch.objects import changing
 
 # %% ../../nbs/28h_engines.share.ipynb #f8c174b4
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,32 +119,30 @@ class Layout:
 @contextmanager
 def thin():
     "Parameters of two dimensions and more that modules are given meanwhile hold one element's memory; a function that ends this early is yielded."
-    register, on = nn.Module.register_parameter, [True]
+    on = [True]
 
-    def register_parameter(self, name, param):
-        register(self, name, param)
-        if on[0] and param is not None and param.dim() > 1 and param.device.type != "meta": param.data = param.data.new_empty(1).expand(param.shape)
-    nn.Module.register_parameter = register_parameter
-    try: yield lambda: on.__setitem__(0, False)
-    finally: nn.Module.register_parameter = register
+    def thinning(register):
+        def register_parameter(self, name, param):
+            register(self, name, param)
+            if on[0] and param is not None and param.dim() > 1 and param.device.type != "meta":
+                param.data = param.data.new_empty(1).expand(param.shape)
+        return register_parameter
+    patch = Patch("thin parameters", "torch.nn:Module.register_parameter", Wrap(thinning),
+                  why="a model that will read other tensors is built without memory for its own")
+    with PatchSet([patch], "engines.share"): yield lambda: on.__setitem__(0, False)
 
 
 def noted(inner, weights, default) -> dict: # {id of a parameter: its calls, (tensor, arguments, named ones)}
     "Run vLLM's `load_weights` with loaders that take notes instead of copying."
-    calls, missing = {}, object()
-    before = [(p, getattr(p, "weight_loader", missing)) for p in inner.parameters()]
+    calls, loaders = {}, {id(p): getattr(p, "weight_loader", default) for p in inner.parameters()}
 
     def note(param, tensor, *args, **named):
         calls.setdefault(id(param), []).append((tensor, args, named))
         return True
-    try:
-        for p, _ in before: p.weight_loader = note
+    with ExitStack() as stack:
+        how = dict(why="takes notes of what is loaded", by="engines.share", new=True)
+        for p in inner.parameters(): stack.enter_context(changing(p, "weight_loader", note, **how))
         inner.load_weights(weights)
-    finally:
-        for p, found in before:
-            if found is missing: del p.weight_loader
-            else: p.weight_loader = found
-    loaders = {id(p): default if found is missing else found for p, found in before}
     return {key: [(loaders[key], *call) for call in done] for key, done in calls.items()}
 
 

@@ -27,7 +27,7 @@ from .fold import Fold, fold_problem
 from .inplace import free_bytes
 from .share import Layout, adopt, share_problem
 from .vllm_start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled, process_group_kept, release_pools, request_options, untouched
-from .weights import adapter_of, adapter_problem, weights_of
+from .weights import adapter_of, adapter_problem, has_adapter, weights_of
 from ..events import say
 from ..models import settings_of
 from ..modes import base_of
@@ -96,7 +96,7 @@ class VLLMEngine(Engine):
     def _way(self, adapter): # -> "swap", "fold" or "full"
         "How weights come in; `ValueError` where an adapter cannot be swapped as asked."
         problem = adapter_problem(self.model, self.rank or None)
-        if problem == "the model has no adapter":
+        if not has_adapter(self.model):
             if adapter == "swap": raise ValueError(f"adapter='swap': {problem}.")
             return "full"
         if adapter == "swap" and problem: raise ValueError(f"adapter='swap': {problem}. Use adapter='fold'.")

@@ -30,6 +30,7 @@ from .base import EngineError, Sampling
 from .inplace import free_bytes
 from .share import thin
 from ..modes import base_of
+from ..patch.core import Patch, PatchSet, Value
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f6f153b0
 OLDEST, NEWEST = "0.22.0", "0.33.0" # of vLLM
@@ -197,13 +198,10 @@ def _loader(fill, # [a function that gives vLLM's model its weights]
 @contextmanager
 def plain_linear(on:bool):
     "vLLM's CPU build multiplies with the weights as they lie, and packs none."
-    if not on: return (yield)
-    from vllm.model_executor.layers import utils
-
     def keep(layer, remove_weight): layer.cpu_linear = torch.nn.functional.linear
-    packs, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, keep
-    try: yield
-    finally: utils.dispatch_cpu_unquantized_gemm = packs
+    patch = Patch("plain linear", "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", Value(keep),
+                  why="weights that are shared stay where they lie: packing copies them and drops the original")
+    with PatchSet([patch] if on else [], "engines.vllm"): yield
 
 # %% ../../nbs/28j_engines.vllm_start.ipynb #f910eb8a
 @contextmanager
@@ -215,9 +213,9 @@ def process_group_kept(on:bool): # -> vLLM's module of groups, where it is loade
     def leave():
         if groups._WORLD: groups._WORLD.destroy()
         groups._WORLD = None
-    destroy, groups.destroy_distributed_environment = groups.destroy_distributed_environment, leave
-    try: yield groups
-    finally: groups.destroy_distributed_environment = destroy
+    patch = Patch("process group kept", "vllm.distributed.parallel_state:destroy_distributed_environment", Value(leave),
+                  why="the process group is the training's, and outlives vLLM")
+    with PatchSet([patch], "engines.vllm"): yield groups
 
 
 def _allocator(): # -> vLLM's, where one was made

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import lora_add, lora_group, lora_linear, prepare, prepare_group, product_dtype
+from ..patch.objects import change, restore
 
 # %% ../../nbs/14e_ops.fuse.ipynb #ca7d78b4
 NAME = "_grpo_nb_switch"
@@ -254,29 +255,36 @@ def _recognise(module, mlps) -> tuple: # a key of FORWARDS or None, and what its
     if hasattr(module, "q_proj") and _rotary_forward(type(module)): return "rotary", {}
     return None, {}
 
+# %% ../../nbs/14e_ops.fuse.ipynb #1679dd2b
+_BY, _WHY = "ops.fuse", "a second forward with fused operations, used while the model's switch is on"
+
+
+def _attach(module, **entries): # an entry of ours that is there already is replaced
+    for name, value in entries.items():
+        if name in module.__dict__: restore(module, name, by=_BY)
+        change(module, name, value, why=_WHY, by=_BY, new=name != "forward")
+
 
 def fuse(model:nn.Module, # a Transformers model, with or without PEFT's layers in it
          ) -> dict: # how many modules of each kind have a fused form
     "Attach the fused forms; doing it again finds what was added since."
-    switch = model.__dict__.get(NAME)
-    if switch is None: switch = model.__dict__[NAME] = Switch()
-    mlps = {}
+    if NAME not in model.__dict__: _attach(model, **{NAME: Switch()})
+    switch, mlps = model.__dict__[NAME], {}
     if not _sharded(model):
         for module in model.modules():
-            if module is model or module in switch.modules or _hooked(module) and "forward" in module.__dict__: continue
+            if module is model or module in switch.modules or "forward" in module.__dict__: continue
             kind, extra = _recognise(module, mlps)
             if kind is None: continue
-            module.__dict__.update({NAME: switch, **extra, "forward": MethodType(FORWARDS[kind], module)})
+            _attach(module, **{NAME: switch}, **extra, forward=MethodType(FORWARDS[kind], module))
             switch.modules[module] = kind
         for module, kind in switch.modules.items():
             group = tuple(getattr(module, name, None) for name in GROUPS.get(kind, ()))
-            if group and all(switch.modules.get(layer) == "lora" for layer in group): group[0].__dict__[GROUP] = group
+            if not group or any(switch.modules.get(layer) != "lora" for layer in group): continue
+            if group[0].__dict__.get(GROUP) != group: _attach(group[0], **{GROUP: group})
     return {kind: sum(k == kind for k in switch.modules.values()) for kind in FORWARDS}
 
 
 def unfuse(model:nn.Module) -> None:
     "Take the fused forms away."
-    switch = model.__dict__.pop(NAME, None)
-    for module in switch.modules if switch else ():
-        mine = getattr(module.__dict__.get("forward"), "__func__", None) in FORWARDS.values()
-        for name in (NAME, GROUP, "_grpo_nb_offset", "_grpo_nb_activation", *(["forward"] if mine else [])): module.__dict__.pop(name, None)
+    switch = model.__dict__.get(NAME)
+    for module in (*switch.modules, model) if switch is not None else (): restore(module, by=_BY)

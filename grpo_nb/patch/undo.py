@@ -20,6 +20,7 @@ from .anchor import function_of
 class MissingType:
     "The type of `MISSING`, which stands where there is no entry."
     def __repr__(self): return "nothing"
+    def __reduce__(self): return "MISSING" # a copy of it, and a pickled one, is itself
     def __bool__(self): return False
 
 MISSING = MissingType()
