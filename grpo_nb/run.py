@@ -114,7 +114,6 @@ class GRPORun(Steering):
                                      eval_dataset=eval_dataset, callbacks=[_Listener(self), *callbacks], **kwargs)
         for shown in () if progress else self._displays(): self.trainer.remove_callback(shown)
         self._meter = StepMeter(self.trainer)
-        leave_when(self.trainer, self._leaves)
 
     def _displays(self) -> list:
         "The trainer's callbacks that print or draw."
@@ -257,7 +256,8 @@ def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
     self._from = checkpoint
     try:
-        with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator(), self._meter:
+        with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator(), self._meter, \
+             leave_when(self.trainer, self._leaves):
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
         if self._stop and self.step < self.total_steps: self._end("stopped", RunStopped, reason=self._stop)
         else: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))

@@ -3,7 +3,7 @@ import pytest
 from torchrun import in_two_processes
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-bf16"])
 def test_two_processes(kind): assert f"{kind}: gradients agree" in in_two_processes("distributed_script.py", kind)
 
 

@@ -10,7 +10,6 @@ from grpo_nb.events import said
 from grpo_nb.models import FastLanguageModel
 from grpo_nb.patch.core import PatchError, look_up
 from grpo_nb.trainers import grpo, patch, seams
-from grpo_nb.step.read import causal_lm
 from grpo_nb.step.forward import install, installed, uninstall
 
 
@@ -140,8 +139,8 @@ def test_a_model_is_left_as_it_was(had):
     if had: model.forward = model.forward
     before = dict(model.__dict__)
     install(model)
-    assert causal_lm(model) in installed and model.forward is not before.get("forward")
+    assert installed(model) and model.forward is not before.get("forward")
     install(model)
     uninstall(model)
-    assert model.__dict__.keys() == before.keys() and model.__dict__.get("forward") is before.get("forward") and model not in installed
+    assert model.__dict__.keys() == before.keys() and model.__dict__.get("forward") is before.get("forward") and not installed(model)
     assert torch.isfinite(model(torch.tensor([[3, 4]])).logits).all()

@@ -10,9 +10,10 @@ from parity import VOCAB, tiny, tokenizer
 from grpo_nb.engines.base import EngineError, Sampling
 from grpo_nb.events import said
 from grpo_nb.patch.core import PatchSet
+from grpo_nb.patch.objects import objects
 from grpo_nb.trainers import sampling as rollout
 from grpo_nb.trainers.state import state_of
-from grpo_nb.trainers.sampling import check_engine, elsewhere, engine_patches, leave_when
+from grpo_nb.trainers.sampling import check_engine, engine_patches, leave_when, why_elsewhere
 
 PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rloo_trainer:RLOOTrainer"}
 
@@ -90,7 +91,7 @@ def test_settings_that_are_not_known_are_left_to_trl(tmp_path, capsys):
     said.clear()
     with PatchSet(engine_patches(PATHS["grpo"])):
         trainer = trainer_of("grpo", tmp_path, generation_kwargs=dict(suppress_tokens=[5]))
-        assert "suppress_tokens" in elsewhere(trainer, None)
+        assert "suppress_tokens" in why_elsewhere(trainer, None).words
         found, _ = turn(trainer, [[3, 4]] * 8)
     assert not any(5 in c for c in found) and state_of(trainer).rollouts is None
 
@@ -334,10 +335,10 @@ def test_a_trainer_that_is_left(patched, tmp_path, engine):
     "Outside a run as well; the same trainer trains afterwards."
     asked = []
     trainer = trainer_of(patched, tmp_path, engine=engine)
-    leave_when(trainer, lambda: asked.append(1) or len(asked) in (5, 6))
-    with pytest.raises(rollout.LeftSampling): trainer.train()
+    with leave_when(trainer, lambda: asked.append(1) or len(asked) in (5, 6)):
+        with pytest.raises(rollout.LeftSampling): trainer.train()
     assert len(asked) == 6 and not trainer.state.global_step and trainer.model.training and "generate" not in vars(trainer.model)
-    assert not any(m._forward_pre_hooks for m in trainer.model.modules())
+    assert not any(m._forward_pre_hooks for m in trainer.model.modules()) and not objects(trainer)
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -346,8 +347,7 @@ def test_a_ctrl_c_is_no_request(patched, tmp_path, monkeypatch):
     "A `KeyboardInterrupt` that nobody asked for stays one."
     monkeypatch.setattr(rollout.InPlace, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("by hand")))
     trainer = trainer_of(patched, tmp_path)
-    leave_when(trainer, lambda: False)
-    with pytest.raises(KeyboardInterrupt, match="by hand") as caught: trainer.train()
+    with leave_when(trainer, lambda: False), pytest.raises(KeyboardInterrupt, match="by hand") as caught: trainer.train()
     assert type(caught.value) is KeyboardInterrupt
 
 

@@ -119,7 +119,7 @@ def difference(base:nn.Module # a causal language model without wrappers
                ) -> float: # nats; infinite for a model that has another head
     "How far a pack's log-probs, and those of the same rows again, are from the rows' own: 2 prompts with 2 completions each."
     if base.get_output_embeddings() is None: return float("inf")
-    before, device, size = base in installed, next(base.parameters()).device, base.config.get_text_config().vocab_size
+    before, device, size = installed(base), next(base.parameters()).device, base.config.get_text_config().vocab_size
     ids = torch.randint(min(3, size - 1), size, (4, 24), generator=torch.Generator().manual_seed(0)).to(device)
     ids[1, :12], ids[3, :12] = ids[0, :12], ids[2, :12]
     ones = torch.ones(4, 12, dtype=torch.long, device=device)

@@ -10,8 +10,8 @@ __all__ = ['OLD', 'SAMPLING', 'ALIASES', 'WRAPPERS', 'per_token_logps', 'layout_
            'theirs', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'training_step',
            'log', 'patches']
 
-# %% ../../nbs/trainers/08_grpo.ipynb #d1800c55
-from contextlib import contextmanager
+# %% ../../nbs/trainers/08_grpo.ipynb #ea3eca10
+from contextlib import ExitStack, contextmanager
 from functools import cache, reduce
 from inspect import signature
 from operator import add
@@ -27,6 +27,7 @@ from ..batch import RolloutBatch
 from ..events import say
 from ..models import tokenizer_of
 from ..ops.attention import Reason
+from ..patch.objects import changing
 from ..step.layout import Choice, Chosen, Layout
 from ..step.packed import PackedStep
 from ..step.read import LogProbs
@@ -361,23 +362,20 @@ def weights_stay(trainer) -> bool:
 
 def put_off(trainer, home) -> dict: # {attribute: value} that switches off what the loss will ask itself
     "What need not be computed right after sampling."
-    if not trainer.model.training or not one_pass(trainer): return {}
+    if not trainer.model.training: return {}
     if own_methods(trainer, home, ("_compute_loss", "_generate_and_score_completions", "_prepare_inputs", "_get_per_token_logps_and_entropies")): return {}
     if layout_of(trainer, step_of(trainer, trainer.model_wrapped), {}).is_theirs: return {}
     found = {"vllm_importance_sampling_correction": False} if corrects(trainer) and weights_stay(trainer) else {}
     moves = getattr(trainer.args, "sync_ref_model", False) and not weights_stay(trainer)
-    return found | ({"beta": 0.0} if trainer.beta != 0.0 and not moves else {})
+    return found | ({"beta": 0.0} if trainer.beta != 0.0 and one_pass(trainer) and not moves else {})
 
 # %% ../../nbs/trainers/08_grpo.ipynb #4e0d8e36
 @contextmanager
 def held_at(trainer, values:dict):
     "Inside, attributes of a trainer have other values; one that somebody sets meanwhile stays as it was set."
-    before = {name: getattr(trainer, name) for name in values}
-    for name, value in values.items(): setattr(trainer, name, value)
-    try: yield
-    finally:
-        for name, value in values.items():
-            if getattr(trainer, name) is value: setattr(trainer, name, before[name])
+    with ExitStack() as held:
+        for name, value in values.items(): held.enter_context(changing(trainer, name, value, why="asked in the loss, on its packs", by="trainers.grpo"))
+        yield
 
 
 def generate_and_score(original): # -> the replacement of `_generate_and_score_completions`

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from ..check import one_of
 from ..events import say
 from ..ops.attention import Reason
+from ..patch.objects import changing
 from ..step.layout import Choice
 from ..step.read import causal_lm
 from .reward import StandIn, log_positions
@@ -106,11 +107,9 @@ def dft(outputs, labels=None, num_items_in_batch=None) -> Tensor: # scalar
 def by_sums(trainer):
     "TRL's branch that reads sums, for the time of a call."
     args, function = trainer.args, trainer.compute_loss_func
-    seen = StandIn(args, None)
+    seen, given = StandIn(args, None), dict(why="the branch that reads sums", by="trainers.sft")
     seen.__dict__["loss_type"] = "chunked_nll"
-    trainer.args, trainer.compute_loss_func = seen, dft if args.loss_type == "dft" else function
-    try: yield
-    finally: trainer.args, trainer.compute_loss_func = args, function
+    with changing(trainer, "args", seen, **given), changing(trainer, "compute_loss_func", dft if args.loss_type == "dft" else function, **given): yield
 
 
 def compute_summed_loss(original): # -> the replacement of `SFTTrainer.compute_loss`
