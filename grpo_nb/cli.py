@@ -33,10 +33,11 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     bench = commands.add_parser("bench", help="measure against stock TRL", allow_abbrev=False)
     kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
-    step = kinds.add_parser("step", help="one optimiser step: stock TRL and the packed step in turns", allow_abbrev=False)
+    step = kinds.add_parser("step", help="one optimiser step: stock TRL and patched TRL in turns", allow_abbrev=False)
     step.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     step.add_argument("--shape", nargs="*", help="shapes of grpo_nb.bench.SHAPES (default: the device's)")
     step.add_argument("--repeats", type=int, default=5, help="measured steps of each (default: %(default)s)")
+    step.add_argument("--micro-batches", type=int, metavar="N", help="that a step accumulates (default: the shape's, mostly 4)")
     step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
     step.add_argument("--json", action="store_true", help="only lines of JSON")
     step.set_defaults(run=_bench_step)
@@ -108,13 +109,14 @@ def _demo(given) -> int: # the exit code
 def _bench_step(given) -> int: # the exit code
     "Measure the step."
     from grpo_nb.bench import DEFAULTS, bench_step, check_bench, machine, report
-    try: check_bench(given.device, given.shape or (), given.repeats, given.max_tokens_per_pack)
+    try: check_bench(given.device, given.shape or (), given.repeats, given.max_tokens_per_pack, given.micro_batches)
     except ValueError as error:
         print(f"grpo-nb bench step: {error}", file=sys.stderr)
         return 2
     print(json.dumps(machine(given.device)), flush=True)
     for name in given.shape or DEFAULTS[given.device]:
-        print(report(bench_step(name, given.device, given.repeats, given.max_tokens_per_pack), given.json), flush=True)
+        results = bench_step(name, given.device, given.repeats, given.max_tokens_per_pack, micro_batches=given.micro_batches)
+        print(report(results, given.json), flush=True)
     return 0
 
 # %% ../nbs/55_cli.ipynb #26752a43
