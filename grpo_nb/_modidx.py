@@ -1585,6 +1585,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.packs': ( 'step/packed.html#packedstep.packs',
                                                                                'grpo_nb/step/packed.py'),
+                                     'grpo_nb.step.packed.PackedStep.parameters': ( 'step/packed.html#packedstep.parameters',
+                                                                                    'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.quiet': ( 'step/packed.html#packedstep.quiet',
                                                                                'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.replay': ( 'step/packed.html#packedstep.replay',

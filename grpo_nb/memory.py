@@ -151,7 +151,7 @@ class Load:
 
 def default_budget(device:DeviceSpec) -> int: # positions
     "`max_tokens_per_pack` where the configuration gives none, as `step.layout` chooses it."
-    return 2048 if device.kind == "cpu" else 16384 if device.bfloat16 else 4096
+    return 2048 if device.kind == "cpu" else 20480 if device.bfloat16 else 4096
 
 def _packed(groups, prompt, tokens, budget, chunks) -> tuple: # packs, positions of the largest, positions of all
     "How groups of one prompt and `tokens` completion tokens fill packs, as `packing` lays them."

@@ -25,7 +25,7 @@ from .read import HeadSettings, LogProbs, causal_lm
 def default_budget(device:torch.device # where the model lies
                    ) -> int: # positions
     "`max_tokens_per_pack` where the user gave none."
-    if device.type == "cuda": return 16384 if torch.cuda.get_device_capability(device) >= (8, 0) else 4096
+    if device.type == "cuda": return 20480 if torch.cuda.get_device_capability(device) >= (8, 0) else 4096
     return 2048 # a dense mask: attention costs the square of this
 
 # %% ../../nbs/step/03_layout.ipynb #92166030

@@ -64,7 +64,7 @@ class PackedStep:
                  how:How=How()): # temperature, budget
         self.model, self.accelerator, self.how = model, accelerator, how
         self.device = accelerator.device
-        where = self.device.type
+        where, self.known = self.device.type, {}
         self.cast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
 
     @property
@@ -174,10 +174,18 @@ def reentrant(model:nn.Module) -> bool:
     return any(getattr(call, "keywords", {}).get("use_reentrant", True) for call in calls if call is not None)
 
 
+@patch(as_prop=True)
+def parameters(self:PackedStep) -> list:
+    "The model's trainable parameters; found once, for a large model has thousands of modules."
+    if "parameters" not in self.known: self.known["parameters"] = trainable(self.model)
+    return self.known["parameters"]
+
+
 @patch
 def collector(self:PackedStep) -> Gradients:
     "What collects gradients beside `.grad`, in the way that this model allows."
-    return Gradients(trainable(self.model), self.device, fsdp2(self.model) or reentrant(self.model))
+    if "through" not in self.known: self.known["through"] = fsdp2(self.model) or reentrant(self.model)
+    return Gradients(self.parameters, self.device, self.known["through"])
 
 # %% ../../nbs/step/05_packed.ipynb #257b294e
 PLACED = ("log_probs", "entropy", "scores", "top1", "mean_logits", "log_sum_sq_probs") # what has a value a target
@@ -197,7 +205,7 @@ def score(self:PackedStep, packs:Packs, read=LogProbs(), # a reader
     "All packs, put together."
     install(self.model)
     found, even, draws = {}, self.even(packs), {} if draws is None else draws
-    with nullcontext() if alive else torch.no_grad():
+    with nullcontext() if alive else torch.no_grad(), tree(self.model, packs.kind):
         for i, pack in enumerate(even):
             with same_draws(draws, i): out = self.run(pack, read, packs.kind)
             place(found, out, even, i)
@@ -238,12 +246,12 @@ def gradients(self:PackedStep, packs:Packs, loss_of:Callable, read=LogProbs()) -
     first, collected = len(even) - len(packs), self.collector()
     scaler = getattr(self.accelerator, "scaler", None)
     collected.scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-    with collected, torch.enable_grad():
+    with collected, torch.enable_grad(), tree(self.model, packs.kind):
         for n, pack in enumerate(even):
             with self.quiet(last=n == len(even) - 1):
                 out = self.run(pack, read, packs.kind)
                 share = loss_of(n - first, out) if n >= first else out.log_probs.sum()
-                with tree(self.model, packs.kind): collected.add(share * collected.scale)
+                collected.add(share * collected.scale)
     return collected
 
 
@@ -260,8 +268,7 @@ def quiet(self:PackedStep, last:bool):
 def deliver(self:PackedStep, values:tuple, # of tensors
             gradient:Callable) -> tuple: # the same tensors with a gradient
     "Values that hand out their gradient; through DDP's forward, where its ranks meet."
-    parameters = trainable(self.model)
-    def make(): return Value.apply(gradient, len(values), *values, *parameters)
+    def make(): return Value.apply(gradient, len(values), *values, *self.parameters)
     if not hasattr(self.model, "reducer"): return make()
     install(self.model)
     return self.model(pack=Bare(make))

@@ -27,7 +27,7 @@ from .sampling import ENGINE_FIELD, check_engine
 FIELDS = {
     "unsloth_num_chunks": (int, -1, "Packs a micro-batch is cut into. -1: as many as `max_tokens_per_pack` needs."),
     "max_tokens_per_pack": (int | None, None, "Positions that one forward and backward may hold; peak memory follows it. "
-                            "None: 16384 on a GPU of Ampere or later, 4096 on an older one, 2048 on a CPU."),
+                            "None: 20480 on a GPU of Ampere or later, 4096 on an older one, 2048 on a CPU."),
     "step": (str, "packed", "How the training step lays a batch out: 'packed' (each prompt once, no padding), 'padded' (rows padded to the "
              "longest of their chunk) or 'trl' (TRL's own)."),
     "skip_zero_advantage": (bool, True, "Leave rows whose gradient is exactly zero out of the backward."),

@@ -42,6 +42,7 @@ class TrainerState:
     at: int = -1 # the optimiser step of the run
     micro: int = 0 # micro-batches of it so far
     inside: bool = False # whether TRL's own `training_step` is running
+    layout: tuple|None = None # the latest answer of `layout_of`, and what it was asked for
     clock: tuple|None = None # when the present loss began, and completion tokens since
 
 
@@ -103,7 +104,11 @@ def step_of(trainer, model:nn.Module, **changes) -> PackedStep:
 def layout_of(trainer, step:PackedStep, given:dict) -> Chosen: # `given`: may hold image inputs; `compute_aux_loss` for a router's loss
     "The layout for this model and batch; says once why it is not the first."
     if getattr(trainer, "use_liger_kernel", False): return theirs(Choice.ASKED, "use_liger_kernel=True was chosen") # TRL up to 1.14
-    chosen = step.layout(tuple(n for n in IMAGE_INPUTS if given.get(n) is not None), bool(given.get("compute_aux_loss")))
+    extras, router = tuple(n for n in IMAGE_INPUTS if given.get(n) is not None), bool(given.get("compute_aux_loss"))
+    state = state_of(trainer)
+    key = id(step.model), step.model.training, step.how.step, extras, router, state.at if state.inside else object()
+    if state.layout is None or state.layout[0] != key: state.layout = key, step.layout(extras, router) # asked once an optimiser step
+    chosen = state.layout[1]
     if chosen.why and chosen.why.kind is not Choice.ASKED: say(f"the step takes the path '{chosen.layout.value}': {chosen.why}.")
     return chosen
 

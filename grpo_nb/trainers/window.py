@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch import RolloutBatch
 from ..events import say
 from ..step.packed import PackedStep
-from ..step.replay import hooked, trainable
+from ..step.replay import hooked
 from .state import own_methods, state_of
 
 # %% ../../nbs/trainers/07_window.ipynb #5445f82f
@@ -39,7 +39,7 @@ def why_not_window(trainer, step:PackedStep, inputs:dict, expected:dict, home:ty
     if mine := own_methods(trainer, home, LOOP): return f"{type(trainer).__name__} has its own {', '.join(mine)}"
     if not same(inputs, expected): return "the micro-batch is not the one in TRL's buffer"
     if step.one_graph: return "a window in one graph would keep the activations of all its micro-batches"
-    if hooked(trainable(step.model)): return "a hook on a parameter's gradient expects that of each micro-batch"
+    if hooked(step.parameters): return "a hook on a parameter's gradient expects that of each micro-batch"
     return ""
 
 
@@ -92,7 +92,7 @@ class Window:
     def earlier(self, k, grads) -> list:
         "Remember with what factor a loss arrived; its gradient comes with the last one's."
         self.factors[k] = grads[0]
-        return [None] * len(trainable(self.loss.step.model))
+        return [None] * len(self.loss.step.parameters)
 
     def last(self, grads) -> list:
         "The window's gradient, times the factor; put right where an earlier loss arrived with another, or not at all."
