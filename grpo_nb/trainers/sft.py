@@ -128,7 +128,7 @@ def compute_summed_loss(original): # -> the replacement of `SFTTrainer.compute_l
             return trls(StandIn(model, lambda num_items_in_batch=None, **given: sums(stats, num_items_in_batch)))
     return compute_loss
 
-# %% ../../nbs/trainers/10_sft.ipynb #33626d56
+# %% ../../nbs/trainers/10_sft.ipynb #e26f5b6c
 WRAPPERS = {"packed sft": {"1.12": compute_summed_loss, "1.15": compute_fused_loss}} # 1.15: TRL's own head is fused from there on
 
 

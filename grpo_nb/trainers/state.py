@@ -145,6 +145,7 @@ def own_methods(trainer, home:type|None, names) -> list: # of names
 
 def passed_over(trainer, original, kept:tuple=()) -> bool: # `kept`: names that the replacement calls itself
     "Whether a replacement would pass over a method of the user's; said once."
+    if original is None: return False
     found = own_methods(trainer, owner_of(trainer, original), asks(original) - set(kept))
     if found:
         say(f"{type(trainer).__name__} has its own {', '.join(found)}, which TRL's {unwrap(original).__qualname__} calls: "
