@@ -119,8 +119,8 @@ def by_tensor(a, b):
 
 
 def relative(a, b):
-    "The worst tensor's difference."
-    return max(by_tensor(a, b).values())
+    "The worst tensor's difference; NaN where one is NaN, which Python's `max` may pass over."
+    return torch.tensor(list(by_tensor(a, b).values()), dtype=torch.float64).max().item()
 
 
 # ---- what may differ: no more than stock TRL's own fp32 differs from fp64
