@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-browser lint export readme docs clean setup
+.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -48,12 +48,13 @@ test: setup
 	$(MAKE) test-browser BROWSER_TESTS='$(BROWSER_QUICK)'
 
 # The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
-# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list.
+# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list. The weekly job adds
+# DRAWS=--fresh-draws: hypothesis draws other examples than `make test`, whose draws are fixed.
 TRL       ?= 1.12.0
 TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
 TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py xpo.py run.py seed.py)
 test-trl: setup
-	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(TRL_TESTS)
+	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(DRAWS) $(TRL_TESTS)
 
 # With Colab's ipywidgets, ipykernel, anywidget and plotly, the oldest that are supported, in .oldest-notebook/; with a Chromium, in the
 # classic notebook too. Weekly, not in `make test`.
@@ -65,9 +66,13 @@ test-oldest-notebook: setup
 test-fast: setup
 	$(BIN)/pytest -n 2 -x
 
-# Slower checks, by name.
-test-slow: setup
-	$(BIN)/pytest -m slow
+# Slower checks, by name, and examples that `make test` never draws.
+test-slow: setup test-drawn
+	$(BIN)/pytest -m slow --fresh-draws
+
+# Only the tests that draw examples, with fresh ones. A failure prints the line that repeats it: it becomes an @example.
+test-drawn: setup
+	$(BIN)/pytest -n 2 --fresh-draws -m "hypothesis and not slow and not gpu and not browser and not vllm"
 
 # A real JupyterLab in Chromium. `make test` runs a whole session in the studio, and completions that try to break out of the page.
 BROWSER_QUICK := tests/test_browser_studio.py::test_a_session_in_the_studio tests/test_browser_completions.py::test_hostile_completions_are_only_text

@@ -49,8 +49,8 @@ class JupyterLab:
     "A JupyterLab server over a folder of its own, with settings of its own; a context manager."
     def __init__(self, folder, # where notebooks lie; made if it is not there
                  dark=False): # the dark theme
-        self.folder, self.dark, self.token, self.port = Path(folder), dark, uuid.uuid4().hex, free_port()
-        self.url, self.process = f"http://127.0.0.1:{self.port}", None
+        self.folder, self.dark, self.token = Path(folder), dark, uuid.uuid4().hex
+        self.port, self.url, self.process = None, None, None
 
     def __enter__(self):
         home = self.folder / ".lab"
@@ -62,18 +62,24 @@ class JupyterLab:
                "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"),
                "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1",
                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-        self.log = open(self.folder / ".lab" / "server.log", "w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
-             f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={self.folder}"], env=env, stdout=self.log, stderr=subprocess.STDOUT)
+        for _ in range(3): # another process may take a free port before the server does
+            self.port = free_port()
+            self.url, self.log = f"http://127.0.0.1:{self.port}", open(self.folder / ".lab" / "server.log", "w")
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
+                 f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={self.folder}"], env=env, stdout=self.log, stderr=subprocess.STDOUT)
+            if self._answers(): return self
+            self.__exit__()
+        raise RuntimeError("JupyterLab did not start:\n" + (home / "server.log").read_text()[-2000:])
+
+    def _answers(self):
+        "Whether the server comes up: within a minute, or not at all."
         for _ in range(240):
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=2).read()
-                return self
-            if self.process.poll() is not None: break
+                return bool(urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=2).read())
+            if self.process.poll() is not None: return False
             time.sleep(0.25)
-        self.__exit__()
-        raise RuntimeError("JupyterLab did not start:\n" + (home / "server.log").read_text()[-2000:])
+        return False
 
     def __exit__(self, *_):
         self.process.terminate()

@@ -167,7 +167,7 @@ def test_files_that_are_none_are_named(tmp_path):
 def test_a_slow_or_full_disk_never_reaches_the_run(tmp_path, capsys):
     said.clear()
     gate = threading.Event()
-    def stuck(*args): gate.wait(10); raise OSError(28, "No space left on device")
+    def stuck(*args): gate.wait(60); raise OSError(28, "No space left on device")
     store = Store(steps=300, latest=300)
     store.spill = spill = Spill(tmp_path / "c.jsonl", open=stuck)
     bus = Bus(); store.attach(bus)
@@ -294,7 +294,7 @@ def test_a_timer_shows_new_steps_and_a_failing_view_is_counted(capsys):
     bus = Bus(); browser = CompletionBrowser(bus, interval=0.01)
     browser.widget
     bus.emit(event(1))
-    for _ in range(500):
+    for _ in range(6000):
         if "step 1<" in browser._form["body"].value: break
         time.sleep(0.01)
     assert "step 1<" in browser._form["body"].value

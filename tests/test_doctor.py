@@ -30,7 +30,7 @@ def world():
 
 
 def examine(world, reward=None, config=None, **kwargs):
-    return doctor(world.model, world.tokenizer, reward or world.task.reward, world.task.train, {**GOOD, **(config or {})}, **{"prompts": 2, **kwargs})
+    return doctor(world.model, world.tokenizer, reward or world.task.reward, world.task.train, {**GOOD, **(config or {})}, **{"prompts": 2, "clock": lambda: 0.0, **kwargs}) # a busy machine is not late
 
 
 def rules(report, *severities): return {d.rule for d in report.findings if not severities or d.severity in severities}

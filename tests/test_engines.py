@@ -1,5 +1,6 @@
 """Engines: the same tokens as Hugging Face, the same distribution, the weights of this moment, and everything as it was afterwards."""
 import threading
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -306,12 +307,23 @@ def test_modes_are_restored(training, make):
     assert model(torch.tensor(prompts_of(5))).logits.requires_grad
 
 
+@contextmanager
+def interrupts(engine):
+    "Another thread interrupts again and again: an interrupt between two calls is forgotten by the next."
+    over = threading.Event()
+    def work():
+        while not over.wait(0.05): engine.interrupt()
+    thread = threading.Thread(target=work)
+    thread.start()
+    try: yield
+    finally: over.set(); thread.join()
+
+
 def test_interrupt_and_again():
     model, prompts = made("qwen3"), prompts_of(5, 9)
     engine = InPlace(model)
     expected = engine.generate(prompts, 2, greedy(6)).completions
-    threading.Timer(0.2, engine.interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupts(engine), pytest.raises(KeyboardInterrupt):
         for _ in range(10_000): engine.generate(prompts, 2, Sampling(max_tokens=50))
     assert engine.generate(prompts, 2, greedy(6)).completions == expected
 
@@ -336,8 +348,7 @@ def test_interrupt_between_two_tokens(monkeypatch):
 
 def test_interrupt_of_hugging_face():
     engine = HuggingFace(made("qwen3"))
-    threading.Timer(0.2, engine.interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupts(engine), pytest.raises(KeyboardInterrupt):
         for _ in range(1000): engine.generate(prompts_of(5), 1, Sampling(max_tokens=40))
     assert engine.generate(prompts_of(5), 1, Sampling(max_tokens=4)).tokens <= 4
 

@@ -136,12 +136,12 @@ def test_timeout_from_any_thread():
         return [0] * len(completions)
     out = []
     def work():
-        out.append(error(waits, timeout=0.1)); out.append(error(waits_chat, CHAT, timeout=0.1))
+        out.append(error(waits, timeout=0.5)); out.append(error(waits_chat, CHAT, timeout=0.5))
     thread = threading.Thread(target=work)
     thread.start(); thread.join(20)
-    out.append(error(waits, timeout=0.1))
+    out.append(error(waits, timeout=0.5))
     release.set()
-    assert [e.sample for e in out] == [1, 1, 1] and all("took longer than 0.1 s" in str(e) and "two" in str(e) for e in out)
+    assert [e.sample for e in out] == [1, 1, 1] and all("took longer than 0.5 s" in str(e) and "two" in str(e) for e in out)
 
 
 def test_timeout_of_an_unknown_sample():
@@ -149,7 +149,7 @@ def test_timeout_of_an_unknown_sample():
     def blind(**columns):
         del columns
         release.wait(30)
-    e = error(blind, timeout=0.1)
+    e = error(blind, timeout=0.5)
     release.set()
     assert e.sample is None and "not known" in str(e) and "'one'" in str(e)
 
@@ -163,7 +163,7 @@ def test_async_timeout_cancels():
                 cancelled.append(completion)
                 raise
         return [0] * len(completions)
-    e = error(slow, timeout=0.1)
+    e = error(slow, timeout=0.5)
     assert e.sample == 2 and cancelled == ["three"]
 
 

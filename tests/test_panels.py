@@ -211,7 +211,7 @@ def test_fixed_rows_are_disabled(loaded):
 
 def test_later_runs_once_and_reports():
     runs, failures = [], []
-    later = Later(lambda: runs.append(1) or 1 / 0, 0.01, failures.append)
+    later = Later(lambda: runs.append(1) or 1 / 0, 0.5, failures.append) # long enough for twenty calls
     for _ in range(20): later()
     end = time.monotonic() + 10
     while not failures and time.monotonic() < end: time.sleep(0.01)

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
-from parity import FAMILIES, gradients, grpo_trainer, loss_and_gradients, micro_batch, relative, tiny
+from parity import FAMILIES, assert_same, fp64, gradients, grpo_trainer, in_double, loss_and_gradients, micro_batch, relative, tiny
 
 from grpo_nb.patch.core import release
 from grpo_nb.trainers import grpo
@@ -55,7 +55,7 @@ def off_policy(trainer, inputs, stock_logps, seed=1, ref=True, old=True):
     return inputs
 
 
-def compare(trainer, inputs, stock, scale=1.0, tolerance=TOLERANCE):
+def both(trainer, inputs, stock, scale=1.0):
     "Loss, gradients and metrics of stock TRL and of ours on one micro-batch."
     cls = next(c for c in stock if isinstance(trainer, c))
     loss_of, logps_of = stock[cls]
@@ -65,12 +65,17 @@ def compare(trainer, inputs, stock, scale=1.0, tolerance=TOLERANCE):
         cls._get_per_token_logps_and_entropies = grpo.per_token_logps(logps_of)
         ours = loss_and_gradients(trainer, inputs, wrap(loss_of), scale)
     finally: cls._get_per_token_logps_and_entropies = logps_of
-    assert torch.isfinite(ours[0]) and torch.isclose(ours[0], theirs[0], rtol=tolerance, atol=tolerance), (ours[0], theirs[0])
-    assert relative(ours[1], theirs[1]) < tolerance
-    for name, value in theirs[2].items():
-        if name in AT_PADDING and OLD_HEAD and inputs["completion_mask"].shape[1] == 1: continue
-        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
-    assert set(ours[2]) - set(theirs[2]) <= set(OURS)
+    return theirs, ours
+
+
+def compare(trainer, inputs, stock, scale=1.0):
+    "Ours are stock TRL's; returns ours."
+    theirs, ours = both(trainer, inputs, stock, scale)
+    loss_of = next(f for c, (f, _) in stock.items() if isinstance(trainer, c))
+    skip = AT_PADDING if OLD_HEAD and inputs["completion_mask"].shape[1] == 1 else ()
+    assert torch.isfinite(ours[0]) and set(ours[2]) - set(theirs[2]) <= set(OURS)
+    models = [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
+    assert_same(ours, theirs, lambda change: loss_and_gradients(trainer, change(inputs), loss_of, scale), *models, tolerance=TOLERANCE, skip=skip)
     return ours
 
 
@@ -387,14 +392,44 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
 
 
 @example(4913, 1, 1, "grpo", True) # a batch of width 1
+@example(31663, 2, 1, "grpo", True) # one token, whose gradient is 1 - exp(0.034): TRL 1.12 is off by 1.06e-5 and ours by 0.77e-5, to the other side
+@example(34840, 4, 50, "grpo", True) # one token again: TRL 1.16 is off by 0.2e-5 and ours by 1.6e-5
 @given(st.integers(0, 100_000), st.integers(1, 6), st.integers(1, 60), st.sampled_from(LOSSES), st.booleans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_batch_under_any_budget(stock_and_trainer, seed, groups, budget, loss_type, beta):
     "Whatever the lengths, the groups, the order and the budget."
-    stock, trainer = stock_and_trainer
+    inputs = any_batch(*stock_and_trainer, seed, groups, budget, loss_type, beta)
+    if inputs["completion_mask"].sum(): compare(stock_and_trainer[1], inputs, stock_and_trainer[0])
+
+
+def any_batch(stock, trainer, seed, groups, budget, loss_type, beta):
     trainer.loss_type, trainer.beta, trainer.args.max_tokens_per_pack = loss_type, 0.04 * beta, budget
     inputs = micro_batch(rows=1 + seed % 9, groups=min(groups, 1 + seed % 9), seed=seed, full_mask_row=False, completion=(0, 1 + seed % 17))
-    if inputs["completion_mask"].sum(): compare(trainer, off_policy(trainer, inputs, next(iter(stock.values()))[1], seed), stock)
+    return off_policy(trainer, inputs, next(iter(stock.values()))[1], seed)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_in_fp64_rounding_alone_is_left(stock_and_trainer, loss_type):
+    "What differs in fp32 is rounding, of theirs and of ours: in fp64, the same code differs by 1e-12. The second batch differed by 1.8e-5 in fp32."
+    stock, trainer = stock_and_trainer
+    for drawn in ((3, 3, 40), (31663, 2, 1)):
+        inputs = in_double(any_batch(stock, trainer, *drawn, loss_type, True))
+        with fp64(trainer.model): theirs, ours = both(trainer, inputs, stock)
+        assert {g.dtype for g in (*theirs[1].values(), *ours[1].values())} == {torch.float64}
+        assert torch.isclose(ours[0], theirs[0], rtol=1e-12, atol=1e-12) and relative(ours[1], theirs[1]) < 1e-12
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_wrong_gradient_is_no_rounding(stock_and_trainer):
+    "Where TRL itself is off by 1e-5, ours may not be off by 5e-5."
+    stock, trainer = stock_and_trainer
+    inputs = any_batch(stock, trainer, 31663, 2, 1, "grpo", True)
+    (loss, grads, metrics), _ = both(trainer, inputs, stock)
+    again = lambda change: loss_and_gradients(trainer, change(inputs), next(iter(stock.values()))[0])
+    assert_same((loss, grads, metrics), (loss, grads, metrics), again, trainer.model)
+    for off in (1e-4, float("nan")):
+        with pytest.raises(AssertionError, match="lm_head"):
+            assert_same((loss, {k: v * (1 + off) for k, v in grads.items()}, metrics), (loss, grads, metrics), again, trainer.model)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import reward
 from grpo_nb.step.forward import uninstall
 from grpo_nb.step.read import causal_lm
-from parity import FAMILIES, VOCAB, gradients, relative, tokenizer
+from parity import FAMILIES, VOCAB, assert_same, gradients, tokenizer
 
 warnings.filterwarnings("ignore")
 CLASSES = {"reward": AutoModelForSequenceClassification, "prm": AutoModelForTokenClassification}
@@ -93,15 +93,13 @@ def one(trainer, batch, scale=1.0, items=None):
     return loss.detach(), gradients(trainer.model), logged
 
 
-def same(trainer, algorithm, batch=None, tolerance=1e-5, **given):
+def same(trainer, algorithm, batch=None, **given):
     batch = batch_of(trainer) if batch is None else batch
     theirs = one(trainer, batch, **given)
     with PatchSet(reward.patches(algorithm)): ours = one(trainer, batch, **given)
     uninstall(trainer.model)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
-    assert relative(ours[1], theirs[1]) < tolerance
     assert set(theirs[2]) <= set(ours[2])
-    for name, values in theirs[2].items(): assert ours[2][name] == pytest.approx(values, abs=1e-5), name
+    assert_same(ours, theirs, lambda change: one(trainer, change(batch), **given), trainer.model, metric=(0, 1e-5))
     return ours[2]
 
 

@@ -10,7 +10,7 @@ from grpo_nb import events
 from grpo_nb.patch.core import PatchSet, release
 from grpo_nb.trainers import sft
 from grpo_nb.step.forward import uninstall
-from parity import VOCAB, gradients, relative, tiny, tokenizer
+from parity import VOCAB, PlainHead, assert_same, gradients, tiny, tokenizer
 
 warnings.filterwarnings("ignore")
 OLD = release(version("trl")) < (1, 15)
@@ -21,17 +21,6 @@ LOSSES = ["nll", "dft", pytest.param("chunked_nll", marks=pytest.mark.skipif(not
 def unsaid(monkeypatch):
     "Each test hears what is said once."
     monkeypatch.setattr(events, "said", set())
-
-
-class PlainHead:
-    "The head of TRL 1.15, which is a Triton kernel alone, in its own words on a CPU: the stock side of the comparison."
-    @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
-        z = torch.nn.functional.linear(hidden, weight, bias).float() * scale
-        if softcap is not None: z = softcap * torch.tanh(z / softcap)
-        every = (z / temperature).log_softmax(-1)
-        entropy, top = -(every.exp() * every).sum(-1).detach(), (z.argmax(-1) == targets)
-        return every.gather(-1, targets[:, None])[:, 0], entropy, None, None, top
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +64,13 @@ def one(trainer, batch, scale=1.0, items=None):
     return loss.detach(), gradients(trainer.model), {k: list(v) for k, v in trainer._metrics["train"].items()}
 
 
-def same(trainer, batch=None, tolerance=1e-5, **given):
+def same(trainer, batch=None, **given):
     batch = batch_of(trainer) if batch is None else batch
     theirs = one(trainer, batch, **given)
     with PatchSet(sft.patches()): ours = one(trainer, batch, **given)
     uninstall(trainer.model)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
-    assert relative(ours[1], theirs[1]) < tolerance
     assert set(theirs[2]) == set(ours[2]) - {"packing/tokens"}
-    for name, values in theirs[2].items(): assert ours[2][name] == pytest.approx(values, abs=1e-5), name
+    assert_same(ours, theirs, lambda change: one(trainer, change(batch), **given), trainer.model, metric=(0, 1e-5))
     return ours[2]
 
 
