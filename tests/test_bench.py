@@ -42,7 +42,7 @@ def test_trl_cuts_and_shuffles(tmp_path):
     "Each row is in one micro-batch, beside rows of other prompts; both sides and all steps get the same ones."
     trainer = trainer_of(replace(SMALL, micro_batches=4, beta=0.1), tmp_path)
     seen = []
-    for side, on in bench.SIDES.items():
+    for on in bench.SIDES.values():
         with on(): bench.optimiser_step(trainer)
         seen.append(trainer._buffered_inputs)
         assert len(seen[-1]) == 4 and all(micro["ref_per_token_logps"].shape == micro["completion_ids"].shape == (8, 12) for micro in seen[-1])
