@@ -21,7 +21,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from . import inputs, memory
 from .check import nearest
-from .doctor_rules import AFTER, BEFORE, Case, Group, memory_rule, reward_failed
+from .doctor_rules import AFTER, BEFORE, Case, Sampled, memory_rule, reward_failed
 from .evaluate import _pad_left, _prompt_ids
 from .findings import Diagnosis, DoctorError, Report
 from .guard import RewardError, guard, is_async, is_model, name_of
@@ -91,7 +91,7 @@ def sample(case:Case, rows:list, until:float, clock) -> tuple: # -> (Groups, whe
     kept = [made[i, :n].tolist() for i, n in enumerate(lengths)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     one = lambda values, i: values[i * g:(i + 1) * g]
-    groups = [Group(r["prompt"], one(texts, i), one(lengths, i), one(ends.any(1).tolist(), i)) for i, r in enumerate(rows)]
+    groups = [Sampled(r["prompt"], one(texts, i), one(lengths, i), one(ends.any(1).tolist(), i)) for i, r in enumerate(rows)]
     for i, group in enumerate(groups): group.ids, group.row = one(kept, i), rows[i]
     return groups, False
 
@@ -108,7 +108,7 @@ def _run_async(coroutine):
     if "error" in out: raise out["error"]
     return out["value"]
 
-def score(case:Case, group:Group, timeout:float) -> None: # raises `RewardError`
+def score(case:Case, group:Sampled, timeout:float) -> None: # raises `RewardError`
     "Fill in one group's scores."
     n, row = len(group.texts), group.row
     completions = [t if isinstance(group.prompt, str) else [{"role": "assistant", "content": t}] for t in group.texts]

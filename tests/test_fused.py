@@ -81,16 +81,24 @@ def test_a_trained_base_gets_its_gradient_and_a_frozen_one_none():
 
 
 def test_under_autocast_no_further_from_the_truth_than_peft_and_gradients_in_the_adapters_type():
-    peft = peft_of(tiny("qwen3"))
-    for name, p in peft.named_parameters():
-        if "lora" not in name: p.data = p.data.bfloat16()
-    wide = copy.deepcopy(peft).float()
-    truth = run(wide)
-    theirs = run(peft, autocast=True)
-    fuse(peft.get_base_model())
-    with fused(peft.get_base_model()): ours = run(peft, autocast=True)
-    error = lambda found: sum((found[n] - t).square().sum() for n, t in truth.items()) / sum(t.square().sum() for t in truth.values())
-    assert all(g.dtype is torch.float32 for g in ours.values()) and error(ours) <= 1.1 * error(theirs)
+    """Squared errors over four draws, for one draw says little (0.82 to 1.11 times PEFT's on a CPU, 0.95 together).
+
+    Triton's interpreter cuts fp32 to bf16 where a GPU rounds to nearest: a mean square of 1/3 of the last place in place of 1/12,
+    so what its kernels round may be off by four times as much there.
+    """
+    ours, theirs = 0.0, 0.0
+    for seed in range(4):
+        peft, ids = peft_of(tiny("qwen3"), seed), torch.randint(3, 60, (2, 15), generator=torch.Generator().manual_seed(seed))
+        for name, p in peft.named_parameters():
+            if "lora" not in name: p.data = p.data.bfloat16()
+        truth = run(copy.deepcopy(peft).float(), ids=ids)
+        def error(found, truth=truth): return float(sum((found[n] - t).square().sum() for n, t in truth.items()) / sum(t.square().sum() for t in truth.values()))
+        theirs += error(run(peft, autocast=True, ids=ids))
+        fuse(peft.get_base_model())
+        with fused(peft.get_base_model()): found = run(peft, autocast=True, ids=ids)
+        assert all(g.dtype is torch.float32 for g in found.values())
+        ours += error(found)
+    assert ours <= (4 if os.environ.get("TRITON_INTERPRET") == "1" else 1) * 1.1 * theirs, (ours, theirs)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

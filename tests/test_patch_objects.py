@@ -92,7 +92,7 @@ def test_what_is_refused_changes_nothing():
     assert vars(a) == {}
 
 
-@pytest.mark.parametrize("owner", [3, "text", Slots(), Plain, sys, object()], ids=repr)
+@pytest.mark.parametrize("owner", [3, "text", Slots(), Plain, sys, object()], ids=["number", "text", "slots", "class", "module", "object"])
 def test_owners_that_cannot_be_changed_are_named(owner):
     with pytest.raises(TypeError, match="__dict__|a Patch changes"): change(owner, "x", 1, new=True, **WHO)
 

@@ -186,7 +186,7 @@ def test_the_table_shows_what_is(capsys):
 
     patch.PatchFastRL("grpo")
     found = table.patches()
-    assert {r.algorithm for r in found} == set(seams.HOMES) | {n for n, p in seams.SAMPLERS.items() if seams.has_module(p)}
+    assert {r.algorithm for r in found} == {"objects"} | set(seams.HOMES) | {n for n, p in seams.SAMPLERS.items() if seams.has_module(p)}
     assert {r.state for r in found if r.algorithm == "grpo" and r.patch != "inference mode"} == {"on"}
     assert {r.state for r in found if r.algorithm == "dpo"} == {"off"} and all(r.saves and r.why for r in found if r.state in ("on", "off"))
     lines = str(found).splitlines()

@@ -279,3 +279,53 @@ def test_losses_that_arrive_with_different_factors(trainer):
         finally: del trainer.accelerator.backward
         assert type(trainer.accelerator).backward is backward
     assert relative(total[True], total[False]) < TOLERANCE
+
+
+# The reference on the window's packs
+
+@pytest.mark.parametrize("cut", [(4, 4, 1), (2, 4, 1), (4, 2, 2)])
+def test_a_fresh_adapter_has_not_left_its_reference(tmp_path, cut):
+    "In bf16, packs that are cut differently round differently: on the window's own packs the KL divergence is exactly 0, as TRL's is."
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny().to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = grpo_trainer(model, tmp_path, per_device_train_batch_size=4, beta=0.04, loss_type="dapo", bf16=True)
+    settle(trainer, beta=0.04, budget=50)
+    del trainer.args.__dict__["unsloth_num_chunks"]
+    PatchFastRL("grpo")
+    prepare(trainer, *cut, [generation_batch(4 * cut[1], seed=i) for i in range(4)])
+    (loss, _), *_ = optimiser_steps(trainer, [cut[0]])[0]
+    kl = trainer._metrics["train"]["kl"]
+    assert kl == [0.0] * cut[0] and trainer._metrics["train"]["packing/packs"][0] > 1
+
+
+def test_the_reference_is_asked_in_the_loss_and_is_the_same(tmp_path):
+    "Whole training runs, stock and patched, with an adapter and with a reference model: losses, KL and weights."
+    from peft import LoraConfig, get_peft_model
+    from trl import GRPOConfig, GRPOTrainer
+
+    data = Dataset.from_list([{"prompt": f"w{3 + i} w{4 + i}"} for i in range(12)])
+    def reward(completions, **_): return [float(sum(map(ord, c)) % 7) for c in completions]
+    for lora, cut in ((True, (2, 2, 1)), (True, (2, 4, 2)), (False, (2, 2, 1))):
+        found = []
+        for patched in (False, True):
+            if patched: PatchFastRL("grpo")
+            model = tiny()
+            if lora:
+                torch.manual_seed(1)
+                model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+            else:
+                model.save_pretrained(f"{tmp_path}/model")
+                model.config._name_or_path = f"{tmp_path}/model"
+            more = dict(engine="hf", max_tokens_per_pack=40) if patched else {}
+            args = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=4, use_cpu=True, bf16=False,
+                              report_to=[], gradient_checkpointing=False, save_strategy="no", beta=0.04, gradient_accumulation_steps=cut[0], seed=3, optim="sgd",
+                              steps_per_generation=cut[1], num_iterations=cut[2], learning_rate=0.3, logging_steps=1, lr_scheduler_type="constant", **more)
+            trainer = GRPOTrainer(model, reward, args, train_dataset=data, processing_class=tokenizer())
+            trainer.train()
+            found.append(([{k: r[k] for k in ("loss", "kl", "grad_norm", "entropy")} for r in trainer.state.log_history if "kl" in r],
+                          {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
+        UnpatchFastRL()
+        for ours, theirs in zip(found[1][0], found[0][0]):
+            for name in theirs: assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (lora, cut, name)
+        assert relative(found[1][1], found[0][1]) < TOLERANCE

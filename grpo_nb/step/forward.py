@@ -55,8 +55,7 @@ def install(model:nn.Module # possibly wrapped
             ) -> None:
     "Let the model answer `pack=`, and attach the fused forms of its layers; doing it twice is the same as once."
     base = causal_lm(model)
-    if installed(base): return
-    fuse(base)
+    if not installed(base): fuse(base)
     wrap(base, "forward", answer, why="reads log-probs from packs, where all that hangs on the model's forward sees an ordinary call", by=BY)
 
 
