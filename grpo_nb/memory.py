@@ -135,15 +135,15 @@ def read_config(config) -> SimpleNamespace: # raises `TypeError` for an unknown 
 @dataclass(frozen=True)
 class Load:
     "How many tokens a device handles, and in what form."
-    rows: int # completions of a micro-batch
+    rows: int # completions that are packed together: a window's, or with step='trl' a micro-batch's
     sampled: int # completions sampled at a time
     prompt: int # tokens of a prompt
     mean: float # tokens of a completion, on average
     longest: int # tokens of the longest completion
-    micro: int # micro-batches of an optimiser step
+    micro: int # windows of an optimiser step, or with step='trl' micro-batches
     samplings: float # samplings of an optimiser step; below 1 where completions are used again
-    positions: int # that one micro-batch makes the model compute
-    packs: int # that it is cut into
+    positions: int # that the model computes for them
+    packs: int # that they are cut into
     pack: int # positions of the largest one
     targets: int # completion tokens in it
     context: float # positions that a position attends to, on average
@@ -175,6 +175,8 @@ def load_of(c, # from `read_config`
     rows = next_rows(c.per_device_train_batch_size, steps, group) if c.generation_batch_size is None else c.per_device_train_batch_size
     sampled = c.generation_batch_size or rows * steps
     steps = max(1, sampled // rows)
+    window = 1 if c.step == "trl" else max(1, min(c.gradient_accumulation_steps, steps)) # micro-batches that are packed together
+    rows, windows = rows * window, max(1, round(c.gradient_accumulation_steps / window))
     longest, prompts = c.max_completion_length, max(1, sampled // group)
     distinct = prompts if rows >= sampled else max(1, round(prompts * (1 - comb(max(0, sampled - group), rows) / comb(sampled, rows))))
     budget = c.max_tokens_per_pack or default_budget(device)
@@ -190,7 +192,7 @@ def load_of(c, # from `read_config`
         if device.kind == "cuda" and device.bfloat16: pack, positions = (ceil(n / 128) * 128 for n in (pack, positions))
     packed = c.step == "packed"
     context = (prompt * prompt * distinct / 2 + rows * mean * (prompt + mean / 2)) / max(1, real) if packed else (prompt + longest)
-    return Load(rows, sampled, prompt, mean, longest, c.gradient_accumulation_steps, c.gradient_accumulation_steps / (steps * c.num_iterations),
+    return Load(rows, sampled, prompt, mean, longest, windows, c.gradient_accumulation_steps / (steps * c.num_iterations),
                 positions, packs, pack, ceil(rows * mean / packs), context, pack if packed and not (device.kind == "cuda" and device.bfloat16) else 0)
 
 # %% ../nbs/41_memory.ipynb #f1ab5fb7
@@ -266,7 +268,7 @@ REACHED_BANDWIDTH = 0.6 # of the published bandwidth, in sampling
 def training_seconds(a:Anatomy, load:Load, c, device:DeviceSpec, numbers:int, full:bool) -> float:
     "One optimiser step without its sampling."
     again, reference = bool(c.gradient_checkpointing), bool(c.beta)
-    off_policy = c.gradient_accumulation_steps % max(1, round(load.micro / load.samplings)) != 0
+    off_policy = c.gradient_accumulation_steps % max(1, round(c.gradient_accumulation_steps / load.samplings)) != 0
     forwards = 1 + again + reference + off_policy
     body = a.linear + a.other * a.active
     matmul = 2 * body * (forwards + 1 + full) + 2 * (0 if full else numbers) * (forwards + 2)

@@ -257,6 +257,7 @@ class Obstacle(Enum):
     FIXED_ATTENTION = "an attention function that cannot be chosen"
     ROTARY_LENGTH = "rotary frequencies that depend on the batch's length"
     DROPOUT = "dropout"
+    INVOCATION = "an adapter that begins at a token of each row"
 
 @dataclass(frozen=True)
 class Reason:
@@ -272,7 +273,7 @@ def _dropout(model:nn.Module) -> str: # the name of a module, or an empty string
         if not module.training: continue
         own = vars(module)
         rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else [
-            own[key] for key in ("attention_dropout", "attn_dropout") if isinstance(own.get(key), float)]
+            own[key] for key in ("attention_dropout", "attn_dropout", "jitter_noise", "router_jitter_noise") if isinstance(own.get(key), float)]
         if any(rate > 0 for rate in rates):
             return f"{next(name for name,m in model.named_modules() if m is module) or type(module).__name__} ({max(rates)})"
     return ""
@@ -296,6 +297,8 @@ def why_not_tree(model:nn.Module, # a Transformers model, wrapped or not, in the
     for adapter in getattr(model, "peft_config", {}).values():
         if adapter.is_prompt_learning:
             return Reason(Obstacle.PROMPT_LEARNING, f"the adapter is prompt learning ({adapter.peft_type.value}), which puts tokens before each row")
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return Reason(Obstacle.INVOCATION, "the adapter begins where its invocation tokens stand in each row (aLoRA), and a pack is one row")
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     config,name = _text(base.config), type(base).__name__
     if getattr(config, "is_encoder_decoder", False): return Reason(Obstacle.ENCODER_DECODER, f"{name} is an encoder-decoder")

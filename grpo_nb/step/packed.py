@@ -19,7 +19,7 @@ from ..batch import Pack, RolloutBatch
 from ..events import say
 from ..packing import filler
 from .forward import Bare, attention_kind, install, run_pack, tree
-from .layout import Chosen, Layout, choose, default_budget, lay_out
+from .layout import Chosen, Layout, choose, default_budget, lay_out, was_asked
 from .read import HeadSettings, LogProbs, Output
 from .replay import Gradients, Value, keeps_graph, once, trainable
 
@@ -184,7 +184,7 @@ def parameters(self:PackedStep) -> list:
 @patch
 def collector(self:PackedStep) -> Gradients:
     "What collects gradients beside `.grad`, in the way that this model allows."
-    if "through" not in self.known: self.known["through"] = fsdp2(self.model) or reentrant(self.model)
+    if "through" not in self.known: self.known["through"] = fsdp2(self.model) or reentrant(self.model) or was_asked(self.model)
     return Gradients(self.parameters, self.device, self.known["through"])
 
 # %% ../../nbs/step/05_packed.ipynb #257b294e
@@ -194,6 +194,7 @@ PLACED = ("log_probs", "entropy", "scores", "top1", "mean_logits", "log_sum_sq_p
 @patch
 def run(self:PackedStep, pack:Pack, read, kind:str) -> Output:
     "One pack, under the precision in force."
+    install(self.model)
     with self.autocast(): return run_pack(self.model, pack, self.head, read, kind)
 
 
@@ -203,7 +204,6 @@ def score(self:PackedStep, packs:Packs, read=LogProbs(), # a reader
           alive:bool=False, # with a graph for all packs
           ) -> Output: # of the batch's shape: (B, C), (B, C, L) for scores
     "All packs, put together."
-    install(self.model)
     found, even, draws = {}, self.even(packs), {} if draws is None else draws
     with nullcontext() if alive else torch.no_grad(), tree(self.model, packs.kind):
         for i, pack in enumerate(even):
@@ -241,7 +241,6 @@ def same_draws(states:dict, i:int):
 @patch
 def gradients(self:PackedStep, packs:Packs, loss_of:Callable, read=LogProbs()) -> Gradients:
     "Run all packs forward and backward; the gradients of the sum of `loss_of(i, output)`, collected."
-    install(self.model)
     even = self.even(packs)
     first, collected = len(even) - len(packs), self.collector()
     scaler = getattr(self.accelerator, "scaler", None)
@@ -293,7 +292,6 @@ def accumulate(self:PackedStep, packs:Packs, loss_of:Callable, # (index, Output)
 @patch
 def in_one_graph(self:PackedStep, packs:Packs, loss_of:Callable, read=LogProbs()) -> Tensor:
     "The loss with an ordinary graph over all packs."
-    install(self.model)
     even = self.even(packs)
     first, total = len(even) - len(packs), 0.0
     for n, pack in enumerate(even):
@@ -313,7 +311,6 @@ def hold(context) -> None:
 def replay(self:PackedStep, packs:Packs, read=LogProbs()) -> Output: # of the batch's shape
     "All packs put together, with a gradient; one pack is alive at a time."
     if not torch.is_grad_enabled(): return self.score(packs, read)
-    install(self.model)
     if self.one_graph:
         found = self.score(packs, read, alive=True)
         for value in found.values():

@@ -185,6 +185,7 @@ class Exact:
 
     def arrive(self, output:Output) -> Output:
         "Outside: what was returned, unrounded."
+        if not hasattr(self, "kept"): raise RuntimeError("The model's forward did not read the pack: something has replaced it since `install`.")
         return Output(**{name: self.back(value, self.kept[name]) for name, value in output.items()})
 
     def back(self, rounded:Tensor, kept:Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/step/04_replay.ipynb #1a0e601b
 class Value(torch.autograd.Function):
@@ -22,6 +23,7 @@ class Value(torch.autograd.Function):
         return tuple(t.clone() for t in tensors[:count])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads): # None for a value that nobody used
         return None, None, *[None] * len(grads), *ctx.gradient(grads)
 

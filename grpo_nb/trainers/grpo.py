@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OLD', 'SAMPLING', 'ALIASES', 'WRAPPERS', 'per_token_logps', 'layout_for', 'why_no_tree', 'loss_settings', 'bonus_now',
-           'denominators', 'teaches', 'policy_scale', 'loss_mask', 'PolicyLoss', 'compute_loss', 'options', 'router',
-           'is_fresh', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'extreme', 'real_positions', 'corrects',
-           'deferred', 'weights_stay', 'put_off', 'held_at', 'generate_and_score', 'reference', 'sampler_ratio',
-           'theirs', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'training_step',
-           'log', 'patches']
+           'denominators', 'teaches', 'policy_scale', 'loss_mask', 'PolicyLoss', 'compute_loss', 'router', 'is_fresh',
+           'note_sampling', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'extreme', 'real_positions',
+           'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at', 'generate_and_score', 'reference',
+           'sampler_ratio', 'trls_loss', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init',
+           'training_step', 'log', 'patches']
 
 # %% ../../nbs/trainers/08_grpo.ipynb #ea3eca10
 from contextlib import ExitStack, contextmanager
@@ -28,12 +28,13 @@ from ..events import say
 from ..models import tokenizer_of
 from ..ops.attention import Reason
 from ..patch.objects import changing
+from ..step.forward import tree
 from ..step.layout import Choice, Chosen, Layout
 from ..step.packed import PackedStep
 from ..step.read import LogProbs
 from ..step.replay import once
 from .seams import patches_at
-from .state import (IMAGE_INPUTS, agreed, layout_of, log_rate, micro_batch, own_methods, owner_of, passed_over, started,
+from .state import (IMAGE_INPUTS, layout_of, log_rate, micro_batch, own_methods, owner_of, passed_over, settled, started,
                                     state_of, step_of)
 from .window import Window, joined, micro_batches, split
 
@@ -57,8 +58,7 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
 def layout_for(trainer, step:PackedStep, given:dict, batch:RolloutBatch) -> Chosen:
     "The layout of a batch; TRL's own path where it has no tree. All processes take the same."
     chosen = layout_of(trainer, step, given)
-    why = agreed(trainer, chosen.why if chosen.is_theirs else why_no_tree(batch))
-    return Chosen(Layout.THEIRS, why) if why else chosen
+    return settled(trainer, chosen, None if chosen.is_theirs else why_no_tree(batch))
 
 
 def why_no_tree(batch:RolloutBatch) -> Reason|None:
@@ -155,11 +155,11 @@ def lay_out(self:PolicyLoss) -> None:
 
 
 @patch
-def rows_of(self:PolicyLoss, i:int) -> list: # [(micro-batch, its rows, where they stand among the pack's)]
-    "The rows of a pack by micro-batch."
+def by_micro_batch(self:PolicyLoss, i:int) -> tuple: # the pack's rows (R,), and [(micro-batch, its own rows, where they stand among them)]
+    "The rows of a pack."
     rows, bounds = self.packs.rows[i] + (self.rest if i == 0 else []), [*self.first, len(self.logps)]
     found = [(k, [at for at, r in enumerate(rows) if bounds[k] <= r < bounds[k + 1]]) for k in range(len(self.batches))]
-    tensor = lambda x: torch.tensor(x, device=self.step.device)
+    def tensor(x): return torch.tensor(x, device=self.step.device)
     return tensor(rows), [(k, tensor([rows[at] - self.first[k] for at in places]), tensor(places)) for k, places in found if places]
 
 # %% ../../nbs/trainers/08_grpo.ipynb #15a58d55
@@ -167,11 +167,11 @@ def rows_of(self:PolicyLoss, i:int) -> list: # [(micro-batch, its rows, where th
 def share(self:PolicyLoss, i:int, out) -> Tensor: # scalar; `out`: log-probs and entropies of the pack
     "A pack's part of the loss."
     pack, total = self.packs[i], 0.0
-    rows, by_micro_batch = self.rows_of(i)
+    rows, parts = self.by_micro_batch(i)
     at = pack.slot, pack.column
     logps, entropies = (old[rows].index_put(at, new) for old, new in ((self.logps, out.log_probs), (self.entropies, out.entropy)))
     self.scored[rows] = logps.detach()
-    for k, own, places in by_micro_batch:
+    for k, own, places in parts:
         width = self.masks[k].shape[1]
         total = total + self.part(i, k, own, logps[places, :width], entropies[places, :width])
     return total
@@ -206,9 +206,10 @@ def run(self:PolicyLoss) -> "PolicyLoss":
 def evaluate(self:PolicyLoss) -> None:
     "All packs, where no gradient is wanted."
     even = self.step.even(self.packs)
-    for n, pack in enumerate(even, len(self.packs) - len(even)):
-        out = self.step.run(pack, LogProbs(), even.kind)
-        if n >= 0: self.share(n, out)
+    with tree(self.step.model, even.kind):
+        for n, pack in enumerate(even, len(self.packs) - len(even)):
+            out = self.step.run(pack, LogProbs(), even.kind)
+            if n >= 0: self.share(n, out)
 
 
 @patch
@@ -245,13 +246,17 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
     def _compute_loss(self, model, inputs):
         state = state_of(self)
         if torch.is_grad_enabled(): started(self, int(inputs["completion_mask"].sum()))
-        if state.inside and state.window is not None and not state.window.is_over: return state.window.take(inputs)
-        state.window = None
+        if state.inside:
+            if state.window is not None and not state.window.is_over: return state.window.take(inputs)
+            state.window = None
+            note_sampling(self)
         step = step_of(self, model)
-        for batches in options(micro_batches(self, step, inputs, original and owner_of(self, original)), inputs):
+        batches = micro_batches(self, step, inputs, original and owner_of(self, original))
+        chosen = layout_for(self, step, router(self, inputs), joined(batches))
+        if chosen.is_theirs and len(batches) > 1: # another micro-batch of the window may be what has no tree
+            batches = [inputs]
             chosen = layout_for(self, step, router(self, inputs), joined(batches))
-            if not chosen.is_theirs: break
-        if chosen.is_theirs or not one_pass(self) or (original and passed_over(self, original)): return theirs(self, original, model, inputs)
+        if chosen.is_theirs or not one_pass(self) or (original and passed_over(self, original)): return trls_loss(self, original, model, inputs)
         loss = PolicyLoss(self, step, chosen.layout, batches, settings_of(self), inputs_of)
         if loss.training and step.one_graph:
             total = step.in_one_graph(loss.packs, loss.share)
@@ -264,11 +269,6 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
     return _compute_loss
 
 
-def options(batches:list, inputs:dict) -> list:
-    "The window, and if that cannot be packed, the micro-batch alone."
-    return [batches] if len(batches) == 1 else [batches, [inputs]]
-
-
 def router(trainer, inputs) -> dict: return {**inputs, "compute_aux_loss": getattr(trainer, "aux_loss_enabled", False)}
 
 
@@ -277,10 +277,15 @@ OLD = ("old_per_token_logps", "old_logps")
 
 def is_fresh(trainer) -> bool:
     "Whether the weights are those that sampled the buffer: then the old log-probs are the present ones, and the ratio is exactly 1."
+    state, (buffer, run, at) = state_of(trainer), state_of(trainer).sampled
+    if not state.inside or not trainer.model.training or buffer is None: return False
+    return buffer is trainer._buffered_inputs and run is trainer.state and at == trainer.state.global_step
+
+
+def note_sampling(trainer) -> None:
+    "Remember a buffer that was sampled in this very training step. One that was there before, of another run perhaps, is of nobody knows when."
     state, buffer = state_of(trainer), getattr(trainer, "_buffered_inputs", None)
-    if not state.inside or not trainer.model.training: return False
-    if state.buffer is not buffer: state.buffer, state.sampled_at = buffer, trainer.state.global_step
-    return state.sampled_at == trainer.state.global_step
+    if buffer is not state.before: state.sampled, state.before = (buffer, trainer.state, trainer.state.global_step), buffer
 
 
 def one_pass(trainer) -> bool:
@@ -414,7 +419,7 @@ def sampler_ratio(trainer, logps, sampled, mask) -> Tensor: # (B, T) or (B, 1)
                                trainer.vllm_importance_sampling_clip_max)
 
 
-def theirs(trainer, original, model, inputs) -> Tensor:
+def trls_loss(trainer, original, model, inputs) -> Tensor:
     "TRL's own loss, with the log-probs and weights that it wants where they were left for later."
     wants_ref = getattr(trainer, "beta", 0.0) != 0.0 and hasattr(trainer, "loss_type") and "ref_per_token_logps" not in inputs
     if not wants_ref and not deferred(trainer, inputs): return original(trainer, model, inputs)

@@ -21,11 +21,11 @@ from ..batch import Pack, RolloutBatch
 from ..check import one_of
 from ..events import say
 from ..ops.attention import Reason
-from ..step.layout import Choice, Chosen, Layout, theirs
+from ..step.layout import Choice, Chosen, Layout
 from ..step.packed import Packs, PackedStep
 from ..step.read import Scores, causal_lm
 from .seams import patches_at
-from .state import agreed, layout_of, step_of
+from .state import layout_of, settled, step_of
 
 # %% ../../nbs/trainers/09_reward.ipynb #98b7596b
 class StandIn:
@@ -126,9 +126,9 @@ def layout_for(trainer, step:PackedStep, inputs:dict, reads:Tensor) -> Chosen:
     "The layout of this batch, the same on all processes."
     chosen = layout_of(trainer, step, inputs)
     words = "" if chosen.is_theirs else why_not_read(step.model, inputs, reads)
-    why = agreed(trainer, chosen.why if chosen.is_theirs else Reason(Choice.BATCH, words) if words else None)
-    if why and not chosen.is_theirs: say(f"TRL's own path is taken: {why}.")
-    return theirs(why.kind, why.words) if why else chosen
+    found = settled(trainer, chosen, Reason(Choice.BATCH, words) if words else None)
+    if found.is_theirs and not chosen.is_theirs: say(f"TRL's own path is taken: {found.why}.")
+    return found
 
 
 def log_positions(trainer, positions:int, packs:int|None=None) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_INPUTS', 'TrainerState', 'state_of', 'micro_batch', 'started', 'log_rate', 'how_of', 'step_of', 'layout_of',
-           'agreed', 'asks', 'owner_of', 'own_methods', 'passed_over']
+           'settled', 'agreed', 'asks', 'owner_of', 'written_elsewhere', 'own_methods', 'passed_over']
 
 # %% ../../nbs/trainers/02_state.ipynb #03b6c27b
 import ast
@@ -21,7 +21,7 @@ from torch import nn
 from ..events import say
 from ..ops.attention import Reason
 from ..patch.anchor import source_of
-from ..step.layout import Choice, Chosen, home_of, theirs
+from ..step.layout import Choice, Chosen, Layout, home_of, is_known, origins, theirs
 from ..step.packed import How, PackedStep
 
 # %% ../../nbs/trainers/02_state.ipynb #f877fdc9
@@ -34,8 +34,8 @@ class TrainerState:
     rollouts: object = None # what our engine sampled last
     groups: list|None = None # which prompt each of those completions continues
     turns: int = 0 # how often the engine has sampled for the present generation batch
-    buffer: list|None = None # TRL's buffered micro-batches that were trained on last
-    sampled_at: int|None = None # the optimiser step at which they were sampled
+    before: list|None = None # TRL's buffer of micro-batches as this training step found it
+    sampled: tuple = (None, None, -1) # the buffer that was sampled last, in which run, at which of its optimiser steps
     corrections: list = field(default_factory=list) # of the sampler's log-probs, collected over a generation batch
     window: object = None # the micro-batches that were packed together, until the last of them has its loss
     run: object = None # transformers' state of the run that the next three belong to
@@ -58,8 +58,9 @@ def micro_batch(trainer):
     "Around TRL's `training_step`."
     state = state_of(trainer)
     if state.run is not trainer.state or state.at != trainer.state.global_step:
+        if state.run is not trainer.state: state.layout = None
         state.run, state.at, state.micro, state.window = trainer.state, trainer.state.global_step, 0, None
-    state.inside, state.clock = True, None
+    state.inside, state.clock, state.before = True, None, getattr(trainer, "_buffered_inputs", None)
     try: yield state
     except BaseException:
         state.micro, state.window = 0, None
@@ -113,6 +114,12 @@ def layout_of(trainer, step:PackedStep, given:dict) -> Chosen: # `given`: may ho
     return chosen
 
 
+def settled(trainer, chosen:Chosen, why:Reason|None) -> Chosen: # `why`: this batch cannot take the layout
+    "The layout that all processes take."
+    why = agreed(trainer, chosen.why if chosen.is_theirs else why)
+    return Chosen(Layout.THEIRS, why) if why else chosen
+
+
 def agreed(trainer, why:Reason|None) -> Reason|None:
     "A reason against packs, or another process's: all processes take the same path, so that forwards and metrics meet in the same order."
     if trainer.accelerator.num_processes == 1: return why
@@ -130,8 +137,14 @@ def asks(original) -> frozenset: # of names
 
 def owner_of(trainer, original) -> type|None:
     "TRL's class that a method was taken from."
-    name = unwrap(original).__qualname__.rpartition(".")[0]
-    return next((c for c in type(trainer).__mro__ if c.__name__ == name), None)
+    inner = unwrap(original)
+    place = inner.__module__, inner.__qualname__.rpartition(".")[0]
+    return next((c for c in type(trainer).__mro__ if (c.__module__, c.__name__) == place), None)
+
+
+def written_elsewhere(entry) -> bool: # what stands in a class, under all its wrappers
+    "Whether somebody has put a function of another library, or of a notebook, into TRL's class."
+    return callable(getattr(entry, "__func__", entry)) and not all(map(is_known, origins(entry)))
 
 
 def own_methods(trainer, home:type|None, names) -> list: # of names
@@ -139,7 +152,8 @@ def own_methods(trainer, home:type|None, names) -> list: # of names
     def changed(name):
         mine = vars(trainer).get(name)
         if mine is not None and not home_of(mine).startswith("grpo_nb."): return True
-        return getattr_static(type(trainer), name, None) is not getattr_static(home, name, None)
+        standing = getattr_static(type(trainer), name, None)
+        return standing is not getattr_static(home, name, None) or written_elsewhere(standing)
     return sorted(n for n in names if changed(n)) if home is not None else []
 
 

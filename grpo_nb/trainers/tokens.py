@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..check import one_of
 from ..ops.attention import Reason
-from ..step.layout import Choice, Chosen, theirs
+from ..step.layout import Choice, Chosen
 from ..step.packed import Packs
 from ..step.read import WANTS, Output, Stats
 from ..step.rows import Rows, aim, places, split_rows
-from .state import agreed, layout_of, step_of
+from .state import layout_of, settled, step_of
 
 # %% ../../nbs/trainers/06_tokens.ipynb #47f707f8
 @dataclass(frozen=True, eq=False)
@@ -39,9 +39,7 @@ class TokenStats:
 def layout_for(trainer, step, rows:Rows, given:dict) -> Chosen:
     "The layout of these rows; TRL's path where there is nothing to score. All processes take the same."
     chosen = layout_of(trainer, step, given)
-    empty = None if rows.target.any() else Reason(Choice.BATCH, "no row has a target")
-    why = agreed(trainer, chosen.why if chosen.is_theirs else empty)
-    return theirs(why.kind, why.words) if why else chosen
+    return settled(trainer, chosen, None if rows.target.any() else Reason(Choice.BATCH, "no row has a target"))
 
 
 def packs_of(step, rows:Rows, chosen:Chosen, every:bool) -> Packs: # `every`: also where each of the rows' tokens stands

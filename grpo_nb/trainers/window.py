@@ -8,7 +8,9 @@ __all__ = ['LOOP', 'micro_batches', 'why_not_window', 'same', 'joined', 'below',
 # %% ../../nbs/trainers/07_window.ipynb #b9a5318b
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ..batch import RolloutBatch
 from ..events import say
@@ -39,6 +41,10 @@ def why_not_window(trainer, step:PackedStep, inputs:dict, expected:dict, home:ty
     if mine := own_methods(trainer, home, LOOP): return f"{type(trainer).__name__} has its own {', '.join(mine)}"
     if not same(inputs, expected): return "the micro-batch is not the one in TRL's buffer"
     if step.one_graph: return "a window in one graph would keep the activations of all its micro-batches"
+    watching = [c for c in trainer.callback_handler.callbacks if type(c).on_substep_end is not TrainerCallback.on_substep_end]
+    if watching: return f"{type(watching[0]).__name__} acts between the micro-batches of a step (on_substep_end)"
+    if "backward" in vars(trainer.accelerator) or type(trainer.accelerator).backward is not Accelerator.backward:
+        return "the Accelerator's backward is not its own"
     if hooked(step.parameters): return "a hook on a parameter's gradient expects that of each micro-batch"
     return ""
 
@@ -75,7 +81,8 @@ class Window:
     def __init__(self, trainer, batches:list,
                  loss, # has `deliver(k, gradient)`, `hand_out(grads)` and `alone(k)`
                  clock:tuple): # when it began, and completion tokens
-        self.trainer, self.batches, self.loss, self.clock, self.next, self.factors = trainer, batches, loss, clock, 0, {}
+        self.trainer, self.loss, self.clock, self.next, self.factors = trainer, loss, clock, 0, {}
+        self.batches = [dict(b) for b in batches] # as they were packed
         self.versions = [versions(b) for b in batches]
 
     @property
