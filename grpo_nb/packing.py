@@ -88,10 +88,11 @@ def _cut(index:int, # of the group
 def _under_budget(groups:list, # of PromptRows
                   counts, # (B,) completion lengths
                   budget:int, # positions that a pack may have
+                  together:int, # and up to which it may have several groups
                   ) -> list: # of packs, each a list of Part
     "First-fit decreasing of whole groups, cut only where one is larger than the budget."
     parts = [part for i,group in enumerate(groups) for part in _cut(i, group, counts, budget)]
-    return [[parts[i] for i in chosen] for chosen in _first_fit([part.size for part in parts], budget)]
+    return [[parts[i] for i in chosen] for chosen in _first_fit([part.size for part in parts], together)]
 
 # %% ../nbs/10_packing.ipynb #2200ae3e
 def _pour(groups:list, # of PromptRows
@@ -199,6 +200,7 @@ def plan(batch:RolloutBatch, # the batch, on any device
          max_tokens_per_pack:int|None=8192, # positions that a pack may have, before padding
          *,
          n_packs:int|None=None, # make that many packs of about equal size instead
+         together:int|None=None, # positions up to which different prompts share a pack; None: the budget
          share_prompts:bool=True, # a prompt stands once a pack; False: once a row
          keep_rows=None, # (B,) bool, rows to lay out; None: all that have a completion token
          multiple_of:int=128, # packs are padded to `padded_length(n, multiple_of)`
@@ -215,7 +217,7 @@ def plan(batch:RolloutBatch, # the batch, on any device
     counts = np.where(keep, answer_mask.sum(1), 0).tolist()
     groups = _groups(ids, mask, np.array(counts), share_prompts, group)
     if not groups: parts = []
-    else: parts = _into(groups, counts, n_packs) if n_packs else _under_budget(groups, counts, max_tokens_per_pack)
+    else: parts = _into(groups, counts, n_packs) if n_packs else _under_budget(groups, counts, max_tokens_per_pack, min(together or max_tokens_per_pack, max_tokens_per_pack))
     parts = [sorted(pack, key=lambda part: part.rows[0]) for pack in parts]
     sizes = [sum(part.size for part in pack) for pack in parts]
     fit = lambda n: next((at for at in sorted(lengths or ()) if at >= n), None) or padded_length(n, multiple_of)

@@ -19,7 +19,7 @@ from ..batch import Pack, RolloutBatch
 from ..events import say
 from ..packing import filler
 from .forward import Bare, attention_kind, install, run_pack, tree
-from .layout import Chosen, Layout, choose, default_budget, lay_out, was_asked
+from .layout import TOGETHER, Chosen, Layout, choose, default_budget, lay_out, was_asked
 from .read import HeadSettings, LogProbs, Output
 from .replay import Gradients, Value, keeps_graph, once, trainable
 
@@ -96,7 +96,9 @@ def packs(self:PackedStep, batch:RolloutBatch,
 @patch
 def laid(self:PackedStep, batch:RolloutBatch, layout:Layout, keep:Tensor|None=None) -> list: # of Pack, on the CPU
     "The same before they go to the device."
-    return lay_out(batch, layout, self.budget, self.pack_count(), keep, attention_kind(self.model))
+    kind = attention_kind(self.model)
+    together = TOGETHER if kind == "dense" and self.how.max_tokens is None else None # what a user asks for is taken as it is
+    return lay_out(batch, layout, self.budget, self.pack_count(), keep, kind, together)
 
 
 @patch
