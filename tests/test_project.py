@@ -62,6 +62,23 @@ def test_layers(name, path):
             assert imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}: standard library only"
 
 
+@pytest.mark.parametrize("path", sorted((package / "step").glob("*.py")), ids=lambda p: p.stem)
+def test_the_step_has_never_heard_of_a_trainer(path):
+    "step/ knows a model, an Accelerator and a few numbers: no name `trainer` in its code, and neither trl nor what stands above it."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+    names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert "trainer" not in names
+    assert not {i.split(".")[0] for i in imports(f"step.{path.stem}", path)} & {"trl"}
+
+
+def test_no_module_of_ours_sets_private_attributes_on_a_trainer_but_one():
+    "One record, `trainer._grpo_nb`."
+    import re
+    found = {m for path in package.rglob("*.py") for m in re.findall(r"(?:trainer|self\.trainer)\.(_grpo_nb\w*)", path.read_text(encoding="utf-8"))}
+    assert found == {"_grpo_nb"}, found
+
+
 def metadata(folder, tmp_path):
     "The core metadata that the build backend writes for a source tree."
     out = tmp_path / f"metadata{len(list(tmp_path.iterdir()))}"

@@ -1,0 +1,31 @@
+"""Peak memory of a step by the number of micro-batches in its window: `python benchmarks/window_memory.py [micro-batches ...]`."""
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from grpo_nb import PatchFastRL, bench
+
+
+def peak(micro_batches:int, patched:bool) -> int: # bytes
+    "Of one optimiser step with so many micro-batches of 8 rows, one prompt of 256 tokens each; TRL shuffles the rows."
+    shape = replace(bench.SHAPES["qwen3-cpu-4x256+8x64"], prompts=micro_batches, micro_batches=micro_batches)
+    trainer = bench.make_trainer(bench.make_model(shape, "cpu", torch.float32), shape, tempfile.mkdtemp(), "cpu")
+    bench.begin(trainer)
+    bench.hand_out(trainer, bench.make_batch(shape, bench.MODELS[shape.model][1], "cpu"))
+    if patched: bench.optimiser_step(trainer)
+    return bench.peak_on_cpu(lambda: bench.optimiser_step(trainer))
+
+
+def main(counts=(1, 4, 16)):
+    torch.set_num_threads(1)
+    theirs = peak(1, False)
+    PatchFastRL("grpo")
+    for n in counts: print(f"{n:3} micro-batches of 8 rows: {peak(n, True) / 2**20:.0f} MiB (stock TRL, one micro-batch at a time: {theirs / 2**20:.0f} MiB)", flush=True)
+
+
+if __name__ == "__main__": main([int(a) for a in sys.argv[1:]] or (1, 4, 16))
