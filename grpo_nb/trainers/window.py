@@ -24,21 +24,22 @@ LOOP = ("training_step", "compute_loss", "_compute_loss", "_prepare_inputs", "ge
 
 def micro_batches(trainer, step:PackedStep, inputs:dict, home:type) -> list: # of dict; [inputs] where there is no window
     "What is packed together with a micro-batch, itself first."
-    state, buffer = state_of(trainer), getattr(trainer, "_buffered_inputs", None)
-    if not (state.inside and buffer and torch.is_grad_enabled() and trainer.model.training): return [inputs]
+    state, buffer = state_of(trainer), getattr(trainer, "_buffered_inputs", None) or []
+    if not (state.inside and torch.is_grad_enabled() and trainer.model.training): return [inputs]
+    left = trainer.current_gradient_accumulation_steps - state.micro
+    if left < 2: return [inputs]
     size, at = len(buffer), trainer._step
-    every = size * trainer.num_iterations # steps between two samplings
-    n = min(trainer.current_gradient_accumulation_steps - state.micro, every - at % every)
-    if n < 2: return [inputs]
-    if why := why_not_window(trainer, step, inputs, buffer[at % size], home):
+    if why := why_not_window(trainer, step, inputs, buffer[at % size] if size else None, home):
         say(f"each micro-batch is packed by itself: {why}.")
         return [inputs]
-    return [buffer[(at + j) % size] for j in range(n)]
+    every = size * trainer.num_iterations # steps between two samplings
+    return [buffer[(at + j) % size] for j in range(min(left, every - at % every))]
 
 
-def why_not_window(trainer, step:PackedStep, inputs:dict, expected:dict, home:type) -> str: # empty where there is one
+def why_not_window(trainer, step:PackedStep, inputs:dict, expected:dict|None, home:type) -> str: # empty where there is one
     "What keeps micro-batches apart."
     if mine := own_methods(trainer, home, LOOP): return f"{type(trainer).__name__} has its own {', '.join(mine)}"
+    if expected is None: return f"{type(trainer).__name__} keeps no buffer of micro-batches"
     if not same(inputs, expected): return "the micro-batch is not the one in TRL's buffer"
     if step.one_graph: return "a window in one graph would keep the activations of all its micro-batches"
     watching = [c for c in trainer.callback_handler.callbacks if type(c).on_substep_end is not TrainerCallback.on_substep_end]
