@@ -35,3 +35,14 @@ def pytest_runtest_setup(item):
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    "A test that patches TRL: it hears what is said once, and leaves TRL as it was."
+    from grpo_nb import events
+    from grpo_nb.trainers.patch import UnpatchFastRL
+
+    monkeypatch.setattr(events, "said", set())
+    yield
+    UnpatchFastRL()

@@ -8,7 +8,6 @@ from parity import gradients, grpo_trainer, micro_batch, relative, tiny, tokeniz
 
 from transformers.integrations.neftune import activate_neftune
 
-from grpo_nb import events
 from grpo_nb.patch.core import applied
 from grpo_nb.patch.objects import objects
 from grpo_nb.trainers import grpo
@@ -16,11 +15,7 @@ from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
 from grpo_nb.trainers.tokens import token_stats
 
 
-@pytest.fixture(autouse=True)
-def unpatched(monkeypatch):
-    monkeypatch.setattr(events, "said", set())
-    yield
-    UnpatchFastRL()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 @pytest.fixture(scope="module")

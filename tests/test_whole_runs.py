@@ -5,17 +5,12 @@ from datasets import Dataset
 from parity import tiny, tokenizer
 from transformers import TrainerCallback
 
-from grpo_nb import events
 from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
 
 NOT_COMPARED = ("time", "runtime", "per_second", "packing/", "completion_length", "clip_ratio_", "flos")
 
 
-@pytest.fixture(autouse=True)
-def unpatched(monkeypatch):
-    monkeypatch.setattr(events, "said", set())
-    yield
-    UnpatchFastRL()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 def reward(completions, **_): return [float(sum(map(ord, c)) % 7) / 7 for c in completions]

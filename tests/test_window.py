@@ -7,7 +7,6 @@ from datasets import Dataset
 from parity import grpo_trainer, relative, tiny, tokenizer
 from windows import generation_batch, optimiser_steps, prepare
 
-from grpo_nb import events
 from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -15,11 +14,7 @@ TOLERANCE = 1e-5
 OURS = ("packing/packs", "packing/tokens", "packing/efficiency")
 
 
-@pytest.fixture(autouse=True)
-def unpatched(monkeypatch):
-    monkeypatch.setattr(events, "said", set())
-    yield
-    UnpatchFastRL()
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 
 @pytest.fixture(scope="module")

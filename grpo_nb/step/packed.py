@@ -202,15 +202,12 @@ def run(self:PackedStep, pack:Pack, read, kind:str) -> Output:
 
 @patch
 def score(self:PackedStep, packs:Packs, read=LogProbs(), # a reader
-          draws:dict|None=None, # the random state of each pack, kept for a second run
           alive:bool=False, # with a graph for all packs
           ) -> Output: # of the batch's shape: (B, C), (B, C, L) for scores
     "All packs, put together."
-    found, even, draws = {}, self.even(packs), {} if draws is None else draws
+    found, even = {}, self.even(packs)
     with nullcontext() if alive else torch.no_grad(), tree(self.model, packs.kind):
-        for i, pack in enumerate(even):
-            with same_draws(draws, i): out = self.run(pack, read, packs.kind)
-            place(found, out, even, i)
+        for i, pack in enumerate(even): place(found, self.run(pack, read, packs.kind), even, i)
     return Output(**found)
 
 

@@ -123,12 +123,15 @@ def loss_mask(inputs:dict) -> Tensor: # (B, C)
 
 class PolicyLoss:
     "TRL's loss of some micro-batches, on packs; each keeps its own value and metrics."
-    def __init__(self, trainer, step:PackedStep, layout:Layout, batches:list, settings:LossSettings, inputs_of):
+    def __init__(self, trainer, step:PackedStep, layout:Layout,
+                 batches:list, # TRL's micro-batches
+                 batch:RolloutBatch, # their rows below each other
+                 settings:LossSettings, inputs_of):
         self.trainer, self.step, self.layout, self.batches, self.settings, self.inputs_of = trainer, step, layout, batches, settings, inputs_of
         self.mode, self.training = "train" if trainer.model.training else "eval", torch.is_grad_enabled()
         self.masks = [loss_mask(b) for b in batches]
         self.parts = [denominators(trainer, b, m, self.mode) for b, m in zip(batches, self.masks)]
-        self.batch = joined(batches)
+        self.batch = batch
         sizes = [len(m) for m in self.masks]
         self.first = [sum(sizes[:k]) for k in range(len(sizes))] # of each micro-batch's rows
         self.values, self.found = [torch.zeros((), device=step.device) for _ in batches], [{} for _ in batches]
@@ -148,9 +151,10 @@ def lay_out(self:PolicyLoss) -> None:
     resting = (lengths > 0) & ~keep
     self.logps = torch.zeros(self.batch.completion_ids.shape, device=self.step.device)
     self.entropies, self.scored = torch.zeros_like(self.logps), torch.zeros_like(self.logps)
-    if self.training: # also without such rows: where weights are gathered, all ranks run as many packs
+    some = bool(resting.any())
+    if self.training and (some or self.step.gathers_weights): # where weights are gathered, all ranks run as many packs
         found = self.step.score(self.step.packs(self.batch, self.layout, resting))
-        if resting.any(): self.logps, self.entropies = found.log_probs, found.entropy
+        if some: self.logps, self.entropies = found.log_probs, found.entropy
     self.rest = (~keep).nonzero()[:, 0].tolist() # rows without a gradient: they come with the first pack
 
 
@@ -236,7 +240,8 @@ def hand_out(self:PolicyLoss, grads) -> list: return once(self.collected)(grads)
 def alone(self:PolicyLoss, k:int) -> list: # a gradient a parameter, or None
     "The gradient of one micro-batch of the window."
     with torch.enable_grad():
-        return PolicyLoss(self.trainer, self.step, self.layout, [self.batches[k]], self.settings, self.inputs_of).run().collected.sums
+        alone = [self.batches[k]]
+        return PolicyLoss(self.trainer, self.step, self.layout, alone, joined(alone), self.settings, self.inputs_of).run().collected.sums
 
 # %% ../../nbs/trainers/08_grpo.ipynb #82f79991
 def compute_loss(original, settings_of=None, inputs_of=None): # -> the replacement of `_compute_loss`
@@ -252,12 +257,13 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
             note_sampling(self)
         step = step_of(self, model)
         batches = micro_batches(self, step, inputs, original and owner_of(self, original))
-        chosen = layout_for(self, step, router(self, inputs), joined(batches))
+        batch = joined(batches)
+        chosen = layout_for(self, step, router(self, inputs), batch)
         if chosen.is_theirs and len(batches) > 1: # another micro-batch of the window may be what has no tree
-            batches = [inputs]
-            chosen = layout_for(self, step, router(self, inputs), joined(batches))
+            batches, batch = [inputs], joined([inputs])
+            chosen = layout_for(self, step, router(self, inputs), batch)
         if chosen.is_theirs or not one_pass(self) or (original and passed_over(self, original)): return trls_loss(self, original, model, inputs)
-        loss = PolicyLoss(self, step, chosen.layout, batches, settings_of(self), inputs_of)
+        loss = PolicyLoss(self, step, chosen.layout, batches, batch, settings_of(self), inputs_of)
         if loss.training and step.one_graph:
             total = step.in_one_graph(loss.packs, loss.share)
             loss.record(0)
