@@ -32,6 +32,7 @@ from grpo_nb.engines.vllm import VLLMEngine
 from grpo_nb.engines.vllm_start import check_version, request_options
 from grpo_nb.engines.weights import adapter_of, adapter_problem, weights_of
 from grpo_nb.tiny import make_tokenizer
+from grpo_nb.trainers.state import vllm_engines
 
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` makes an environment with its CPU build")]
 SHAPE = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -531,7 +532,7 @@ class TestVLLM:
         base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
         trainer = patched(algorithm, model, tmp_path, use_vllm=True)
         trainer.train()
-        engine = trainer.vllm_generation._grpo_nb_engine
+        engine = vllm_engines[trainer.vllm_generation]
         assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen) and trainer.processing_class.eos_token_id in seen[0][2].stop_token_ids
         assert bool(engine.shared) == bool(share) and all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
         engine.sync()
@@ -553,7 +554,7 @@ class TestVLLM:
         model = model_of()
         if how == "fast_inference": model._grpo_nb = Settings("digits", 128, torch.float32, False, True, 0.6, 16)
         trainer = patched("grpo", model, tmp_path, save_strategy="steps", save_steps=3, **({"engine": "vllm"} if how == "engine" else {}))
-        engine = trainer.vllm_generation._grpo_nb_engine
+        engine = vllm_engines[trainer.vllm_generation]
         trainer.train()
         told = capsys.readouterr().out
         assert ("engine='vllm' means use_vllm=True" if how == "engine" else "fast_inference=True: completions are sampled by vLLM") in told and "are shared" in told
@@ -573,7 +574,7 @@ class TestVLLM:
 
         model = adapted(model_of())
         run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_completion_length": 200, "max_steps": 50})
-        engine, started = run.trainer.vllm_generation._grpo_nb_engine, threading.Event()
+        engine, started = vllm_engines[run.trainer.vllm_generation], threading.Event()
         real = engine._run
 
         def endless(requests): # from the second step on
@@ -591,7 +592,7 @@ class TestVLLM:
         again = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_steps": run.step + 1})
         again.start(resume=True, background=False)
         assert again.state == "finished" and engine.llm is None
-        again.trainer.vllm_generation._grpo_nb_engine.close()
+        vllm_engines[again.trainer.vllm_generation].close()
 
     def test_an_engine_that_dies_in_a_run(self, tmp_path, patched):
         "A clear error, the weights whole and the checkpoint intact; the same trainer, and the next one, go on with a new engine."
@@ -599,19 +600,19 @@ class TestVLLM:
 
         model, settings = adapted(model_of()), {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "save_strategy": "steps", "save_steps": 1}
         run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, settings)
-        engine = run.trainer.vllm_generation._grpo_nb_engine
+        engine = vllm_engines[run.trainer.vllm_generation]
         real = engine.llm.step
         engine.llm.step = lambda: real() if run.step < 1 else (_ for _ in ()).throw(RuntimeError("CUDA out of memory"))
         with pytest.raises(EngineError, match="failed while sampling, and was closed.*Make room"): run.start(background=False)
         assert run.state == "failed" and engine.llm is None and (tmp_path / "checkpoint-1").is_dir() and not torch.distributed.is_initialized()
         run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        second = run.trainer.vllm_generation._grpo_nb_engine
+        second = vllm_engines[run.trainer.vllm_generation]
         second.sync()
         assert second is not engine and run.step == 3 and same(second, run.trainer.model)
         again = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**settings, "max_steps": 4})
         again.start(resume=True, background=False)
         assert again.state == "finished" and again.step == 4
-        again.trainer.vllm_generation._grpo_nb_engine.close()
+        vllm_engines[again.trainer.vllm_generation].close()
 
     @pytest.mark.slow
     @pytest.mark.timeout(900)
@@ -632,7 +633,7 @@ class TestVLLM:
         started = time.perf_counter()
         run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "engine": "vllm"}).start(background=False)
         seconds, after = time.perf_counter() - started, measure()
-        engine = run.trainer.vllm_generation._grpo_nb_engine
+        engine = vllm_engines[run.trainer.vllm_generation]
         rewards = [row["value"] for row in run.history if row["name"] == "reward"]
         with capsys.disabled():
             print(f"\nvLLM {engine.version}, {engine.way}: accuracy {before:.3f} -> {after:.3f}, reward {sum(rewards[:10]) / 10:.2f} -> {sum(rewards[-10:]) / 10:.2f}, "

@@ -11,6 +11,7 @@ from grpo_nb.engines.hf import HuggingFace
 from grpo_nb.trainers.patch import PatchFastRL
 from grpo_nb.tasks import get
 from grpo_nb.tiny import tiny_model
+from grpo_nb.trainers.state import vllm_engines
 
 PatchFastRL("grpo")
 from trl import GRPOConfig, GRPOTrainer
@@ -31,7 +32,7 @@ assert trainer.accelerator.num_processes == 2
 trainer.train()
 for line in trainer.state.log_history[:-1]: assert line["sampling/sampling_logp_difference/max"] < 1e-4, line
 
-engine = trainer.vllm_generation._grpo_nb_engine
+engine = vllm_engines[trainer.vllm_generation]
 engine.sync(model)
 prompts, greedy = [tokenizer(f"{i + 2 * rank} 1").input_ids for i in range(2)], Sampling(greedy=True, max_tokens=8)
 assert engine.generate(prompts, 2, greedy).completions == HuggingFace(model, tokenizer).generate(prompts, 2, greedy).completions

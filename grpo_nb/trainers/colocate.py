@@ -21,6 +21,7 @@ from ..models import settings_of
 from ..patch.core import Patch, Wrap
 from .config import world_size
 from .sampling import groups
+from .state import vllm_engines
 
 # %% ../../nbs/trainers/05_colocate.ipynb #a43a9d02
 PATH = "trl.generation.vllm_generation:VLLMGeneration"
@@ -74,7 +75,7 @@ def make_engine(generation # TRL's `VLLMGeneration`
                         sleep=g.enable_sleep_mode, share=_zero(g), model_impl=g.model_impl, trust_remote_code=g.trust_remote_code)
     how = dict(swap=", the adapter swapped in after each step", fold=", the adapter folded in " + ("for the time of each sampling" if engine.shared else "after each step"), full="")
     say(f"completions are sampled by vLLM {engine.version} in this process, from {'the training weights' if engine.shared else 'weights in memory'}{how[engine.way]}.")
-    g._grpo_nb_engine, g._llm_weights_sleeping = engine, False
+    vllm_engines[g], g._llm_weights_sleeping = engine, False
     g.llm = SimpleNamespace(llm_engine=engine.llm) # TRL reads the longest length there
     engine.sleep()
     return engine
@@ -86,7 +87,7 @@ def _zero(generation): # None where DeepSpeed, which moves weights into buffers 
 
 def running(generation) -> VLLMEngine | None: # None: TRL's own vLLM samples
     "Our engine; started again where it was closed, by a failure or because another took its place. With several processes all have to come here then."
-    engine = getattr(generation, "_grpo_nb_engine", None)
+    engine = vllm_engines.get(generation)
     if engine is None or engine.llm is not None: return engine
     asked, made = engine._interrupted, make_engine(generation)
     made._interrupted = asked
@@ -96,7 +97,7 @@ def running(generation) -> VLLMEngine | None: # None: TRL's own vLLM samples
 def start(original): # of `_init_vllm`
     "Start our engine, from the weights in memory."
     def _init_vllm(self):
-        self._grpo_nb_engine = None
+        vllm_engines.pop(self, None)
         if why := not_ours(self):
             if self.mode == "colocate": say(f"vLLM is started and synchronised by TRL itself: {why}.")
             return original(self)

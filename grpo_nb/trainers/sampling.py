@@ -26,7 +26,7 @@ from ..ops.attention import Reason
 from ..modes import Snapshot, base_of
 from ..patch.core import Patch, Wrap
 from ..patch.objects import wrapping
-from .state import state_of
+from .state import state_of, vllm_engines
 
 # %% ../../nbs/trainers/03_sampling.ipynb #05676a90
 ENGINES = ("auto", "inplace", "vllm", "vllm-server", "hf")
@@ -94,7 +94,8 @@ def out_of_memory(error) -> bool:
 
 def engines_of(trainer) -> list: # of Engine
     "Our engines that sample for a trainer."
-    own = state_of(trainer).engine, getattr(getattr(trainer, "vllm_generation", None), "_grpo_nb_engine", None)
+    generation = getattr(trainer, "vllm_generation", None)
+    own = state_of(trainer).engine, None if generation is None else vllm_engines.get(generation)
     return [engine for engine in own if engine is not None]
 
 
