@@ -35,13 +35,13 @@ demo: setup
 	$(BIN)/jupyter nbconvert --to html demo/quickstart.ipynb --output-dir demo --output quickstart.html
 	@$(BIN)/python tools/checks.py demo
 
-# The kernels' notebooks (13, 14) switch Triton's interpreter on for their whole process, so they run apart from the others.
+# The kernels' notebooks (nbs/ops) switch Triton's interpreter on for their whole process, so they run apart from the others.
 test: setup
 	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
 	$(BIN)/python tools/checks.py export
 	$(BIN)/python tools/checks.py readme
-	$(BIN)/nbdev-test --n-workers 2 --do-print --skip-file-re '^1[34][a-z]*_ops'
-	$(BIN)/nbdev-test --n-workers 2 --do-print --file-re '^1[34][a-z]*_ops'
+	$(BIN)/nbdev-test --n-workers 2 --do-print --skip-folder-re '^([_.].*|ops)$$'
+	$(BIN)/nbdev-test --n-workers 2 --do-print nbs/ops
 	$(BIN)/python tools/checks.py docs
 	$(BIN)/pytest -n 2
 	$(MAKE) test-trl TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'

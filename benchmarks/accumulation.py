@@ -20,7 +20,7 @@ import preference
 import supervised
 import torch
 
-from grpo_nb.bench import MODELS, machine
+from grpo_nb.app.bench import MODELS, machine
 from grpo_nb.patch.core import PatchSet
 
 CASES = {name: case for name, case in (preference.CASES | supervised.CASES).items() if name in ("dpo", "kto", "sft", "reward")}

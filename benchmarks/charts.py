@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from browser import JupyterLab, available
 
 SHOW = """import contextvars, json, math, random, threading, time
-from grpo_nb.ui.chart import CHARTS
-from grpo_nb.ui.charts import LiveCharts
+from grpo_nb.ui.charts.chart import CHARTS
+from grpo_nb.ui.charts.charts import LiveCharts
 rng = random.Random(0)
 names = [n for c in list(CHARTS.values())[:{charts}] for n in (*c.main[:1], c.band, *(l[0] for l in c.lines if "*" not in l[0]), *c.share[:1]) if n] + ["rewards/a/mean", "rewards/b/mean"]
 def row(): return {{n: rng.random() for n in names}}

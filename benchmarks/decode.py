@@ -16,15 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo_nb.bench import Shape, machine, make_model
+from grpo_nb.app.bench import Shape, machine, make_model
 from grpo_nb.engines.base import Sampling
-from grpo_nb.engines.cache import Room, Table
-from grpo_nb.engines.decode import first_tokens, prefill
-from grpo_nb.engines.layers import Decoder
-from grpo_nb.engines.static import NAIVE, Recorder
-from grpo_nb.ops import decode_attention as attention
-from grpo_nb.ops import sample as drawing
-from grpo_nb.ops import skinny
+from grpo_nb.engines.inplace.cache import Room, Table
+from grpo_nb.engines.inplace.decode import first_tokens, prefill
+from grpo_nb.engines.inplace.layers import Decoder
+from grpo_nb.engines.inplace.static import NAIVE, Recorder
+from grpo_nb.ops.decode import attention
+from grpo_nb.ops.decode import sample as drawing
+from grpo_nb.ops.decode import skinny
 
 MEMORY = 4.3e12 # bytes a second, read and written, as a large copy moves them on an H200
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo_nb.ops.linear_logprob import add_product, has_triton, linear_logprob, tile_shape
+from grpo_nb.ops.head.linear_logprob import add_product, has_triton, linear_logprob, tile_shape
 
 try: from trl.trainer.utils import _ChunkedLogProbFunction as TRL
 except ImportError: TRL = None
@@ -101,8 +101,8 @@ def timed(f, device, repeats, clear=()):
 
 def parts(shape, tile, dtype, repeats):
     "CUDA: the three launches of a frozen walk apart, in milliseconds a whole walk, and what they would be at the chip's rates."
-    from grpo_nb.ops import logit_stats
-    from grpo_nb.ops.linear_logprob import Head
+    from grpo_nb.ops.head import logit_stats
+    from grpo_nb.ops.head.linear_logprob import Head
     (n, h, v), (tokens, entries) = shape, tile
     tokens, entries = min(tokens, n), min(entries, v)
     hidden, weight, target, _ = inputs(tokens, h, entries, "cuda", dtype, False)

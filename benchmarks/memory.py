@@ -59,7 +59,7 @@ def config_of(case, folder=None) -> dict:
 
 def work(case) -> tuple: # seconds of each step, and of its sampling
     "Train two steps."
-    from grpo_nb.run import GRPORun
+    from grpo_nb.run.run import GRPORun
     model, tokenizer, data = make(case)
     if case["beta"] and not case["lora"]: raise ValueError("a reference model has no path to be loaded from: use lora")
     def score(completions, **_): return [float(len(set(c.split()))) for c in completions]
@@ -72,7 +72,7 @@ def work(case) -> tuple: # seconds of each step, and of its sampling
             try: return inner(*args, **kwargs)
             finally: sampling.append(time.perf_counter() - started)
         run.trainer._generate_and_score_completions = timed
-        from grpo_nb.events import StepLogged
+        from grpo_nb.ground.events import StepLogged
         def logged(event): step.append(time.perf_counter() - last[0]); last[0] = time.perf_counter()
         run.events.subscribe(logged, StepLogged)
         run.start(background=False)
@@ -82,9 +82,9 @@ def work(case) -> tuple: # seconds of each step, and of its sampling
 def child(case) -> dict:
     "One case, measured in this process."
     import torch
-    from grpo_nb.models import FastLanguageModel
+    from grpo_nb.models.load import FastLanguageModel
     from grpo_nb.trainers.patch import PatchFastRL
-    from grpo_nb.specs import this_device
+    from grpo_nb.models.specs import this_device
     torch.set_num_threads(1)
     PatchFastRL("grpo", FastLanguageModel)
     this_device("cpu")
@@ -100,7 +100,7 @@ def child(case) -> dict:
 
 def estimated(case):
     "What `memory` says of a case."
-    from grpo_nb.memory import estimate
+    from grpo_nb.advice.memory import estimate
     from transformers import Qwen3Config
     return estimate(Qwen3Config(**MODELS[case["model"]], tie_word_embeddings=True), config_of(case), device="cpu", prompt_length=case["prompt"],
                     peft=dict(r=case["lora"]) if case["lora"] else None)

@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore")
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from grpo_nb.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
+from grpo_nb.app.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import grpo, preference, seams
 from grpo_nb.step.forward import causal_lm

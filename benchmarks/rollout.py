@@ -4,6 +4,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grpo_nb.cli import main
+from grpo_nb.app.cli import main
 
 if __name__ == "__main__": sys.exit(main(["bench", "rollout", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ import preference
 import torch
 from preference import SHAPE, Case, make_model, words
 
-from grpo_nb.bench import lengths
+from grpo_nb.app.bench import lengths
 from grpo_nb.trainers import reward, sft, xpo
 
 

@@ -17,12 +17,12 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0") # FlashInfer would com
 
 import torch
 
-from grpo_nb.bench import Shape, machine, make_model
-from grpo_nb.bench_rollout import merge_and_copy
+from grpo_nb.app.bench import Shape, machine, make_model
+from grpo_nb.app.bench_rollout import merge_and_copy
 from grpo_nb.engines.base import Sampling
-from grpo_nb.engines.vllm import VLLMEngine
-from grpo_nb.engines.vllm_start import vllm_version
-from grpo_nb.modes import base_of
+from grpo_nb.engines.vllm.engine import VLLMEngine
+from grpo_nb.models.installed import vllm_version
+from grpo_nb.models.modes import base_of
 
 STARTED = time.perf_counter()
 

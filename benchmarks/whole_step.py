@@ -115,8 +115,8 @@ def words(vocabulary):
 def base_model(shape, device):
     "The shape's model with random weights of one seed and no adapter, and its vocabulary."
     import torch
-    from grpo_nb.bench import MODELS, make_model
-    from grpo_nb.tiny import make_model as tiny, make_tokenizer
+    from grpo_nb.app.bench import MODELS, make_model
+    from grpo_nb.tasks.tiny import make_model as tiny, make_tokenizer
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape.model == "quickstart": model = tiny(make_tokenizer(["1 2"])).to(device, dtype)
     else: model = make_model(replace(shape, lora=0), device, dtype)
@@ -194,7 +194,7 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
                       gradient_checkpointing=shape.checkpointing, max_steps=steps, save_strategy="no", report_to=[], logging_steps=1, seed=0, disable_tqdm=True, **more)
 
     def distinct(completions, **_): return [float(len(set(c.split()))) for c in completions]
-    from grpo_nb.engines.vllm_start import plain_linear
+    from grpo_nb.engines.vllm.start import plain_linear
     with plain_linear(case == "trl/vllm" and device == "cpu"): # TRL cannot load weights into layers that vLLM's CPU build has packed
         trainer = GRPOTrainer(model=model, reward_funcs=distinct, args=args, train_dataset=data, processing_class=tokenizer)
     for shown in (PrinterCallback, ProgressCallback): trainer.remove_callback(shown)
@@ -203,7 +203,7 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
 
 def warm(case, device):
     "Whatever a first use of libraries costs, on a model of no size."
-    from grpo_nb.bench import Shape
+    from grpo_nb.app.bench import Shape
     with tempfile.TemporaryDirectory() as folder:
         if "vllm" not in case: trainer_of(case, Shape("quickstart", 2, 4, 2, 2, 2, lora=2), "", device, folder, 1).train()
 
@@ -211,11 +211,11 @@ def warm(case, device):
 def measure(case, name, device, steps) -> dict:
     "One case in this process."
     import torch
-    from grpo_nb.bench_rollout import ROLLOUTS
+    from grpo_nb.app.bench_rollout import ROLLOUTS
     shape = replace(ROLLOUTS[name], checkpointing=name in MICRO)
     if device == "cpu": torch.set_num_threads(1)
     if case.startswith("grpo_nb"):
-        from grpo_nb.models import FastLanguageModel
+        from grpo_nb.models.load import FastLanguageModel
         from grpo_nb.trainers.patch import PatchFastRL
         PatchFastRL("grpo", FastLanguageModel)
     warm(case, device)
@@ -286,15 +286,15 @@ def table(results) -> str:
 def main(given=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", nargs="+", help="of grpo_nb.bench_rollout.ROLLOUTS (default: the device's)")
+    parser.add_argument("--shape", nargs="+", help="of grpo_nb.app.bench_rollout.ROLLOUTS (default: the device's)")
     parser.add_argument("--case", nargs="+", choices=CASES, help="which (default: all that this machine can run)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="no tables")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS) # one case, in this process
     a = parser.parse_args(given)
-    from grpo_nb.bench import machine
-    from grpo_nb.bench_rollout import ROLLOUTS
-    from grpo_nb.check import one_of
+    from grpo_nb.app.bench import machine
+    from grpo_nb.app.bench_rollout import ROLLOUTS
+    from grpo_nb.ground.check import one_of
     shapes = a.shape or DEFAULTS[a.device]
     for name in shapes:
         try: one_of("shape", name, ROLLOUTS)

@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from grpo_nb import PatchFastRL, bench
+from grpo_nb import PatchFastRL
+from grpo_nb.app import bench
 
 
 def peak(micro_batches:int, patched:bool) -> int: # bytes

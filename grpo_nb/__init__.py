@@ -13,13 +13,13 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 # The public face. Each name is imported on first use, so that `import grpo_nb` and the command line stay quick.
 _public = {
-    "FastLanguageModel": ("grpo_nb.models", "FastLanguageModel"),
+    "FastLanguageModel": ("grpo_nb.models.load", "FastLanguageModel"),
     "PatchFastRL": ("grpo_nb.trainers.patch", "PatchFastRL"),
     "UnpatchFastRL": ("grpo_nb.trainers.patch", "UnpatchFastRL"),
-    "GRPORun": ("grpo_nb.run", "GRPORun"),
-    "rewards": ("grpo_nb.rewards", None),
-    "tasks": ("grpo_nb.tasks", None),
-    "studio": ("grpo_nb.ui.studio", "studio"),
+    "GRPORun": ("grpo_nb.run.run", "GRPORun"),
+    "rewards": ("grpo_nb.tasks.rewards", None),
+    "tasks": ("grpo_nb.tasks.library", None),
+    "studio": ("grpo_nb.ui.studio.studio", "studio"),
 }
 __all__ = list(_public)
 

@@ -40,7 +40,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def unpatched(monkeypatch):
     "A test that patches TRL: it hears what is said once, and leaves TRL as it was."
-    from grpo_nb import events
+    from grpo_nb.ground import events
     from grpo_nb.trainers.patch import UnpatchFastRL
 
     monkeypatch.setattr(events, "said", set())

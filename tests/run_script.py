@@ -4,10 +4,10 @@ import threading
 
 import torch.distributed as dist
 
-from grpo_nb import events
-from grpo_nb.run import GRPORun
-from grpo_nb.tasks import get
-from grpo_nb.tiny import tiny_model
+from grpo_nb.ground import events
+from grpo_nb.run.run import GRPORun
+from grpo_nb.tasks.library import get
+from grpo_nb.tasks.tiny import tiny_model
 
 folder = sys.argv[1]
 task = get("sort_digits", n_train=64, n_test=8)

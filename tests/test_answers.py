@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from grpo_nb.answers import after_thinking, boxed, find_number, hashed, marked, numbers, same_number, tagged, to_number
+from grpo_nb.tasks.answers import after_thinking, boxed, find_number, hashed, marked, numbers, same_number, tagged, to_number
 
 ONE_NUMBER = {
     "18": 18, "18.": 18, "18.0": 18, "+18": 18, "-18": -18, "−18": -18, "–18": -18, "－１８": -18, "- 18": -18, ".5": F(1, 2), "-.5": F(-1, 2), "007": 7,

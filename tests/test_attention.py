@@ -7,9 +7,9 @@ import transformers as t
 from hypothesis import given, settings, strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from grpo_nb.ops.attention import (block_mask, dense_mask, intervals, masks_for, Obstacle, probe, why_not_tree, tree_attention,
+from grpo_nb.packs.attention import (block_mask, dense_mask, intervals, masks_for, Obstacle, probe, why_not_tree, tree_attention,
                                    tree_mask_reference, use_tree_attention)
-from grpo_nb.packing import filler, plan
+from grpo_nb.packs.plan import filler, plan
 from test_packing import batches, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -237,7 +237,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_compiled_flex_attention_on_a_gpu(name):
     "One compiled kernel for packs of several lengths; values and gradients of the dense form."
-    from grpo_nb.batch import RolloutBatch
+    from grpo_nb.packs.batch import RolloutBatch
     torch.manual_seed(0)
     config = type(FAMILIES[name])(**FAMILIES[name].to_dict() | dict(hidden_size=256, head_dim=64, sliding_window=150, max_position_embeddings=2048))
     model = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").cuda().eval()

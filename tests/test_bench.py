@@ -6,7 +6,8 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from grpo_nb import bench, cli
+from grpo_nb.app import bench
+from grpo_nb.app import cli
 
 torch.set_num_threads(1)
 SMALL = bench.Shape("qwen3-tiny", 4, 24, 8, 8, 12)

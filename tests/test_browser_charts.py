@@ -6,8 +6,8 @@ from browser import JupyterLab, available
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(available()), reason=available() or "a browser is there")]
 
-SHOW = """from grpo_nb.events import Bus, RunFinished, RunPaused, SettingChanged, StepLogged
-from grpo_nb.ui.charts import LiveCharts
+SHOW = """from grpo_nb.ground.events import Bus, RunFinished, RunPaused, SettingChanged, StepLogged
+from grpo_nb.ui.charts.charts import LiveCharts
 bus = Bus()
 charts = LiveCharts().attach(bus).show()"""
 TRAIN = """import contextvars, threading, time

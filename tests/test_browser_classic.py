@@ -22,9 +22,9 @@ def why_not():
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(why_not()), reason=why_not() or "a classic notebook is there")]
 
-CELLS = ["""from grpo_nb.events import Bus, CompletionsLogged, RunFinished, SettingChanged, StepLogged
-from grpo_nb.ui.charts import LiveCharts
-from grpo_nb.ui.completions import CompletionBrowser
+CELLS = ["""from grpo_nb.ground.events import Bus, CompletionsLogged, RunFinished, SettingChanged, StepLogged
+from grpo_nb.ui.charts.charts import LiveCharts
+from grpo_nb.ui.completions.completions import CompletionBrowser
 bus = Bus()
 charts = LiveCharts().attach(bus).show()""", "browser = CompletionBrowser().attach(bus)\nbrowser", """import contextvars, threading, time
 def train():

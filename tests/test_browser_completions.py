@@ -10,8 +10,8 @@ HOSTILE = r"""HOSTILE = ["<script>window.owned = 1</script>", "<img src=x onerro
     "</script><script>window.owned = 1</script>", "<svg onload='window.owned=1'><foreignObject><iframe srcdoc='<script>parent.owned=1</script>'>",
     "\x1b[31mred\x1b[0m \x00\x07\b", "\u202egnp.exe \u2066isolated \u200bzero", "# heading\n**bold** $x^2$ \\(y\\) [link](javascript:window.owned=1)",
     "W" * 100_000, "&lt;script&gt; &#60;b&#62; {{7*7}} ${window.owned=1} `x`", "<details open ontoggle='window.owned=1'>", ""]"""
-STORE = """from grpo_nb.events import Bus, CompletionsLogged
-from grpo_nb.ui.completions import CompletionBrowser
+STORE = """from grpo_nb.ground.events import Bus, CompletionsLogged
+from grpo_nb.ui.completions.completions import CompletionBrowser
 bus = Bus()
 browser = CompletionBrowser(bus, interval=0.3)
 def log(step):
@@ -83,7 +83,7 @@ def test_hostile_completions_are_only_text(tmp_path):
 
 
 LAB = """from grpo_nb import rewards
-from grpo_nb.ui.lab import RewardLab
+from grpo_nb.ui.lab.lab import RewardLab
 dataset = [{"prompt": f"Sort the digits: {n}", "answer": "".join(sorted(str(n)))} for n in (3141, 2718, 1618, 5772)]
 def contains_answer(completions, answer, **columns): return [float(a in c) for a, c in zip(answer, completions)]
 def brevity(completions, **columns): return [max(0.0, 1 - len(c) / 200) for c in completions]

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, strategies as st
 
-from grpo_nb.events import Bus, CheckpointSaved, RunFinished, RunPaused, RunStarted, SettingChanged, StepLogged, said
-from grpo_nb.ui import svg
-from grpo_nb.ui.chart import CHARTS, MAIN, Chart, series
-from grpo_nb.ui.charts import LiveCharts
+from grpo_nb.ground.events import Bus, CheckpointSaved, RunFinished, RunPaused, RunStarted, SettingChanged, StepLogged, said
+from grpo_nb.ui.parts import svg
+from grpo_nb.ui.charts.chart import CHARTS, MAIN, Chart, series
+from grpo_nb.ui.charts.charts import LiveCharts
 
 VALUES = {"reward": 0.5, "reward_std": 0.2, "rewards/a/mean": 0.4, "rewards/b/mean": 0.1, "kl": 0.01, "completion_length": 120.0,
           "completions/max_length": 256.0, "completions/clipped_ratio": 0.1}
@@ -219,12 +219,12 @@ def test_mimebundle_has_widget_and_picture():
 
 
 def test_a_script_gets_text_and_needs_no_widget_library(tmp_path):
-    code = ("import sys; from grpo_nb.ui.charts import LiveCharts\nc = LiveCharts().show(); c.append(1, {'reward': 0.5, 'loss': 1})\n"
+    code = ("import sys; from grpo_nb.ui.charts.charts import LiveCharts\nc = LiveCharts().show(); c.append(1, {'reward': 0.5, 'loss': 1})\n"
             "assert c.mode == 'text' and not {'ipywidgets', 'anywidget', 'torch', 'IPython'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "step 1  reward 0.5\n"
 
 
-NOTEBOOK = ["from grpo_nb.ui.charts import LiveCharts\ncharts = LiveCharts()\ncharts",
+NOTEBOOK = ["from grpo_nb.ui.charts.charts import LiveCharts\ncharts = LiveCharts()\ncharts",
             "import threading, contextvars\n"
             "def train():\n    for step in range(1, 31): charts.append(step, {'reward': step / 30, 'kl': 0.1, 'completion_length': 9.0})\n"
             "t = threading.Thread(target=contextvars.copy_context().run, args=(train,)); t.start(); t.join()"]

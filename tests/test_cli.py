@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from grpo_nb import UnpatchFastRL, cli, demo, tasks
+from grpo_nb import UnpatchFastRL, tasks
+from grpo_nb.app import cli
+from grpo_nb.app import demo
 
 RESULT = dict(task="sort_digits", accuracy_before=0.3, accuracy_after=0.95, steps=100, seconds=20.1, reward_first10=0.4, reward_last10=0.9)
 
@@ -75,7 +77,7 @@ def test_bars_on_a_terminal(capsys, monkeypatch):
 
 
 def test_help_and_version_import_nothing_heavy():
-    code = ("import sys; from grpo_nb.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = ("import sys; from grpo_nb.app.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
             "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -90,7 +92,7 @@ def test_settings_are_fields_of_trls_config(tmp_path):
 
 
 def test_a_short_demo(tmp_path, monkeypatch):
-    from grpo_nb import tiny
+    from grpo_nb.tasks import tiny
     whole, seen = tiny.tiny_model, []
     monkeypatch.setattr(tiny, "tiny_model", lambda task, **k: whole(task, **{**k, "steps": 2, "hidden_size": 64, "layers": 1}))
     try: found = demo.demo(steps=2, output_dir=tmp_path / "out", progress=lambda *a: seen.append(a))
@@ -103,7 +105,7 @@ def test_a_short_demo(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_learns(seed):
-    done = subprocess.run([sys.executable, "-c", "from grpo_nb.cli import main; raise SystemExit(main())", "demo", "--json", "--seed", str(seed)],
+    done = subprocess.run([sys.executable, "-c", "from grpo_nb.app.cli import main; raise SystemExit(main())", "demo", "--json", "--seed", str(seed)],
                           capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(RESULT) and found["accuracy_before"] <= 0.5 and found["accuracy_after"] >= 0.9

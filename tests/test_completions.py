@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from grpo_nb.events import Bus, CompletionsLogged, RunFinished, said
-from grpo_nb.tiny import make_tokenizer
-from grpo_nb.ui.archive import Spill, groups_of_rows, read, rows
-from grpo_nb.ui.cards import card, difference, folded, group_html, pieces, tokens_html, visible
-from grpo_nb.ui.completions import FILTERS, CompletionBrowser, select
-from grpo_nb.ui.records import Group, Sample, Store, as_text, make_groups
+from grpo_nb.ground.events import Bus, CompletionsLogged, RunFinished, said
+from grpo_nb.tasks.tiny import make_tokenizer
+from grpo_nb.ui.completions.archive import Spill, groups_of_rows, read, rows
+from grpo_nb.ui.parts.cards import card, difference, folded, group_html, pieces, tokens_html, visible
+from grpo_nb.ui.completions.completions import FILTERS, CompletionBrowser, select
+from grpo_nb.ui.completions.records import Group, Sample, Store, as_text, make_groups
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></div><style>*{display:none}</style>", "\x1b[31mred\x1b[0m\x00\x07", "\u202eexe\u2066 \u200b",
            "**bold** $x$", "W" * 100_000, "\"' onmouseover=alert(1) x='", "&lt;b&gt;", "", "\ud800 lone", "a\u2028b", "\U000e0041tag", "</details></summary>"]

@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from grpo_nb import control, events
+from grpo_nb.run import control
+from grpo_nb.ground import events
 from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
-from grpo_nb.run import GRPORun
-from grpo_nb.tasks import get
-from grpo_nb.tiny import tiny_model
+from grpo_nb.run.run import GRPORun
+from grpo_nb.tasks.library import get
+from grpo_nb.tasks.tiny import tiny_model
 
 TASK = get("sort_digits", n_train=64, n_test=8)
 
@@ -415,7 +416,7 @@ def test_a_failing_listener_in_a_queue_is_counted():
 @pytest.mark.parametrize("patched", [False, True])
 def test_tokens_are_scored_on_request(tmp_path, patched):
     from grpo_nb import PatchFastRL, UnpatchFastRL
-    from grpo_nb.events import CompletionsLogged
+    from grpo_nb.ground.events import CompletionsLogged
     if patched: PatchFastRL("grpo")
     try:
         run, seen = make(tmp_path, max_steps=4), []

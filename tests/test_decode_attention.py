@@ -11,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton")
-from grpo_nb.ops import decode_attention as M
-from grpo_nb.ops.decode_attention import Launch, decode_attention, decode_attention_naive, decode_tiles, runs_on, scratch_for, slots_per_tile, tile_count
+from grpo_nb.ops.decode import attention as M
+from grpo_nb.ops.decode.attention import Launch, decode_attention, decode_attention_naive, decode_tiles, runs_on, scratch_for, slots_per_tile, tile_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_under_the_interpreter")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_nb import tasks
-from grpo_nb.doctor import DoctorError, Report, doctor, main, watch
-from grpo_nb.events import Bus, CompletionsLogged, Finding, StepLogged
-from grpo_nb.findings import Diagnosis
-from grpo_nb.models import FastLanguageModel
-from grpo_nb.tiny import tiny_model
-from grpo_nb.watcher import RULES, Thinned, trend, wilson
+from grpo_nb.advice.doctor import DoctorError, Report, doctor, main, watch
+from grpo_nb.ground.events import Bus, CompletionsLogged, Finding, StepLogged
+from grpo_nb.advice.finding import Diagnosis
+from grpo_nb.models.load import FastLanguageModel
+from grpo_nb.tasks.tiny import tiny_model
+from grpo_nb.advice.live import RULES, Thinned, trend, wilson
 
 torch.set_num_threads(1)
 GOOD = dict(max_completion_length=6, per_device_train_batch_size=8, num_generations=8, learning_rate=1e-4, max_steps=10, gradient_checkpointing=False)
@@ -282,7 +282,7 @@ def test_false_alarms_are_rare():
 
 
 def test_held_out(world):
-    from grpo_nb.watcher import Accuracy, Watcher
+    from grpo_nb.advice.live import Accuracy, Watcher
     watcher = Watcher(Bus())
     for v in of("reward", [0.01 * i for i in range(40)]): watcher.events.emit(StepLogged(step=1, metrics=v))
     watcher.accuracy += [Accuracy(0, 30, 100), Accuracy(40, 80, 100)]

@@ -9,17 +9,17 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from grpo_nb.batch import RolloutBatch
-from grpo_nb.engines import inplace
+from grpo_nb.packs.batch import RolloutBatch
+from grpo_nb.engines.inplace import engine as inplace
 from grpo_nb.engines.base import EngineError, Sampling, sampling_logits
-from grpo_nb.engines.draw import draw, seeds_of, uniforms
+from grpo_nb.engines.inplace.draw import draw, seeds_of, uniforms
 from grpo_nb.engines.hf import HuggingFace, read_config
-from grpo_nb.engines.inplace import InPlace
-from grpo_nb.engines.layers import unsupported
-from grpo_nb.packing import plan
+from grpo_nb.engines.inplace.engine import InPlace
+from grpo_nb.engines.inplace.layers import unsupported
+from grpo_nb.packs.plan import plan
 from grpo_nb.step.forward import install, run_pack, uninstall
 from grpo_nb.step.read import HeadSettings, LogProbs
-from grpo_nb.tiny import make_tokenizer
+from grpo_nb.tasks.tiny import make_tokenizer
 
 VOCABULARY, ENDS = 96, (1, 5, 7)
 SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -266,7 +266,7 @@ def test_four_bit_base(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    from grpo_nb.device import keep_gradients
+    from grpo_nb.models.device import keep_gradients
 
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**{**SHAPE, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16})

@@ -9,12 +9,14 @@ from peft import LoraConfig, get_peft_model
 from test_engines import ENDS, FAMILIES, adapted, fresh, greedy, prompts_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_nb.engines import static
+from grpo_nb.engines.inplace import static
 from grpo_nb.engines.base import Sampling
 from grpo_nb.engines.hf import HuggingFace
-from grpo_nb.engines.inplace import InPlace
-from grpo_nb.ops import decode_attention as attention
-from grpo_nb.ops import epilogues, sample, skinny
+from grpo_nb.engines.inplace.engine import InPlace
+from grpo_nb.ops.decode import attention
+from grpo_nb.ops.decode import epilogues
+from grpo_nb.ops.decode import sample
+from grpo_nb.ops.decode import skinny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HALVES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else [torch.float16]

@@ -9,10 +9,11 @@ import torch
 from test_engines import ENDS, FAMILIES, VOCABULARY, adapted, alone, fresh, greedy, made, prompts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_nb.engines import inplace, static
+from grpo_nb.engines.inplace import engine as inplace
+from grpo_nb.engines.inplace import static
 from grpo_nb.engines.base import Sampling
-from grpo_nb.engines.inplace import InPlace
-from grpo_nb.tiny import make_tokenizer
+from grpo_nb.engines.inplace.engine import InPlace
+from grpo_nb.tasks.tiny import make_tokenizer
 
 
 def still(model, tokenizer=None, **options): # an engine that works on a CPU as it does on a GPU, but for the record itself
@@ -179,7 +180,7 @@ SCRIPT = """
     from test_engines import adapted, alone, greedy, made, prompts_of
     from test_engines_static import still
     from grpo_nb.engines.base import Sampling
-    from grpo_nb.engines.inplace import InPlace
+    from grpo_nb.engines.inplace.engine import InPlace
     prompts = prompts_of(5, 9)
     for model in adapted("qwen2"), made("gemma2 capped"):
         assert still(model, slots=3).generate(prompts, 2, greedy(3)).completions == [alone(model, p, 3) for p in prompts for _ in range(2)], type(model)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_nb import events
-from grpo_nb.events import (Bus, CompletionsLogged, Event, Notice, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped,
+from grpo_nb.ground import events
+from grpo_nb.ground.events import (Bus, CompletionsLogged, Event, Notice, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped,
                             SettingChanged, StepLogged, notices, said, say)
 
 EXAMPLES = [RunStarted(total_steps=10), StepLogged(step=1, metrics={"reward": 0.5}), RunPaused(step=1), RunResumed(step=1),

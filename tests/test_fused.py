@@ -11,8 +11,8 @@ from parity import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grpo_nb.ops import fuse as F
-from grpo_nb.ops.fuse import fuse, fused, unfuse
+from grpo_nb.ops.layer import fuse as F
+from grpo_nb.ops.layer.fuse import fuse, fused, unfuse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_under_the_interpreter")
@@ -265,7 +265,7 @@ def test_every_kind_in_every_family(family):
 @pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 65), (3, 2, 4, 128), (130, 33)])
 @pytest.mark.parametrize("offset", [False, True])
 def test_rms_norm(offset, shape, weight, dtype):
-    from grpo_nb.ops.rms_norm import rms_norm, rms_norm_naive
+    from grpo_nb.ops.layer.rms_norm import rms_norm, rms_norm_naive
     g = torch.Generator().manual_seed(0)
     x, w, d = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1:], generator=g).to(weight or dtype), torch.randn(shape, generator=g)
     close(lambda f, x, w: f(x, w, 1e-6, offset), rms_norm_naive, rms_norm, (x, w), d)
@@ -273,7 +273,7 @@ def test_rms_norm(offset, shape, weight, dtype):
 
 @interpreted
 def test_rms_norm_with_several_blocks_of_rows_a_program(monkeypatch):
-    from grpo_nb.ops import rms_norm as M
+    from grpo_nb.ops.layer import rms_norm as M
     monkeypatch.setattr(M, "PROGRAMS", 2)
     x, w, d = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((11, 3000), (3000,), (11, 3000)))
     close(lambda f, x, w: f(x, w, 1e-6, True), M.rms_norm_naive, M.rms_norm, (x, w), d)
@@ -284,7 +284,7 @@ def test_rms_norm_with_several_blocks_of_rows_a_program(monkeypatch):
 @pytest.mark.parametrize("shape", [(1,), (3, 683), (2, 5, 1024)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated(activation, shape, dtype):
-    from grpo_nb.ops.gated_mlp import gated, gated_naive
+    from grpo_nb.ops.layer.gated_mlp import gated, gated_naive
     g = torch.Generator().manual_seed(0)
     gate, up, d = (torch.randn(shape, generator=g) for _ in range(3))
     close(lambda f, a, b: f(a, b, activation), gated_naive, gated, ((3 * gate).to(dtype), up.to(dtype)), d)
@@ -295,7 +295,7 @@ def test_gated(activation, shape, dtype):
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 5, 6), (2, 12, 2, 9, 128)])
 @pytest.mark.parametrize("rows", ["each", "one"])
 def test_rotary(rows, sizes, dtype):
-    from grpo_nb.ops.rotary import fits, rotary, rotary_naive
+    from grpo_nb.ops.layer.rotary import fits, rotary, rotary_naive
     (b, h, k, n, d), g = sizes, torch.Generator().manual_seed(0)
     q, key = (torch.randn(b, n, x, d, generator=g).to(dtype).transpose(1, 2) for x in (h, k))
     cos, sin = (torch.randn(b if rows == "each" else 1, n, d, generator=g).to(dtype) for _ in range(2))

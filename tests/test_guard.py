@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_nb.guard import RewardError, guard, is_async, name_of
+from grpo_nb.tasks.guard import RewardError, guard, is_async, name_of
 
 CHAT = [[{"role": "assistant", "content": text}] for text in ("one", "two", "three")]
 TEXT = ["one", "two", "three"]

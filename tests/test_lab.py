@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from grpo_nb import rewards as library
-from grpo_nb.events import Bus, CompletionsLogged
-from grpo_nb.tiny import make_tokenizer
-from grpo_nb.ui.completions import CompletionBrowser
-from grpo_nb.ui.lab import RewardLab, is_reachable, newest
-from grpo_nb.ui.probes import make_probes, pick_rows, probe
-from grpo_nb.ui.scoring import correlation, facts, histogram, ranks, score
+from grpo_nb.ground.events import Bus, CompletionsLogged
+from grpo_nb.tasks.tiny import make_tokenizer
+from grpo_nb.ui.completions.completions import CompletionBrowser
+from grpo_nb.ui.lab.lab import RewardLab, is_reachable, newest
+from grpo_nb.ui.lab.probes import make_probes, pick_rows, probe
+from grpo_nb.ui.lab.scoring import correlation, facts, histogram, ranks, score
 from test_completions import HOSTILE, Parser
 
 ROWS = [{"prompt": f"Sort: {n}", "answer": "".join(sorted(str(n)))} for n in (421, 243, 538, 911)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from grpo_nb.ops.linear_logprob import has_triton, linear_logprob, linear_logprob_naive
+from grpo_nb.ops.head.linear_logprob import has_triton, linear_logprob, linear_logprob_naive
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton(torch.device("cpu"))
 TILED = ["chunked", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_under_the_interpreter"))]

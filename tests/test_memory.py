@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_nb import bench
-from grpo_nb.memory import anatomy, estimate, load_of, read_config
-from grpo_nb.specs import DeviceSpec, published, this_device
+from grpo_nb.app import bench
+from grpo_nb.advice.memory import anatomy, estimate, load_of, read_config
+from grpo_nb.models.specs import DeviceSpec, published, this_device
 
 torch.set_num_threads(1)
 SMALL = Qwen3Config(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,

@@ -9,10 +9,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-import grpo_nb.device as device
-import grpo_nb.models as module
-from grpo_nb.models import FastLanguageModel, check_tokenizer, find_model, settings_of, tokenizer_of
-from grpo_nb.modes import Snapshot
+import grpo_nb.models.device as device
+import grpo_nb.models.load as module
+from grpo_nb.models.load import FastLanguageModel, check_tokenizer, find_model, settings_of, tokenizer_of
+from grpo_nb.models.modes import Snapshot
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU; test_models_gpu.py is about one that has it")

@@ -3,8 +3,8 @@ import pytest
 import torch
 from test_models import adapter_gradients, bnb, write_model, written_out
 
-from grpo_nb.device import best_dtype, four_bit_problem
-from grpo_nb.models import FastLanguageModel, settings_of
+from grpo_nb.models.device import best_dtype, four_bit_problem
+from grpo_nb.models.load import FastLanguageModel, settings_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from grpo_nb.batch import RolloutBatch
-from grpo_nb.packing import filler, padded_length, plan
+from grpo_nb.packs.batch import RolloutBatch
+from grpo_nb.packs.plan import filler, padded_length, plan
 
 quick = settings(max_examples=60, deadline=None)
 

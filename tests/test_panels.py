@@ -8,10 +8,10 @@ from transformers import LlamaConfig
 
 from grpo_nb import rewards, tasks
 from grpo_nb.recipe.value import Choice
-from grpo_nb.ui.fields import GROUPS, read_value, setting_of, write_value
-from grpo_nb.ui.fields import settings as rows
-from grpo_nb.ui.panels import HyperparameterPanel, RewardPanel
-from grpo_nb.ui.view import Later
+from grpo_nb.ui.parts.fields import GROUPS, read_value, setting_of, write_value
+from grpo_nb.ui.parts.fields import settings as rows
+from grpo_nb.ui.panels.panels import HyperparameterPanel, RewardPanel
+from grpo_nb.ui.parts.view import Later
 
 
 def brief(completions, **kwargs):
@@ -141,7 +141,7 @@ def test_estimate(folder, loaded):
 # ---- rewards
 
 def test_rewards_are_what_the_run_takes(loaded):
-    from grpo_nb.inputs import check_rewards
+    from grpo_nb.run.inputs import check_rewards
     panel = RewardPanel({brief: 0.5, rewards.correctness(ignore_case=True): 2.0}, loaded[2].train)
     functions, weights = check_rewards(panel.rewards)
     assert functions[0] is brief and weights == [0.5, 2.0] and functions[1].options == {"ignore_case": True}

@@ -438,7 +438,7 @@ def stock_and_trainer(stock, trainers): return stock, trainers()
 
 def test_an_empty_prompt_takes_trls_path(trainers, stock, capsys):
     "Nothing predicts the first token there; it is said once, and the numbers are TRL's."
-    from grpo_nb.events import said
+    from grpo_nb.ground.events import said
 
     said.clear()
     trainer = trainers()

@@ -15,8 +15,8 @@ import torch
 from parity import tiny
 from torch import nn
 
-from grpo_nb.events import said
-from grpo_nb.ops.fuse import fuse, fused, unfuse
+from grpo_nb.ground.events import said
+from grpo_nb.ops.layer.fuse import fuse, fused, unfuse
 from grpo_nb.patch.core import applied
 from grpo_nb.patch.objects import LEDGER, Changed, change, changing, objects, restore, restore_all, wrap, wrapping
 from grpo_nb.patch.undo import MISSING, PatchError
@@ -288,7 +288,7 @@ class Outline:
 
 
 def test_a_meter_leaves_its_trainer_as_it_was():
-    from grpo_nb.measure import StepMeter
+    from grpo_nb.run.measure import StepMeter
     trainer = Outline()
     trainer.model = SimpleNamespace(training=True)
     before, meter = dict(vars(trainer)), StepMeter(trainer)
@@ -311,7 +311,7 @@ def test_a_run_leaves_its_trainer_as_it_was(tmp_path):
 
 def test_accelerates_reset_is_guarded_while_somebody_trains():
     from accelerate.state import AcceleratorState
-    from grpo_nb.kernel import own_accelerator
+    from grpo_nb.run.kernel import own_accelerator
     before = vars(AcceleratorState)["_reset_state"]
     with own_accelerator():
         with own_accelerator(): assert patched() == {"own accelerator"}
@@ -326,7 +326,7 @@ def test_accelerates_reset_is_guarded_while_somebody_trains():
 
 
 def test_what_is_changed_in_vllm_is_put_back(monkeypatch):
-    from grpo_nb.engines.vllm_start import plain_linear, process_group_kept
+    from grpo_nb.engines.vllm.start import plain_linear, process_group_kept
     groups, utils, log = ModuleType("parallel_state"), ModuleType("utils"), []
     groups._WORLD, groups.destroy_distributed_environment = SimpleNamespace(destroy=lambda: log.append("own")), lambda: log.append("all")
     utils.dispatch_cpu_unquantized_gemm = packs = lambda layer, remove_weight: log.append("packed")
@@ -343,7 +343,7 @@ def test_what_is_changed_in_vllm_is_put_back(monkeypatch):
 
 
 def test_a_parameters_loader_is_put_back():
-    from grpo_nb.engines.share import noted, thin
+    from grpo_nb.engines.vllm.share import noted, thin
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

@@ -10,22 +10,29 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 package = root / "grpo_nb"
 
-# The table of the design: a module may import its own layer and those below it.
-LAYERS = {
-    0: ("check", "events", "patch", "batch"),
-    1: ("ops", "packing", "algo"),
-    2: ("models", "device", "specs", "modes", "engines", "answers", "rewards", "guard", "evaluate", "tasks", "tiny"),
-    3: ("step",),
-    4: ("trainers",),
-    5: ("run", "control", "measure", "inputs", "kernel", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench", "bench_rollout"),
-    6: ("ui", "cli"),
+# The table of the design: each folder is one floor. A module may import what stands on a lower floor, and what stands before it in the order
+# in which the house is read: the folders as they are written here, the chapters of a folder by their numbers under nbs/.
+FLOORS = {
+    "ground": 0, "patch": 0,
+    "packs": 1, "algo": 1, "ops/layer": 1, "ops/head": 1, "ops/decode": 1,
+    "models": 2, "engines": 2, "engines/inplace": 2, "engines/vllm": 2, "tasks": 2,
+    "step": 3,
+    "trainers": 4,
+    "run": 5, "recipe": 5, "advice": 5,
+    "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/studio": 6,
+    "app": 7,
 }
-STANDARD_LIBRARY_ONLY = ("check", "events", "patch")
+STRANGERS = {("packs", "algo"), ("packs", "ops"), ("algo", "ops"), ("engines", "tasks")} # on one floor, and know nothing of each other
+KNOW_TRL = ("trainers", "run", "recipe", "advice", "app")
+STANDARD_LIBRARY_ONLY = ("ground", "patch")
 
 
-def layer(module):
-    "The layer of `grpo_nb.<module>...`, by its first name below the package."
-    return next(n for n, names in LAYERS.items() if module.split(".")[0] in names)
+def folder(module): return module.rpartition(".")[0].replace(".", "/")
+
+
+def reading_order():
+    "Every module by its notebook, from the first chapter to the last."
+    return [".".join([*f.split("/"), path.stem.split("_", 1)[1]]) for f in FLOORS for path in sorted((root / "nbs" / f).glob("*.ipynb"))]
 
 
 def modules():
@@ -44,22 +51,38 @@ def imports(name, path):
                 base = ".".join([*parts, node.module] if node.module else parts)
             else: base = node.module
             yield base
-            if base in ("grpo_nb", "grpo_nb.ops", "grpo_nb.algo", "grpo_nb.step", "grpo_nb.trainers", "grpo_nb.ui", "grpo_nb.patch", "grpo_nb.engines"):
-                yield from (f"{base}.{alias.name}" for alias in node.names)
+            if base and base.startswith("grpo_nb"): yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def test_the_listing_is_the_table():
+    "Each folder is one floor; outside them the package has its face alone. Each module is one notebook, in the same folder."
+    assert {folder(name) for name, _ in modules()} == set(FLOORS)
+    assert sorted(reading_order()) == sorted(name for name, _ in modules())
+    assert not [p for p in package.glob("*.py") if p.name not in ("__init__.py", "_modidx.py")]
+    for f in FLOORS:
+        numbers = [path.name[:2] for path in sorted((root / "nbs" / f).glob("*.ipynb"))]
+        assert numbers == [f"{n:02}" for n in range(1, len(numbers) + 1)], f"nbs/{f}: {numbers}"
+
+
+def ours(name, path):
+    "The modules of ours that a module imports, at any depth of its code."
+    known = {n for n, _ in modules()}
+    for imported in imports(name, path):
+        inner = imported.removeprefix("grpo_nb.")
+        if imported.startswith("grpo_nb.") and inner in known: yield inner
 
 
 @pytest.mark.parametrize("name,path", modules(), ids=[n for n, _ in modules()])
 def test_layers(name, path):
-    own = layer(name)
-    for imported in imports(name, path):
-        if imported.startswith("grpo_nb."):
-            inner = imported.removeprefix("grpo_nb.")
-            if inner.split(".")[0] in ("__version__", "_modidx"): continue
-            assert layer(inner) <= own, f"{name} (layer {own}) imports {imported} (layer {layer(inner)})"
-        if imported.split(".")[0] == "trl":
-            assert name.split(".")[0] in ("trainers", "run", "inputs", "recipe", "doctor", "doctor_rules", "findings", "watcher", "memory", "demo", "bench"), f"{name} imports TRL: only layers 4 and 5 do"
-        if name.split(".")[0] in STANDARD_LIBRARY_ONLY and imported.split(".")[0] != "grpo_nb":
-            assert imported.split(".")[0] in sys.stdlib_module_names, f"{name} imports {imported}: standard library only"
+    floor, order, own = FLOORS[folder(name)], reading_order(), folder(name).split("/")[0]
+    for inner in ours(name, path):
+        assert FLOORS[folder(inner)] <= floor, f"{name} (floor {floor}) imports {inner} (floor {FLOORS[folder(inner)]})"
+        assert order.index(inner) < order.index(name), f"{name} imports {inner}, a later chapter"
+        other = folder(inner).split("/")[0]
+        assert (other, own) not in STRANGERS, f"{name} imports {inner}: {own} and {other} know nothing of each other"
+    for outside in {i.split(".")[0] for i in imports(name, path)} - {"grpo_nb"}:
+        if outside == "trl": assert own in KNOW_TRL, f"{name} imports TRL: only floors 4 and 5 do, and the application"
+        if own in STANDARD_LIBRARY_ONLY: assert outside in sys.stdlib_module_names, f"{name} imports {outside}: standard library only"
 
 
 @pytest.mark.parametrize("path", sorted((package / "step").glob("*.py")), ids=lambda p: p.stem)
@@ -96,7 +119,7 @@ def test_settings_ini_makes_the_metadata(tmp_path):
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"): shutil.copy(root / name, tree)
     shutil.copytree(package, tree / "grpo_nb", ignore=shutil.ignore_patterns("__pycache__"))
     text, entry_points = metadata(tree, tmp_path)
-    assert "Requires-Dist: trl>=1.12" in text and "grpo-nb = grpo_nb.cli:main" in entry_points
+    assert "Requires-Dist: trl>=1.12" in text and "grpo-nb = grpo_nb.app.cli:main" in entry_points
     for extra in ("vllm", "gpu", "tasks", "dev"): assert f"Provides-Extra: {extra}" in text
 
     ini = tree / "settings.ini"

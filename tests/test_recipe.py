@@ -118,7 +118,7 @@ def test_trl_parser_reads_our_yaml(tmp_path):
     assert chosen["per_device_train_batch_size"] == [2, 1] and config.generation_kwargs == {"top_k": 4}
     assert (loading.model_name_or_path, loading.dtype, loading.load_in_4bit) == ("Qwen/Qwen3-0.6B", "float32", False)
     assert (loading.use_peft, loading.lora_r, loading.lora_alpha, loading.lora_dropout) == (True, 8, 32, 0.0)
-    assert script.reward_funcs == [f"{MODULE}.correctness", f"{MODULE}.brief", "grpo_nb.rewards.tag_count"]
+    assert script.reward_funcs == [f"{MODULE}.correctness", f"{MODULE}.brief", "grpo_nb.tasks.rewards.tag_count"]
     assert mixture.datasets[0].data_files == "train.jsonl"
     assert read(folder / "grpo.yaml") == EXAMPLE
 
@@ -197,7 +197,7 @@ def test_config_objects_and_dicts_agree():
 
 
 def test_grpo_runs_defaults_are_those_of_inputs():
-    from grpo_nb.inputs import make_config
+    from grpo_nb.run.inputs import make_config
     made = make_config({"bf16": False, "use_cpu": True})
     assert {k: (v if k != "report_to" else "none") for k, v in GRPO_RUN.items()} == {k: (getattr(made, k) if k != "report_to" else "none") for k in GRPO_RUN}
 
@@ -300,7 +300,7 @@ def test_looking_at_settings_does_not_touch_a_run():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from trl import GRPOConfig
-    from grpo_nb.recipe.advice import advise
+    from grpo_nb.advice.settings import advise
     config = GRPOConfig(output_dir="o", use_cpu=True, bf16=False)
     Accelerator(cpu=True)
     before = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)

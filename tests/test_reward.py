@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, GPT2Config
 
-from grpo_nb import events
+from grpo_nb.ground import events
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import reward
 from grpo_nb.step.forward import uninstall

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from grpo_nb import events, rewards
-from grpo_nb.guard import RewardError, guard
+from grpo_nb import rewards
+from grpo_nb.ground import events
+from grpo_nb.tasks.guard import RewardError, guard
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "data/gsm8k/sample.jsonl").read_text().splitlines()]
 FULL = [row["answer"] for row in ROWS]

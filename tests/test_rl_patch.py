@@ -6,8 +6,8 @@ import pytest
 import torch
 from parity import tiny
 
-from grpo_nb.events import said
-from grpo_nb.models import FastLanguageModel
+from grpo_nb.ground.events import said
+from grpo_nb.models.load import FastLanguageModel
 from grpo_nb.patch.core import PatchError, look_up
 from grpo_nb.trainers import grpo, patch, seams
 from grpo_nb.step.forward import install, installed, uninstall

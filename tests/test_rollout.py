@@ -8,7 +8,7 @@ from packaging.version import Version
 from parity import VOCAB, tiny, tokenizer
 
 from grpo_nb.engines.base import EngineError, Sampling
-from grpo_nb.events import said
+from grpo_nb.ground.events import said
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.patch.objects import objects
 from grpo_nb.trainers import sampling as rollout
@@ -107,7 +107,7 @@ def test_adapter(tmp_path):
 
 
 def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
-    from grpo_nb.engines import inplace
+    from grpo_nb.engines.inplace import engine as inplace
     monkeypatch.setattr(inplace, "free_bytes", lambda device: 2000)
     with PatchSet(engine_patches(PATHS["grpo"])), pytest.raises(EngineError, match="cache_tokens"): trainer_of("grpo", tmp_path).train()
 
@@ -245,7 +245,7 @@ def conversation(n): return [{"role": "user", "content": str(n)}, call(n), told(
 @pytest.fixture(scope="module")
 def caller():
     "The model, and a tokenizer whose template renders tools and whose answers are parsed."
-    from grpo_nb.tiny import make_model, make_tokenizer
+    from grpo_nb.tasks.tiny import make_model, make_tokenizer
     tok = make_tokenizer(["1 2"])
     tok.add_tokens(["<tool_call>", "</tool_call>", '{"name": "double", "arguments": {"number": ', '}}'])
     tok.chat_template, tok.response_template = TALK, ANSWER
@@ -318,7 +318,7 @@ def test_a_tool_calling_loop(tmp_path, caller, how):
 def test_without_stop_tokens_every_engine_goes_on_to_the_length(greedy):
     "Whatever ends the model's own generation config names."
     from grpo_nb.engines.hf import HuggingFace
-    from grpo_nb.engines.inplace import InPlace
+    from grpo_nb.engines.inplace.engine import InPlace
     model = tiny()
     model.generation_config.eos_token_id = list(range(1, VOCAB))
     found = [engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, seed=0)) for engine in (HuggingFace(model), InPlace(model))]

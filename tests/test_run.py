@@ -14,12 +14,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from grpo_nb import events
+from grpo_nb.ground import events
 from grpo_nb.engines.base import EngineError
-from grpo_nb.guard import RewardError
-from grpo_nb.run import GRPORun
-from grpo_nb.tasks import get
-from grpo_nb.tiny import tiny_model
+from grpo_nb.tasks.guard import RewardError
+from grpo_nb.run.run import GRPORun
+from grpo_nb.tasks.library import get
+from grpo_nb.tasks.tiny import tiny_model
 
 TASK = get("sort_digits", n_train=64, n_test=8)
 SMALL = dict(steps=0, hidden_size=64, layers=1)
@@ -103,7 +103,7 @@ def test_frozen_model():
 
 
 def test_an_unknown_reward_name_gets_the_nearest(parts):
-    pytest.importorskip("grpo_nb.rewards")
+    pytest.importorskip("grpo_nb.tasks.rewards")
     with pytest.raises(ValueError, match="(?i)not known|unknown|no reward"): GRPORun(*parts, "no_such_reward_at_all", TASK.train)
 
 
@@ -284,10 +284,10 @@ def test_progress_display_is_the_users_choice(tmp_path):
 
 SETUP = """
 import time
-from grpo_nb import events
-from grpo_nb.run import GRPORun
-from grpo_nb.tasks import get
-from grpo_nb.tiny import tiny_model
+from grpo_nb.ground import events
+from grpo_nb.run.run import GRPORun
+from grpo_nb.tasks.library import get
+from grpo_nb.tasks.tiny import tiny_model
 task = get("sort_digits", n_train=64, n_test=8)
 def reward(completions, **kwargs):
     time.sleep(0.05)
@@ -596,7 +596,7 @@ FAULTS = {"dies": (lambda: EngineError("The engine died: its worker was killed. 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("engine", ["hf", "inplace"], indirect=True)
 def test_an_engine_that_fails_in_the_middle(tmp_path, engine, fault, monkeypatch):
-    from grpo_nb.engines.inplace import InPlace
+    from grpo_nb.engines.inplace.engine import InPlace
     options = dict(save_strategy="steps", save_steps=2, engine=engine)
     whole = make(tmp_path / "whole", **options).start(background=False)
     run, held, closed = make(tmp_path / "parts", **options), [], []
@@ -627,7 +627,7 @@ def test_an_engine_that_fails_in_the_middle(tmp_path, engine, fault, monkeypatch
 
 @pytest.mark.parametrize("engine", ["inplace"], indirect=True)
 def test_a_cache_for_which_there_is_no_memory(tmp_path, engine, monkeypatch):
-    from grpo_nb.engines import inplace
+    from grpo_nb.engines.inplace import engine as inplace
     monkeypatch.setattr(inplace, "free_bytes", lambda device: 1000)
     run = make(tmp_path, engine="inplace")
     with pytest.raises(EngineError, match="max_completion_length"): run.start(background=False)

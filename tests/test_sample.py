@@ -11,9 +11,9 @@ import triton.language as tl
 from test_decode_attention import build, compiled, interpreted, resources
 
 from grpo_nb.engines.base import Sampling, sampling_logits
-from grpo_nb.engines.draw import draw, likeliest
-from grpo_nb.ops import sample as M
-from grpo_nb.ops.sample import argmax, argmax_naive, runs_on, sample, sample_naive
+from grpo_nb.engines.inplace.draw import draw, likeliest
+from grpo_nb.ops.decode import sample as M
+from grpo_nb.ops.decode.sample import argmax, argmax_naive, runs_on, sample, sample_naive
 
 LARGEST = 1 - 2**-53 # u below 1
 FORMS = [pytest.param((sample_naive, argmax_naive), id="plain"), pytest.param((sample, argmax), id="kernels", marks=interpreted)]

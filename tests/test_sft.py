@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from grpo_nb import events
+from grpo_nb.ground import events
 from grpo_nb.patch.core import PatchSet, release
 from grpo_nb.trainers import sft
 from grpo_nb.step.forward import uninstall

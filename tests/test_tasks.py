@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from grpo_nb import tasks
+from grpo_nb.tasks import library as tasks
 
 MADE = ["sort_digits", "reverse_string", "add_numbers", "count_letters", "countdown"]
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_nb import tasks, tiny
-from grpo_nb.evaluate import accuracy, evaluation_mode, exact_answer, final_text, greedy
+from grpo_nb import tasks
+from grpo_nb.tasks import tiny
+from grpo_nb.tasks.evaluate import accuracy, evaluation_mode, exact_answer, final_text, greedy
 
 SMALL = dict(hidden_size=64, layers=1, batch_size=8, measure=False)
 

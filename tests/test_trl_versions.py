@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_nb.models import FastLanguageModel
+from grpo_nb.models.load import FastLanguageModel
 from grpo_nb.patch.core import PatchError, Value, look_up, split
 from grpo_nb.patch.undo import Undo
 from grpo_nb.trainers import colocate, patch, seams, table

@@ -24,14 +24,15 @@ from peft import LoraConfig, get_peft_model
 from torchrun import in_two_processes
 
 from grpo_nb import tasks
-from grpo_nb.engines import vllm as module
-from grpo_nb.engines import vllm_start
+from grpo_nb.engines.vllm import engine as module
+from grpo_nb.engines.vllm import start as vllm_start
 from grpo_nb.engines.base import EngineError, Sampling, sampling_logits
 from grpo_nb.engines.hf import HuggingFace
-from grpo_nb.engines.vllm import VLLMEngine
-from grpo_nb.engines.vllm_start import check_version, request_options
-from grpo_nb.engines.weights import adapter_of, adapter_problem, weights_of
-from grpo_nb.tiny import make_tokenizer
+from grpo_nb.engines.vllm.engine import VLLMEngine
+from grpo_nb.models import installed
+from grpo_nb.engines.vllm.start import check_version, request_options
+from grpo_nb.engines.vllm.weights import adapter_of, adapter_problem, weights_of
+from grpo_nb.tasks.tiny import make_tokenizer
 from grpo_nb.trainers.state import vllm_engines
 
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` makes an environment with its CPU build")]
@@ -133,7 +134,7 @@ def patched(monkeypatch):
 def test_the_extra_asks_for_the_versions_that_work():
     line = next(x for x in (Path(__file__).resolve().parent.parent / "settings.ini").read_text().splitlines() if x.strip().startswith("vllm>"))
     asked = Requirement(line.strip()).specifier
-    assert vllm_start.OLDEST in asked and vllm_start.NEWEST in asked and "0.21.0" not in asked and "0.34.0" not in asked
+    assert installed.OLDEST in asked and installed.NEWEST in asked and "0.21.0" not in asked and "0.34.0" not in asked
 
 
 def test_versions(tmp_path, monkeypatch):
@@ -143,8 +144,8 @@ def test_versions(tmp_path, monkeypatch):
     assert check_version("0.40.0", any_version=True) == "0.40.0"
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/request.py").write_text("class LoRARequests: pass")
-    assert {"lora/request.py: LoRARequest", "v1/worker/gpu_worker.py: wake_up"} <= set(vllm_start.lacking(tmp_path))
-    monkeypatch.setattr(vllm_start, "lacking", lambda: ["sampling_params.py: min_p"])
+    assert {"lora/request.py: LoRARequest", "v1/worker/gpu_worker.py: wake_up"} <= set(installed.lacking(tmp_path))
+    monkeypatch.setattr(installed, "lacking", lambda: ["sampling_params.py: min_p"])
     with pytest.raises(EngineError, match="0.40.0 lacks what is used of it: sampling_params.py: min_p. 0.22.0 to 0.33.0 have it"): check_version("0.40.0", any_version=True)
     with pytest.raises(EngineError, match="pip install vllm"): check_version("")
 
@@ -153,20 +154,20 @@ def test_versions(tmp_path, monkeypatch):
     (dict(adapter="swop"), "Did you mean 'swap'"), (dict(adapter="swap"), "no adapter"), (dict(max_num_seqs=0), "max_num_seqs=0"), (dict(max_model_len=2.5), "max_model_len=2.5"),
     (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"), (dict(log_level="loud"), "log_level='loud'")])
 def test_arguments(options, words, monkeypatch):
-    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(installed, "vllm_version", lambda: "0.32.0")
     with pytest.raises(ValueError, match=words): VLLMEngine(model_of(), **options)
 
 
 def test_another_version_starts_nothing(monkeypatch):
-    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.21.0")
+    monkeypatch.setattr(installed, "vllm_version", lambda: "0.21.0")
     monkeypatch.setattr(VLLMEngine, "_start", lambda self: pytest.fail("started"))
     with pytest.raises(EngineError, match="vLLM 0.21.0 is not known to work"): VLLMEngine(model_of())
 
 
 def test_fast_inference(monkeypatch):
     for found, name, words in (("", "inplace", "not installed, so the patched trainers sample in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
-        monkeypatch.setattr(vllm_start, "vllm_version", lambda: found)
-        assert vllm_start.fast_engine()[0] == name and words in vllm_start.fast_engine()[1]
+        monkeypatch.setattr(installed, "vllm_version", lambda: found)
+        assert installed.fast_engine()[0] == name and words in installed.fast_engine()[1]
 
 
 def test_standard_output_without_a_descriptor(monkeypatch):
@@ -182,12 +183,12 @@ def test_standard_output_without_a_descriptor(monkeypatch):
 def test_fast_inference_under_sharding(monkeypatch, capsys):
     from types import SimpleNamespace
 
-    from grpo_nb.events import said
-    from grpo_nb.models import Settings
+    from grpo_nb.ground.events import said
+    from grpo_nb.models.load import Settings
     from grpo_nb.trainers.colocate import choose
 
     said.clear()
-    monkeypatch.setattr(vllm_start, "vllm_version", lambda: "0.24.0")
+    monkeypatch.setattr(installed, "vllm_version", lambda: "0.24.0")
     model, args = model_of(), SimpleNamespace(use_vllm=False, engine="auto", fsdp=["full_shard"], deepspeed=None)
     model._grpo_nb = Settings("digits", 128, torch.float32, False, True, 0.6, 16)
     assert not choose(args, model, 2) and not args.use_vllm and "without vLLM" in capsys.readouterr().out
@@ -246,7 +247,7 @@ def test_what_can_be_swapped():
 class TestVLLM:
     pytestmark = needs_vllm
 
-    def test_what_is_used_of_it_is_there(self): assert not vllm_start.lacking()
+    def test_what_is_used_of_it_is_there(self): assert not installed.lacking()
 
     @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
     @pytest.mark.parametrize("way", ["swap", "fold"])
@@ -545,8 +546,8 @@ class TestVLLM:
     @pytest.mark.parametrize("how", ["engine", "fast_inference"])
     def test_vllm_by_name_or_by_the_model(self, how, tmp_path, capsys, patched, monkeypatch):
         "`engine='vllm'`, or a model loaded with `fast_inference=True`, is all; a full fine-tuning, saved, loads as it was trained."
-        from grpo_nb.events import said
-        from grpo_nb.models import Settings
+        from grpo_nb.ground.events import said
+        from grpo_nb.models.load import Settings
 
         said.clear()
         made = VLLMEngine.__init__
@@ -570,7 +571,7 @@ class TestVLLM:
 
     def test_a_run_is_stopped_while_it_samples(self, tmp_path, patched):
         "`run.stop()` ends vLLM's sampling between two tokens; the weights are whole, the checkpoint is there, and the next run goes on from it."
-        from grpo_nb.run import GRPORun
+        from grpo_nb.run.run import GRPORun
 
         model = adapted(model_of())
         run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_completion_length": 200, "max_steps": 50})
@@ -596,7 +597,7 @@ class TestVLLM:
 
     def test_an_engine_that_dies_in_a_run(self, tmp_path, patched):
         "A clear error, the weights whole and the checkpoint intact; the same trainer, and the next one, go on with a new engine."
-        from grpo_nb.run import GRPORun
+        from grpo_nb.run.run import GRPORun
 
         model, settings = adapted(model_of()), {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "save_strategy": "steps", "save_steps": 1}
         run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, settings)
@@ -618,11 +619,11 @@ class TestVLLM:
     @pytest.mark.timeout(900)
     def test_the_quickstart_task(self, tmp_path, capsys):
         "Sorting four digits: 100 steps with vLLM reach the accuracy that Hugging Face reaches."
-        from grpo_nb.demo import adapter, quickstart_config
-        from grpo_nb.models import FastLanguageModel
+        from grpo_nb.app.demo import adapter, quickstart_config
+        from grpo_nb.models.load import FastLanguageModel
         from grpo_nb.trainers.patch import PatchFastRL, UnpatchFastRL
-        from grpo_nb.run import GRPORun
-        from grpo_nb.tiny import tiny_model
+        from grpo_nb.run.run import GRPORun
+        from grpo_nb.tasks.tiny import tiny_model
 
         task = tasks.get("sort_digits", seed=0)
         model, tok = tiny_model(task, seed=0, measure=False)

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from grpo_nb.engines.base import Sampling
 from grpo_nb.engines.hf import HuggingFace
 from grpo_nb.trainers.patch import PatchFastRL
-from grpo_nb.tasks import get
-from grpo_nb.tiny import tiny_model
+from grpo_nb.tasks.library import get
+from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.trainers.state import vllm_engines
 
 PatchFastRL("grpo")

@@ -1,0 +1,1 @@
+"""What samples completions: Hugging Face's generate, ours in place, vLLM."""

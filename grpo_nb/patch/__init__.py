@@ -1,1 +1,1 @@
-"""Find a place in source by its syntax tree; a patch that checks, applies, reverts and shows its difference."""
+"""Changes to code and to objects of other packages: checked first, applied whole, taken back whole."""

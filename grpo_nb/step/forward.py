@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..batch import Pack
-from ..ops.attention import masks_for, use_tree_attention
-from ..ops.fuse import fuse, fused, unfuse
+from ..packs.batch import Pack
+from ..packs.attention import masks_for, use_tree_attention
+from ..ops.layer.fuse import fuse, fused, unfuse
 from ..patch.objects import objects, restore, restore_all, wrap
 from .read import Exact, HeadSettings, Output, causal_lm
 

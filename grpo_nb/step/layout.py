@@ -15,10 +15,10 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from ..batch import Pack, RolloutBatch
-from ..check import one_of
-from ..ops.attention import Obstacle, Reason, why_not_tree
-from ..packing import plan
+from ..packs.batch import Pack, RolloutBatch
+from ..ground.check import one_of
+from ..packs.attention import Obstacle, Reason, why_not_tree
+from ..packs.plan import plan
 from .forward import install, installed, run_pack, uninstall
 from .read import HeadSettings, LogProbs, causal_lm
 
@@ -42,7 +42,7 @@ class Layout(Enum):
 
 
 class Choice(Enum):
-    "Reasons that are not the model's attention (those are `ops.attention.Obstacle`)."
+    "Reasons that are not the model's attention (those are `packs.attention.Obstacle`)."
     ASKED = "the user chose it"
     INPUTS = "the batch has other inputs than tokens"
     ROUTER = "the router's loss counts a prompt once a row"

@@ -15,9 +15,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..batch import Pack, RolloutBatch
-from ..events import say
-from ..packing import filler
+from ..packs.batch import Pack, RolloutBatch
+from ..ground.events import say
+from ..packs.plan import filler
 from .forward import Bare, attention_kind, install, run_pack, tree
 from .layout import TOGETHER, Chosen, Layout, choose, default_budget, lay_out, was_asked
 from .read import HeadSettings, LogProbs, Output

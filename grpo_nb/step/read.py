@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import ModelOutput
 
-from ..batch import Pack
-from ..ops.linear_logprob import compute_dtype, linear_logprob
+from ..packs.batch import Pack
+from ..ops.head.linear_logprob import compute_dtype, linear_logprob
 
 # %% ../../nbs/step/01_read.ipynb #5bdf5c9f
 def causal_lm(model:nn.Module # possibly wrapped by DDP, FSDP or PEFT
@@ -67,7 +67,7 @@ class LogProbs:
     entropy: bool = True
 
     def __call__(self, base, hidden:Tensor, pack:Pack, head:HeadSettings) -> Output: # hidden: (N, H)
-        "Through `ops.linear_logprob`, a tile of logits at a time."
+        "Through `ops.head.linear_logprob`, a tile of logits at a time."
         with weights_of(base) as (weight, bias):
             hidden, target = hidden[pack.predict].to(weight.device), pack.target.to(weight.device)
             outside = torch.autocast(hidden.device.type, enabled=False) if head.fp32_head else nullcontext()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..batch import Pack, RolloutBatch
+from ..packs.batch import Pack, RolloutBatch
 
 # %% ../../nbs/step/06_rows.ipynb #e252e719
 @dataclass(frozen=True, eq=False)

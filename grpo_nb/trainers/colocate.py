@@ -14,10 +14,11 @@ from inspect import signature
 from types import SimpleNamespace
 
 from ..engines.base import Sampling
-from ..engines.vllm import VLLMEngine
-from ..engines.vllm_start import check_version, fast_engine
-from ..events import say
-from ..models import settings_of
+from ..engines.vllm.engine import VLLMEngine
+from ..engines.vllm.start import check_version
+from ..models.installed import fast_engine
+from ..ground.events import say
+from ..models.load import settings_of
 from ..patch.core import Patch, Wrap
 from .config import world_size
 from .sampling import groups

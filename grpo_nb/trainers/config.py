@@ -16,9 +16,9 @@ from math import gcd
 
 import torch
 
-from ..check import known_arguments, one_of
-from ..device import best_dtype
-from ..events import Notice, notices, said, say
+from ..ground.check import known_arguments, one_of
+from ..models.device import best_dtype
+from ..ground.events import Notice, notices, said, say
 from ..patch.core import Patch, Value, Wrap
 from ..step.layout import STEPS
 from .sampling import ENGINE_FIELD, check_engine

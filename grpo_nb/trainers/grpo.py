@@ -23,10 +23,10 @@ from torch import Tensor
 from ..algo.aggregate import Denominators
 from ..algo.loss import POLICY_TERMS, LossInputs, LossSettings, Stat, entropy_bonus, policy_loss
 from ..algo.ratio import sampling_correction
-from ..batch import RolloutBatch
-from ..events import say
-from ..models import tokenizer_of
-from ..ops.attention import Reason
+from ..packs.batch import RolloutBatch
+from ..ground.events import say
+from ..models.load import tokenizer_of
+from ..packs.attention import Reason
 from ..patch.objects import changing
 from ..step.forward import tree
 from ..step.layout import Choice, Chosen, Layout

@@ -15,8 +15,8 @@ from functools import cache
 from importlib import import_module
 from threading import RLock
 
-from ..check import one_of
-from ..events import say
+from ..ground.check import one_of
+from ..ground.events import say
 from ..patch.core import Finding, Patch, PatchError, PatchSet, Report, Wrap, original_place, refusal
 from ..patch.undo import MISSING, describe
 from .colocate import choice_patch, colocate_patches

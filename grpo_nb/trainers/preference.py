@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import one_of
-from ..events import say
+from ..ground.check import one_of
+from ..ground.events import say
 from ..patch.core import look_up
 from ..step.read import causal_lm
 from .seams import HOMES, patches_at

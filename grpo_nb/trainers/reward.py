@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
 
-from ..batch import Pack, RolloutBatch
-from ..check import one_of
-from ..events import say
-from ..ops.attention import Reason
+from ..packs.batch import Pack, RolloutBatch
+from ..ground.check import one_of
+from ..ground.events import say
+from ..packs.attention import Reason
 from ..step.layout import Choice, Chosen, Layout
 from ..step.packed import Packs, PackedStep
 from ..step.read import Scores, causal_lm

@@ -16,14 +16,14 @@ from traceback import clear_frames
 
 import torch
 
-from ..check import one_of
+from ..ground.check import one_of
 from ..engines.base import EngineError
 from ..engines.hf import read_config
-from ..engines.inplace import InPlace
-from ..engines.layers import causal_lm, unsupported
-from ..events import say
-from ..ops.attention import Reason
-from ..modes import Snapshot, base_of
+from ..engines.inplace.engine import InPlace
+from ..engines.inplace.layers import causal_lm, unsupported
+from ..ground.events import say
+from ..packs.attention import Reason
+from ..models.modes import Snapshot, base_of
 from ..patch.core import Patch, Wrap
 from ..patch.objects import wrapping
 from .state import state_of, vllm_engines

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..check import one_of
+from ..ground.check import one_of
 from ..patch.anchor import Anchor
 from ..patch.core import Patch, PatchError, Value, Versions, Wrap, release
 from ..patch.rewrite import Edit

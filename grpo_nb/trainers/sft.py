@@ -14,9 +14,9 @@ from functools import cache
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..check import one_of
-from ..events import say
-from ..ops.attention import Reason
+from ..ground.check import one_of
+from ..ground.events import say
+from ..packs.attention import Reason
 from ..patch.objects import changing
 from ..step.layout import Choice
 from ..step.read import causal_lm

@@ -19,8 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..events import say
-from ..ops.attention import Reason
+from ..ground.events import say
+from ..packs.attention import Reason
 from ..patch.anchor import source_of
 from ..step.layout import Choice, Chosen, Layout, home_of, is_known, origins, theirs
 from ..step.packed import How, PackedStep

@@ -14,7 +14,7 @@ from html import escape
 from shutil import get_terminal_size
 from textwrap import wrap
 
-from ..models import FastLanguageModel
+from ..models.load import FastLanguageModel
 from ..patch.core import Patch, PatchError, Value, change_of, edits_of, lock, place_of
 from ..patch.objects import objects
 from . import patch as face

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..check import one_of
-from ..ops.attention import Reason
+from ..ground.check import one_of
+from ..packs.attention import Reason
 from ..step.layout import Choice, Chosen
 from ..step.packed import Packs
 from ..step.read import WANTS, Output, Stats

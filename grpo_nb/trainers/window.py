@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..batch import RolloutBatch
-from ..events import say
+from ..packs.batch import RolloutBatch
+from ..ground.events import say
 from ..step.packed import PackedStep
 from ..step.replay import hooked
 from .state import own_methods, state_of

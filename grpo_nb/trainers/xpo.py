@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..check import one_of
+from ..ground.check import one_of
 from .seams import patches_at
 from .state import passed_over
 from .tokens import token_stats

@@ -1,1 +1,1 @@
-"""What a person sees: charts of a run and the pictures that a saved notebook keeps."""
+"""What a notebook shows."""

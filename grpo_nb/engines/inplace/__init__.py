@@ -1,0 +1,1 @@
+"""Sampling from the training weights, in this process."""

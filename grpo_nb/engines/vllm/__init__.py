@@ -1,0 +1,1 @@
+"""vLLM in this process, on the training weights or on a copy."""

@@ -1,0 +1,1 @@
+"""What needs nothing of ours: checks of what was given, and events."""

@@ -1,0 +1,1 @@
+"""The model and the machine: loading, modes, and what is installed."""

@@ -1,0 +1,1 @@
+"""Operations over the vocabulary that never hold all of its logits."""

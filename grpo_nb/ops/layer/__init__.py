@@ -1,0 +1,1 @@
+"""Operations inside a layer, and the switch that puts them into a model."""

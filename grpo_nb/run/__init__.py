@@ -1,0 +1,1 @@
+"""A run: what it is given, how it is steered and measured."""

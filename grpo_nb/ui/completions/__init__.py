@@ -1,0 +1,1 @@
+"""Completions, by step and prompt."""

@@ -1,0 +1,1 @@
+"""Rewards tried on completions before they train a model."""
