@@ -37,8 +37,9 @@ def patches_of(algorithm:str) -> tuple: # of Patch, the same ones each time; rai
     where = home(algorithm)
     trainer = import_module(f"grpo_nb.trainers.{MODULES[algorithm]}").patches(algorithm)
     fields, rules = (tuple(FIELDS), (precision, whole_groups)) if algorithm in GROUPS else (EVERY, (precision,))
-    sampling = (*engine_patches(where.trainer, where.versions), choice_patch(where.trainer, where.versions)) if algorithm in GROUPS else ()
-    return (*config_patches(where.config, where.versions, fields, rules), *trainer, *sampling)
+    found = *config_patches(where.config, where.versions, fields, rules), *trainer
+    if algorithm not in GROUPS: return found
+    return *found, *engine_patches(where.trainer, where.versions), choice_patch(where.trainer, where.versions)
 
 # %% ../../nbs/trainers/14_patch.ipynb #3e33a8f1
 @cache
@@ -49,17 +50,19 @@ def shared_patches(algorithm) -> tuple: # of Patch
     "The patches that an algorithm has in common with others."
     return shared_set().patches if algorithm in GROUPS else ()
 
-# %% ../../nbs/trainers/14_patch.ipynb #5d0c1811
+# %% ../../nbs/trainers/14_patch.ipynb #7d7bfc32
 @cache
 def sampling_patch(name:str, # of `SAMPLERS`
                    FastLanguageModel) -> Patch:
     "Sample in `FastLanguageModel`'s inference mode."
     def wrap(original):
         def sample(self, *args, **kwargs):
-            if getattr(self, "use_vllm", False): return original(self, *args, **kwargs) # vLLM has weights of its own, and TRL reads self.model.training
-            with FastLanguageModel.for_inference(self.accelerator.unwrap_model(self.model_wrapped)): return original(self, *args, **kwargs)
+            if getattr(self, "use_vllm", False): return original(self, *args, **kwargs) # it has weights of its own
+            with FastLanguageModel.for_inference(self.accelerator.unwrap_model(self.model_wrapped)):
+                return original(self, *args, **kwargs)
         return sample
-    return Patch("inference mode", SAMPLERS[name], Wrap(wrap), why="no dropout and no checkpointing while sampling, modes restored exactly", versions=TESTED)
+    return Patch("inference mode", SAMPLERS[name], Wrap(wrap), versions=TESTED,
+                 why="no dropout and no checkpointing while sampling, modes restored exactly")
 
 
 def patch_sets(algorithm, FastLanguageModel=None) -> list: # of PatchSet
@@ -69,19 +72,21 @@ def patch_sets(algorithm, FastLanguageModel=None) -> list: # of PatchSet
     return sets
 
 
-def sampling_sets(name, FastLanguageModel) -> list: return [PatchSet([sampling_patch(name, FastLanguageModel)], f"{name} sampling")]
+def sampling_sets(name, FastLanguageModel) -> list: # of PatchSet
+    return [PatchSet([sampling_patch(name, FastLanguageModel)], f"{name} sampling")]
 
-# %% ../../nbs/trainers/14_patch.ipynb #e2426568
+# %% ../../nbs/trainers/14_patch.ipynb #7cbe5147
 def checked(patch) -> Report: # of one patch
     "What holds and what moved; a trainer's method has to be the trainer's own."
     report = patch.check()
     try: place = original_place(patch)
     except PatchError: return report # it says so
-    own = patch.new or place.entry is not MISSING or place.found is MISSING or is_dataclass(place.owner) or patch.target in INHERITED
-    if own: return report
-    return replace(report, findings=(Finding("target", f"{place.owner.__name__} has no {place.key!r} of its own; {describe(place.found)} is inherited"),))
+    own = patch.new or place.entry is not MISSING or place.found is MISSING
+    if own or is_dataclass(place.owner) or patch.target in INHERITED: return report
+    words = f"{place.owner.__name__} has no {place.key!r} of its own; {describe(place.found)} is inherited"
+    return replace(report, findings=(Finding("target", words),))
 
-
+# %% ../../nbs/trainers/14_patch.ipynb #f8959aef
 applied, lock = {}, RLock() # algorithm: its PatchSets that are on, in the order in which they were applied
 
 
@@ -99,7 +104,7 @@ def share(name): # of an algorithm whose own patches are on
     mine = any(s.name == name for s in applied[name])
     if mine and shared_set().is_applied and shared_set() not in applied[name]: applied[name].append(shared_set())
 
-
+# %% ../../nbs/trainers/14_patch.ipynb #2234f6a6
 def switch_on(names, sets_of) -> list: # of the algorithms that were changed; raises `PatchError`, having changed nothing
     "Check and apply the patch sets of some algorithms."
     with lock:
@@ -115,11 +120,12 @@ def switch_on(names, sets_of) -> list: # of the algorithms that were changed; ra
         for name, s in done: applied.setdefault(name, []).append(s)
         for name in {n for n, _ in done} & set(GROUPS): share(name)
     if any(r.tested is False for r in reports):
-        say(f"TRL {trl_version()} was not tested ({TESTED} were): all {sum(len(r.findings) for r in reports)} places, signatures and "
+        relied = sum(len(r.findings) for r in reports)
+        say(f"TRL {trl_version()} was not tested ({TESTED} were): all {relied} places, signatures and "
             "lines that the patches rely on hold.")
     return list(dict.fromkeys(name for name, _ in done))
 
-
+# %% ../../nbs/trainers/14_patch.ipynb #cfca7672
 @contextmanager
 def quiet(on:bool):
     "Without TRL's notice about `trl.experimental`, for a call that did not ask for what is in it."
@@ -127,20 +133,22 @@ def quiet(on:bool):
         if on: warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
         yield
 
-# %% ../../nbs/trainers/14_patch.ipynb #ac9e7344
+# %% ../../nbs/trainers/14_patch.ipynb #fdbe5bdd
 def check_model_class(FastLanguageModel) -> None:
     "Raise `TypeError` for what cannot switch a model to inference."
     if not callable(getattr(FastLanguageModel, "for_inference", None)):
-        raise TypeError(f"FastLanguageModel={FastLanguageModel!r} has no `for_inference`; give grpo_nb.FastLanguageModel, or nothing.")
+        raise TypeError(f"FastLanguageModel={FastLanguageModel!r} has no `for_inference`; "
+                        "give grpo_nb.FastLanguageModel, or nothing.")
 
 
 def check_name(algorithm) -> str|None:
     "The algorithm's name in small letters; `ValueError` for an unknown one."
     if algorithm is None: return None
-    if not isinstance(algorithm, str): raise ValueError(f"algorithm={algorithm!r} is not a name; allowed: {', '.join(HOMES)}, or None for all.")
+    if not isinstance(algorithm, str):
+        raise ValueError(f"algorithm={algorithm!r} is not a name; allowed: {', '.join(HOMES)}, or None for all.")
     return one_of("algorithm", algorithm.lower(), HOMES)
 
-
+# %% ../../nbs/trainers/14_patch.ipynb #b53e3347
 def PatchFastRL(algorithm:str|None=None, # one of `HOMES`, in any case; None: all that the installed TRL has
                 FastLanguageModel=None, # if given, sampling runs in its inference mode
                 ) -> None:
@@ -149,8 +157,10 @@ def PatchFastRL(algorithm:str|None=None, # one of `HOMES`, in any case; None: al
     name = check_name(algorithm)
     names = [name] if name else [n for n in HOMES if has(n) or expected(n)]
     with quiet(name is None): done = switch_on(names, lambda n: patch_sets(n, FastLanguageModel))
-    if done: say(f"TRL's {', '.join(n.upper() for n in done)} trainer{'s take' if len(done) > 1 else ' takes'} the packed step; "
-                 f"UnpatchFastRL({'' if len(done) > 1 else repr(done[0])}) undoes it.")
+    if not done: return
+    several = len(done) > 1
+    say(f"TRL's {', '.join(n.upper() for n in done)} trainer{'s take' if several else ' takes'} the packed step; "
+        f"UnpatchFastRL({'' if several else repr(done[0])}) undoes it.")
 
 
 def PatchRL(FastLanguageModel) -> None:
@@ -158,9 +168,10 @@ def PatchRL(FastLanguageModel) -> None:
     check_model_class(FastLanguageModel)
     names = [name for name, target in SAMPLERS.items() if has_module(target)]
     with quiet(True): done = switch_on(names, lambda n: sampling_sets(n, FastLanguageModel))
-    if done: say(f"TRL's {', '.join(n.upper() for n in done)} trainers sample in the model's inference mode; UnpatchFastRL() undoes it.")
+    if not done: return
+    say(f"TRL's {', '.join(n.upper() for n in done)} trainers sample in the model's inference mode; UnpatchFastRL() undoes it.")
 
-
+# %% ../../nbs/trainers/14_patch.ipynb #eee2924d
 def UnpatchFastRL(algorithm:str|None=None, # as for `PatchFastRL`
                   ) -> None:
     "Put TRL's own attributes back, each the very object that it was; models that ran packed steps lose what was added to them."

@@ -24,7 +24,7 @@ from .seams import HOMES, patches_at
 from .state import own_methods, passed_over
 from .tokens import TokenStats, token_stats
 
-# %% ../../nbs/trainers/12_preference.ipynb #9f9c03e5
+# %% ../../nbs/trainers/12_preference.ipynb #5c994822
 @dataclass(frozen=True, eq=False)
 class FromLogits(TokenStats):
     "The same fields from a model's logits."
@@ -43,9 +43,10 @@ def from_logits(outputs, # of a causal language model
     with torch.no_grad():
         entropy, squares = -(every.exp() * every).sum(-1), (2 * every).logsumexp(-1)
         top, mean = (every.argmax(-1) == input_ids[:, 1:]) & on, logits.mean(-1, dtype=torch.float32)
-    return FromLogits(own, on, entropy, top, mean, squares, positions=input_ids.numel(), aux_loss=getattr(outputs, "aux_loss", None), logits=outputs.logits)
+    return FromLogits(own, on, entropy, top, mean, squares, positions=input_ids.numel(),
+                      aux_loss=getattr(outputs, "aux_loss", None), logits=outputs.logits)
 
-
+# %% ../../nbs/trainers/12_preference.ipynb #f8ef29c1
 def scored(self, # the trainer
            model,
            inputs:dict, # what the model would be called with
@@ -61,19 +62,19 @@ def scored(self, # the trainer
     if want and getattr(self, "use_weighting", False): want = (*want, "log_sum_sq_probs")
     if known is not None and not logits: return known
     def ahead(later): return later["input_ids"], later["attention_mask"], later["completion_mask"] != 0, None
-    stats = None if logits else token_stats(self, model, inputs["input_ids"], inputs["attention_mask"], mask, want, given=given, ahead=ahead)
+    rows = inputs["input_ids"], inputs["attention_mask"], mask
+    stats = None if logits else token_stats(self, model, *rows, want, given=given, ahead=ahead)
     if stats is not None: return stats
     if fused: return model(**inputs, labels=targets, fused_lm_head=True)
     return from_logits(model(**inputs), inputs["input_ids"], mask)
 
-# %% ../../nbs/trainers/12_preference.ipynb #3fd28f58
+# %% ../../nbs/trainers/12_preference.ipynb #e5db04d0
 def left_to_trl(trainer) -> bool:
     "Whether the fused loss of liger was chosen, which computes log-probs itself."
-    if hasattr(type(trainer), "_compute_loss_liger") or hasattr(type(trainer), "_get_per_token_logps_and_entropies"): # before 1.15
-        if getattr(trainer, "use_liger_kernel", False):
-            say("use_liger_kernel=True computes the loss with liger, which TRL does as before: prompts are not shared.")
-            return True
-    return False
+    before = any(hasattr(type(trainer), name) for name in ("_compute_loss_liger", "_get_per_token_logps_and_entropies")) # 1.15
+    if not before or not getattr(trainer, "use_liger_kernel", False): return False
+    say("use_liger_kernel=True computes the loss with liger, which TRL does as before: prompts are not shared.")
+    return True
 
 
 def announce(original): # -> the replacement of `compute_loss`, before 1.15
@@ -83,23 +84,24 @@ def announce(original): # -> the replacement of `compute_loss`, before 1.15
         return original(self, *args, **kwargs)
     return compute_loss
 
-
+# %% ../../nbs/trainers/12_preference.ipynb #22a296e5
 def with_mismatched(batch) -> list: # ids, mask, targets: (2B, T)
     "The rows and, below them, the prompts with other rows' completions."
     return [below([batch[name], batch[f"KL_{name}"]]) for name in ("input_ids", "attention_mask", "completion_mask")]
 
 
-def both(trainer, model, batch, want=()) -> tuple: # `TokenStats` of the rows, (B,) log-probs of the mismatched ones; None, None: TRL's path
+def both(trainer, model, batch, want=()) -> tuple: # `TokenStats` of the rows, (B,) of the mismatched ones; None, None: TRL's path
     "The rows and the mismatched rows in the same packs."
     if left_to_trl(trainer): return None, None
     n = len(batch["input_ids"])
-    stats = token_stats(trainer, model, *with_mismatched(batch), want, given=batch, ahead=lambda later: (*with_mismatched(later), None))
+    def ahead(later): return *with_mismatched(later), None
+    stats = token_stats(trainer, model, *with_mismatched(batch), want, given=batch, ahead=ahead)
     if stats is None: return None, None
-    cut = lambda x: x[:n, :batch["input_ids"].shape[1] - 1] if isinstance(x, Tensor) else x
+    def cut(x): return x[:n, :batch["input_ids"].shape[1] - 1] if isinstance(x, Tensor) else x
     return replace(stats, **{f.name: cut(getattr(stats, f.name)) for f in fields(stats)}), stats.log_probs[n:].sum(-1).detach()
 
-
-def with_kl(self, model, batch, want=()) -> tuple: # log-probs of the mismatched completions (B,) or None; `TokenStats` of the rows or None
+# %% ../../nbs/trainers/12_preference.ipynb #90094f7c
+def with_kl(self, model, batch, want=()) -> tuple: # (B,) log-probs of the mismatched completions, or None; `TokenStats` or None
     "In the place of a call of `_compute_kl_logps`: the rows are scored too, for the call that follows."
     home = look_up(HOMES["kto"].trainer)
     mine = own_methods(self, home, ("_compute_kl_logps",))
@@ -125,7 +127,7 @@ def _adapter(trainer): # TRL's context for the reference under an adapter
     model = trainer.accelerator.unwrap_model(trainer.model)
     return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
 
-# %% ../../nbs/trainers/12_preference.ipynb #82a827f8
+# %% ../../nbs/trainers/12_preference.ipynb #b841d592
 def mean_note(batch_mask) -> None:
     if not bool((batch_mask != 0).all()):
         say("logits/chosen and logits/rejected are over real tokens; TRL counts the padding's logits too.")
@@ -134,22 +136,24 @@ def mean_note(batch_mask) -> None:
 def pairs(trainer, batch) -> tuple: # answer (2B, T) bool; ids, mask, targets, where completions start
     "Chosen rows and rejected ones; ORPO scores the chosen rows' prompts too."
     orpo = not hasattr(trainer, "cpo_alpha")
-    rows = trainer.concatenated_inputs(batch, padding_value=trainer.padding_value if orpo else trainer.pad_token_id, device=trainer.accelerator.device)
+    fill = trainer.padding_value if orpo else trainer.pad_token_id
+    rows = trainer.concatenated_inputs(batch, padding_value=fill, device=trainer.accelerator.device)
     ids, real, labels = (rows[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels"))
     n, answer = len(batch["chosen_labels"]), labels != -100
     target = answer.clone()
     if orpo: target[:n] |= real[:n] == 1
     return answer, (ids, real, target, torch.where(answer.any(1), answer.int().argmax(1), ids.shape[1]))
 
-
+# %% ../../nbs/trainers/12_preference.ipynb #f66963b0
 def concatenated_forward(original): # -> the replacement of CPO's and ORPO's
     "Log-probs of chosen and rejected rows, the chosen rows' cross-entropy, mean logits."
     def concatenated_forward(self, model, batch):
-        if self.is_encoder_decoder or passed_over(self, original, kept=("concatenated_inputs",)): return original(self, model, batch)
+        if self.is_encoder_decoder or passed_over(self, original, kept=("concatenated_inputs",)):
+            return original(self, model, batch)
         orpo, n = not hasattr(self, "cpo_alpha"), len(batch["chosen_labels"])
         answer, (ids, real, target, first) = pairs(self, batch)
-        stats = token_stats(self, model, ids, real, target, ("row_logits",), split=first, given={"compute_aux_loss": self.aux_loss_enabled},
-                            ahead=lambda later: pairs(self, later)[1])
+        stats = token_stats(self, model, ids, real, target, ("row_logits",), split=first,
+                            given={"compute_aux_loss": self.aux_loss_enabled}, ahead=lambda later: pairs(self, later)[1])
         if stats is None: return original(self, model, batch)
         mean_note(real)
         each, counted = stats.log_probs, stats.mask[:n]
@@ -162,13 +166,14 @@ def concatenated_forward(original): # -> the replacement of CPO's and ORPO's
         return logps[:n], logps[n:], stats.row_logits[:n][seen[:n]], stats.row_logits[n:][seen[n:]], nll
     return concatenated_forward
 
-# %% ../../nbs/trainers/12_preference.ipynb #41f584e3
+# %% ../../nbs/trainers/12_preference.ipynb #565a8db7
 def bco_stats(trainer, model, batch, want=()): # `TokenStats`, or None
     if trainer.is_encoder_decoder: return None
-    def asked(batch): return batch["completion_input_ids"], batch["completion_attention_mask"], batch["completion_labels"] != -100, None
+    def asked(batch):
+        return batch["completion_input_ids"], batch["completion_attention_mask"], batch["completion_labels"] != -100, None
     return token_stats(trainer, model, *asked(batch)[:3], want, given={"compute_aux_loss": trainer.aux_loss_enabled}, ahead=asked)
 
-
+# %% ../../nbs/trainers/12_preference.ipynb #e108cbac
 def bco_forward(original): # -> the replacement of BCO's `forward`
     "Log-probs and summed logits of chosen and rejected rows."
     def forward(self, model, batch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'KNOWN', 'WRAPPERS', 'StandIn', 'has_head', 'last_read', 'common', 'cut', 'places', 'read_at', 'packs_of',
            'scores', 'why_not_read', 'layout_for', 'log_positions', 'compute_reward_loss', 'ends', 'reward_job',
-           'compute_prm_loss', 'prm_job', 'labelled', 'patches']
+           'compute_prm_loss', 'labelled_rows', 'prm_job', 'labelled', 'patches']
 
 # %% ../../nbs/trainers/10_reward.ipynb #389a9959
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def cut(input_ids:Tensor, # (B, T)
     prompt = mask & (mask.long().cumsum(1) <= first[:, None])
     return RolloutBatch(input_ids, prompt, input_ids, mask & ~prompt)
 
-# %% ../../nbs/trainers/10_reward.ipynb #8ea08fb2
+# %% ../../nbs/trainers/10_reward.ipynb #f93e1564
 def places(pack:Pack,
            kind:str, # "dense", "flex" or "padded"
            ) -> Tensor: # (M,) long
@@ -86,22 +86,23 @@ def places(pack:Pack,
     starts = pack.spans[pack.spans[:, 3] > 0][:, 0].to(pack.device) # of the completions, in the order of `pack.rows`
     return starts[pack.slot] + pack.rank
 
-
+# %% ../../nbs/trainers/10_reward.ipynb #2ba453de
 def read_at(pack:Pack, # on the CPU
             reads:Tensor, # (B, T) bool, which tokens the head reads
             kind:str) -> Pack:
     "The pack with the tokens that are read for targets."
     chosen = reads[pack.row, pack.column]
-    return replace(pack, predict=places(pack, kind)[chosen], **{n: getattr(pack, n)[chosen] for n in ("row", "column", "target", "slot", "rank")})
+    kept = {n: getattr(pack, n)[chosen] for n in ("row", "column", "target", "slot", "rank")}
+    return replace(pack, predict=places(pack, kind)[chosen], **kept)
 
 
-def packs_of(step:PackedStep, chosen:Chosen, ids, mask, first, reads) -> Packs: # a job, see `job_of`
+def packs_of(step:PackedStep, chosen:Chosen, ids, mask, first, reads) -> Packs: # a job, see `reward_job`
     "The rows' packs, whose targets are the tokens that the head reads."
     kind, reads = step.kind(chosen.layout), reads.cpu()
     laid = [read_at(pack, reads, kind) for pack in step.laid(cut(ids, mask, first), chosen.layout)]
     return Packs(laid, tuple(reads.shape), kind).to(step.device)
 
-
+# %% ../../nbs/trainers/10_reward.ipynb #400e86f3
 def scores(trainer, step:PackedStep, chosen:Chosen, job:tuple,
            ahead:Callable # a later batch -> its job, or None
            ) -> Tensor: # (B, T, L), 0 where nothing is read
@@ -116,7 +117,7 @@ def scores(trainer, step:PackedStep, chosen:Chosen, job:tuple,
     found = taken[0].scores
     return found.float() if trainer.accelerator.native_amp else found # as accelerate does with a model's outputs
 
-# %% ../../nbs/trainers/10_reward.ipynb #55d6d75a
+# %% ../../nbs/trainers/10_reward.ipynb #f4f7d3a9
 KNOWN = {"input_ids", "attention_mask", "labels", "margin", "use_cache"}
 
 
@@ -130,11 +131,12 @@ def why_not_read(model, inputs:dict, # what TRL passes to the model
     order = mask.long().cumsum(1)
     if (mask[:, 1:] & ~mask[:, :-1] & (order[:, 1:] > 1)).any(): return "an attention mask has a hole"
     if not reads.any(): return "nothing in the batch is read"
-    if (reads & ~mask).any(): return "the head reads a position that the attention mask leaves out (a pad id that is not padding, or the other way round)"
+    if (reads & ~mask).any():
+        return "the head reads a position that the attention mask leaves out (a pad id that is not padding, or the other way round)"
     if (reads & (order < 2)).any(): return "the head reads a row's first token"
     return ""
 
-
+# %% ../../nbs/trainers/10_reward.ipynb #09aad304
 def layout_for(trainer, step:PackedStep, inputs:dict, reads:Tensor) -> Chosen:
     "The layout of this batch, the same on all processes."
     chosen = layout_of(trainer, step, inputs)
@@ -143,7 +145,7 @@ def layout_for(trainer, step:PackedStep, inputs:dict, reads:Tensor) -> Chosen:
     if found.is_theirs and not chosen.is_theirs: say(f"TRL's own path is taken: {found.why}.")
     return found
 
-
+# %% ../../nbs/trainers/10_reward.ipynb #33ac704e
 def log_positions(trainer, positions:int, packs:int|None=None) -> None:
     "How many positions (and packs) a batch took, beside the trainer's own metrics."
     if not hasattr(trainer, "_metrics"): return
@@ -151,7 +153,7 @@ def log_positions(trainer, positions:int, packs:int|None=None) -> None:
     metrics["packing/tokens"].append(float(positions))
     if packs is not None: metrics["packing/packs"].append(float(packs))
 
-# %% ../../nbs/trainers/10_reward.ipynb #a14585dc
+# %% ../../nbs/trainers/10_reward.ipynb #604b954a
 def compute_reward_loss(original): # -> the replacement of `RewardTrainer.compute_loss`
     "TRL's reward loss, with the rewards read from packs."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -167,11 +169,12 @@ def compute_reward_loss(original): # -> the replacement of `RewardTrainer.comput
             return reward_job(later, pad_id, chosen.layout)
 
         def answer(**given): # -> (B, L)
-            return SequenceClassifierOutputWithPast(logits=scores(self, step, chosen, reward_job(inputs, pad_id, chosen.layout), ahead)[reads])
+            job = reward_job(inputs, pad_id, chosen.layout)
+            return SequenceClassifierOutputWithPast(logits=scores(self, step, chosen, job, ahead)[reads])
         return trls(StandIn(model, answer))
     return compute_loss
 
-
+# %% ../../nbs/trainers/10_reward.ipynb #27093153
 def ends(input_ids, pad_id) -> Tensor: # (B, T) bool
     "The token of each row that a reward model reads."
     return torch.arange(input_ids.shape[1], device=input_ids.device) == last_read(input_ids, pad_id)[:, None]
@@ -186,23 +189,28 @@ def reward_job(inputs:dict, pad_id, layout:Layout) -> tuple: # ids, mask, how ma
     pairs = layout is Layout.SHARED and len(ids) % 2 == 0
     return ids, mask, common(ids, mask, before) if pairs else torch.ones_like(last), ends(ids, pad_id)
 
-# %% ../../nbs/trainers/10_reward.ipynb #0894241c
+# %% ../../nbs/trainers/10_reward.ipynb #1d814c86
 def compute_prm_loss(original): # -> the replacement of `PRMTrainer.compute_loss`
     "TRL's process-reward loss, with the steps' values read from packs."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         def trls(m): return original(self, m, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         labels = inputs.get("labels")
-        if return_outputs or labels is None or "attention_mask" not in inputs or self.compute_loss_func is not None: return trls(model)
+        if return_outputs or self.compute_loss_func is not None or not labelled_rows(inputs): return trls(model)
         step = step_of(self, model)
         chosen = layout_for(self, step, inputs, labels != -100)
         if chosen.is_theirs: return trls(model)
         job = prm_job(inputs, chosen.layout)
 
         def ahead(later):
-            if "labels" not in later or "attention_mask" not in later or why_not_read(model, later, later["labels"] != -100): return None
-            return prm_job(later, chosen.layout)
+            ours = labelled_rows(later) and not why_not_read(model, later, later["labels"] != -100)
+            return prm_job(later, chosen.layout) if ours else None
         return trls(StandIn(model, lambda labels=None, **given: labelled(self, step, chosen, job, ahead, labels)))
     return compute_loss
+
+# %% ../../nbs/trainers/10_reward.ipynb #256f31bc
+def labelled_rows(inputs:dict) -> bool:
+    "Whether a batch says which tokens are real and which have a label."
+    return inputs.get("labels") is not None and inputs.get("attention_mask") is not None
 
 
 def prm_job(inputs:dict, layout:Layout) -> tuple: # as `reward_job`

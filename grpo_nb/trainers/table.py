@@ -20,7 +20,7 @@ from ..patch.objects import objects
 from . import patch as face
 from .seams import HOMES, SAMPLERS, expected, has, has_module, known_in, trl_version
 
-# %% ../../nbs/trainers/15_table.ipynb #4f9520fc
+# %% ../../nbs/trainers/15_table.ipynb #562297d6
 @dataclass(frozen=True)
 class Row:
     "One thing that changes on one class of TRL."
@@ -31,7 +31,7 @@ class Row:
     why: str # what says so
     saves: str # what it gains
 
-
+# %% ../../nbs/trainers/15_table.ipynb #d1e74e8f
 def looked(patch:Patch) -> tuple: # (state, the problem in words)
     "Whether a patch is on, off, or cannot be."
     with lock:
@@ -44,11 +44,13 @@ def looked(patch:Patch) -> tuple: # (state, the problem in words)
 
 def evidence(patches) -> str: # "signature and 21 anchors hold"
     "What was found as the patches need it."
-    signatures, anchors = sum(bool(p.signature) for p in patches), sum(len(p.anchors) + len(edits_of(p.replacement)) for p in patches)
-    counted = [f"{n} {word}{'s' if n > 1 else ''}" if n > 1 else word for n, word in ((signatures, "signature"), (anchors, "anchor")) if n]
-    return f"{' and '.join(counted)} {'hold' if signatures + anchors > 1 else 'holds'}" if counted else "the place is there"
+    signatures = sum(bool(p.signature) for p in patches)
+    anchors = sum(len(p.anchors) + len(edits_of(p.replacement)) for p in patches)
+    counted = [word if n == 1 else f"{n} {word}s" for n, word in ((signatures, "signature"), (anchors, "anchor")) if n]
+    if not counted: return "the place is there"
+    return f"{' and '.join(counted)} {'hold' if signatures + anchors > 1 else 'holds'}"
 
-
+# %% ../../nbs/trainers/15_table.ipynb #1a04f4d7
 def row_of(algorithm, patches) -> Row: # `patches`: those of one name
     "One row for the patches that go under one name."
     found = [looked(p) for p in patches]
@@ -56,11 +58,11 @@ def row_of(algorithm, patches) -> Row: # `patches`: those of one name
     problems = list(dict.fromkeys(problem for _, problem in found if problem))
     if len(states) > 1 and not problems: problems = [f"{sum(s == 'on' for s, _ in found)} of {len(found)} places are on"]
     state = found[0][0] if len(states) == 1 else "moved"
-    short = lambda p: p.where.partition(":")[2]
+    def short(p): return p.where.partition(":")[2]
     target = short(patches[0]) if len(patches) == 1 else f"{short(patches[0]).partition('.')[0]} ({len(patches)} places)"
     return Row(algorithm, target, patches[0].name, state, "; ".join(problems) or evidence(patches), patches[0].why)
 
-# %% ../../nbs/trainers/15_table.ipynb #eae7889c
+# %% ../../nbs/trainers/15_table.ipynb #2a9c6645
 def sampling(name) -> Patch: # the one that is on, or the one that `PatchRL(FastLanguageModel)` would apply
     "The patch for `FastLanguageModel`'s inference mode."
     on = [p for s in face.applied.get(name, ()) for p in s.patches if p.name == "inference mode"]
@@ -69,21 +71,24 @@ def sampling(name) -> Patch: # the one that is on, or the one that `PatchRL(Fast
 
 def rows_of(algorithm:str) -> list: # of Row
     "What changes for one algorithm in the installed TRL, or why nothing can."
-    cls = lambda path: path.partition(":")[2]
+    def cls(path): return path.partition(":")[2]
     if algorithm not in HOMES: # online DPO: sampling alone
         return [row_of(algorithm, [sampling(algorithm)])] if has_module(SAMPLERS[algorithm]) else []
     if not has(algorithm):
         state = "moved" if expected(algorithm) else "not in this TRL"
         return [Row(algorithm, cls(HOMES[algorithm].trainer), "", state, f"{known_in(algorithm)}; this is {trl_version()}", "")]
-    try: made = [*face.patches_of(algorithm), *face.shared_patches(algorithm), *([sampling(algorithm)] if algorithm in SAMPLERS else [])]
+    try: made = [*face.patches_of(algorithm), *face.shared_patches(algorithm)]
     except PatchError as error: return [Row(algorithm, cls(HOMES[algorithm].trainer), "", "moved", str(error), "")]
+    if algorithm in SAMPLERS: made.append(sampling(algorithm))
     return [row_of(algorithm, [p for p in made if p.name == name]) for name in dict.fromkeys(p.name for p in made)]
 
-# %% ../../nbs/trainers/15_table.ipynb #3ab9d504
+# %% ../../nbs/trainers/15_table.ipynb #161f8df6
 COLUMNS = ("algorithm", "target", "state", "saves", "why")
 STYLE = """<style>
-.grpo-nb-patches { border-collapse: collapse; font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); color: var(--jp-content-font-color1, inherit); }
-.grpo-nb-patches th, .grpo-nb-patches td { text-align: left !important; vertical-align: top; padding: 2px 14px 2px 0; white-space: normal; background: none; }
+.grpo-nb-patches { border-collapse: collapse; font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif);
+  color: var(--jp-content-font-color1, inherit); }
+.grpo-nb-patches th, .grpo-nb-patches td { text-align: left !important; vertical-align: top; padding: 2px 14px 2px 0;
+  white-space: normal; background: none; }
 .grpo-nb-patches tr.first > * { border-top: 1px solid var(--jp-border-color2, rgba(127,127,127,.3)); }
 .grpo-nb-patches code { font-size: 11px; color: inherit; background: none; overflow-wrap: anywhere; }
 .grpo-nb-patches .on { color: var(--jp-success-color1, #2e8b57); font-weight: 600; }
@@ -91,10 +96,12 @@ STYLE = """<style>
 .grpo-nb-patches .absent, .grpo-nb-patches .why { opacity: .75; }
 </style>"""
 
-
+# %% ../../nbs/trainers/15_table.ipynb #29baea6f
 class PatchTable(list):
     "Rows of `patches()`; shows itself as aligned text, and as a table in a notebook."
-    def __init__(self, rows, trl=""): super().__init__(rows); self.trl = trl
+    def __init__(self, rows, trl=""):
+        super().__init__(rows)
+        self.trl = trl
 
     @property
     def records(self) -> list: return [asdict(row) for row in self]
@@ -104,7 +111,7 @@ class PatchTable(list):
     def __repr__(self): return as_text(self)
     def _repr_html_(self): return as_html(self)
 
-
+# %% ../../nbs/trainers/15_table.ipynb #cee28ffa
 def as_text(table, width=None) -> str: # `width`: None, the terminal's, 100 at least
     "Columns of equal width; the last two wrap."
     width = width or max(100, get_terminal_size((120, 24)).columns)
@@ -114,25 +121,29 @@ def as_text(table, width=None) -> str: # `width`: None, the terminal's, 100 at l
     widths = [*first, left * 3 // 5, left - left * 3 // 5]
     lines, before = [f"TRL {table.trl}"] if table.trl else [], None
     for algorithm, *rest in cells:
-        parts = [[algorithm if algorithm != before else ""], *([c] for c in rest[:2]), *(wrap(c, w) or [""] for c, w in zip(rest[2:], widths[3:]))]
+        wrapped = [wrap(c, w) or [""] for c, w in zip(rest[2:], widths[3:])]
+        parts = [[algorithm if algorithm != before else ""], *([c] for c in rest[:2]), *wrapped]
         before = algorithm
         for i in range(max(map(len, parts))):
             lines.append("  ".join((p[i] if i < len(p) else "").ljust(w) for p, w in zip(parts, widths)).rstrip())
     return "\n".join(lines)
 
-
+# %% ../../nbs/trainers/15_table.ipynb #20d70b94
 def as_html(table) -> str:
     "A table with a line above each algorithm."
     css = {"on": "on", "moved": "moved", "not in this TRL": "absent"}
     body, before = [], None
     for r in table:
         new, before = r.algorithm != before, r.algorithm
-        body.append(f'<tr class="{"first" if new else ""}"><th>{escape(r.algorithm) if new else ""}</th><td><code>{escape(r.target)}</code></td>'
-                    f'<td class="{css.get(r.state, "")}">{escape(r.state)}</td><td>{escape(r.saves)}</td><td class="why">{escape(r.why)}</td></tr>')
+        name = escape(r.algorithm) if new else ""
+        body.append(f'<tr class="{"first" if new else ""}"><th>{name}</th><td><code>{escape(r.target)}</code></td>'
+                    f'<td class="{css.get(r.state, "")}">{escape(r.state)}</td>'
+                    f'<td>{escape(r.saves)}</td><td class="why">{escape(r.why)}</td></tr>')
     head = "".join(f"<th>{c}</th>" for c in COLUMNS)
-    return f'{STYLE}<table class="grpo-nb-patches"><caption>TRL {escape(table.trl)}</caption><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return (f'{STYLE}<table class="grpo-nb-patches"><caption>TRL {escape(table.trl)}</caption>'
+            f'<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>')
 
-
+# %% ../../nbs/trainers/15_table.ipynb #b49013a2
 ON_OBJECTS = { # what is changed on objects while a run goes on, by who changes it: (what, why)
     "step.forward": ("a model's forward", "answers `pack=`: what is read from a pack"),
     "ops.fuse": ("forwards of its layers", "fused forms, in use while a pack runs"),
@@ -143,7 +154,7 @@ ON_OBJECTS = { # what is changed on objects while a run goes on, by who changes 
     "engines.share": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
 }
 
-
+# %% ../../nbs/trainers/15_table.ipynb #60aed15f
 def object_rows() -> list: # of Row
     "What is changed on objects now, and what a run would change."
     found = objects()
@@ -151,20 +162,21 @@ def object_rows() -> list: # of Row
         mine = [c for c in found if c.by == by]
         kinds = sorted({f"{c.owner.partition(':')[2]}.{c.name}" for c in mine})
         shown = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
-        return Row("objects", what, by, "on" if mine else "off", f"{len(mine)} places: {shown}" if mine else "nothing is changed now", why)
+        if not mine: return Row("objects", what, by, "off", "nothing is changed now", why)
+        return Row("objects", what, by, "on", f"{len(mine)} places: {shown}", why)
     others = {c.by: (f"{c.owner.partition(':')[2]}.{c.name}", c.why) for c in found if c.by not in ON_OBJECTS}
     return [row(by, what, why) for by, (what, why) in (ON_OBJECTS | others).items()]
 
-
+# %% ../../nbs/trainers/15_table.ipynb #c933d42b
 def patches(algorithm:str|None=None, # None: all
             ) -> PatchTable:
-    "Every patch of the installed TRL and every change of an object, and whether it is on; raises `ValueError` for an unknown algorithm."
+    "Every patch and every change of an object, and whether it is on; raises `ValueError` for an unknown algorithm."
     name = face.check_name(algorithm)
     with face.quiet(name is None):
         rows = [r for n in ([name] if name else dict.fromkeys([*HOMES, *SAMPLERS])) for r in rows_of(n)]
         return PatchTable(rows + ([] if name else object_rows()), trl_version())
 
-# %% ../../nbs/trainers/15_table.ipynb #9d51b75d
+# %% ../../nbs/trainers/15_table.ipynb #8fb0e7fa
 class Differences:
     "The differences that the patches of an algorithm make."
     def __init__(self, algorithm, patches):
@@ -172,7 +184,9 @@ class Differences:
         self.patches = [p for p in patches if not isinstance(p.replacement, Value)]
 
     @property
-    def listed(self) -> str: return f"beside these, {len(self.values)} values: " + ", ".join(p.where.partition(":")[2] for p in self.values) if self.values else ""
+    def listed(self) -> str: # empty where there are none
+        if not self.values: return ""
+        return f"beside these, {len(self.values)} values: " + ", ".join(p.where.partition(":")[2] for p in self.values)
 
     def __repr__(self):
         shown = [f"# {p.name}: {p.why}\n{p.diff() if (r := face.checked(p)).ok else r}" for p in self.patches]

@@ -32,7 +32,8 @@ def compute_logprobs(original): # -> the replacement of `XPOTrainer._compute_log
         ids, mask = (join(model_data[name], ref_data[name]) for name in ("input_ids", "attention_mask"))
         target = mask.clone()
         target[:, :context_length] = 0
-        given = {name: data[name] for data in (model_data, ref_data) for name in data if name not in ("input_ids", "attention_mask", "raw")}
+        known = ("input_ids", "attention_mask", "raw")
+        given = {name: data[name] for data in (model_data, ref_data) for name in data if name not in known}
         if passed_over(self, original): return original(self, model, model_data, ref_data, context_length)
         def score(m): return token_stats(self, m, ids, mask, target, (), given=given, temperature=1.0)
 
@@ -43,7 +44,7 @@ def compute_logprobs(original): # -> the replacement of `XPOTrainer._compute_log
         if reference is None: return original(self, model, model_data, ref_data, context_length)
 
         rows, widths = len(model_data["input_ids"]), [data["input_ids"].shape[1] for data in (model_data, ref_data)]
-        part = lambda stats, i: stats.log_probs[i * rows:(i + 1) * rows, context_length - 1:widths[i] - 1]
+        def part(stats, i): return stats.log_probs[i * rows:(i + 1) * rows, context_length - 1:widths[i] - 1]
         return part(policy, 0), part(policy, 1), part(reference, 1), part(reference, 0)
     return _compute_logprobs
 
