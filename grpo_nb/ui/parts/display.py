@@ -34,7 +34,7 @@ _BEFORE_COPY = ('.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.gnb-view)
 
 def copy_of(view, # with `static_html`
             ) -> str: # HTML
-    "What stands beside the widget, hidden as long as the widget is there; the bare page, where the view has no widget."
+    "What stands beside the widget, hidden as long as the widget is there; the bare page where none is shown."
     mark = getattr(view, "_mark", None) # the widget's class, where it is shown
     if not mark: return view.static_html()
     rule = f"body:has(.{mark}) .gnb-copy.for-{mark}{{display:none}}"
@@ -52,7 +52,8 @@ def _show_widget(view) -> bool: # False: it could not be made
     try:
         view.widget.add_class(mark)
         live = dict(version_major=2, version_minor=0, model_id=view.widget.model_id)
-        display({"text/plain": view.text(), "text/html": "<span></span>", "application/vnd.jupyter.widget-view+json": live}, raw=True)
+        bundle = {"text/plain": view.text(), "text/html": "<span></span>", "application/vnd.jupyter.widget-view+json": live}
+        display(bundle, raw=True)
     except Exception as error: # noqa: BLE001 without a widget there is still the page
         view._failed(error)
         return False
@@ -76,7 +77,7 @@ def _at_cell_end(shell, view):
 
 # %% ../../../nbs/ui/parts/03_display.ipynb #222070cb
 def display_view(view): # the handle of the copy, or None where nothing is to be renewed
-    "Show a view (`widget`, `static_html`, `text`, `flush`) here: as a widget with a copy for the saved notebook, as HTML, or as text."
+    "Show a view here: as a widget with a copy for the saved notebook, as HTML, or as text."
     mode = getattr(view, "mode", "auto")
     if mode == "auto": mode = frontend()
     if mode == "text":
