@@ -93,7 +93,7 @@ def get(self:HyperparameterPanel, name):
 
 
 @patch
-def _given(self:HyperparameterPanel): # a list of names
+def given(self:HyperparameterPanel) -> list: # of names
     "The settings that differ from a default."
     return [*self._base.model, *(self._base.lora or {}), *self._base.config]
 
@@ -101,7 +101,7 @@ def _given(self:HyperparameterPanel): # a list of names
 @patch(as_prop=True)
 def values(self:HyperparameterPanel) -> dict: # name -> value
     "Every setting that has a row, and those without one that were changed."
-    names = dict.fromkeys([*settings(), *self._given()])
+    names = dict.fromkeys([*settings(), *self.given()])
     return {n: self.get(n) for n in names if setting_of(n).part != "lora" or self._base.lora is not None}
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #3008093f
@@ -292,11 +292,11 @@ def _stack(found): # HTML
                    for name, (size, colour) in sorted(parts.items(), key=lambda part: -part[1][0]))
     return f'<div class="gnb-stack">{bar}</div><div class="gnb-keys">{keys}</div>'
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #42f042c1
+# %% ../../../nbs/ui/panels/03_panels.ipynb #dac62b57
 @patch
 def _others(self:HyperparameterPanel): # names of changed settings without a row
     known = settings()
-    return [n for n in self._given() if n not in known]
+    return [n for n in self.given() if n not in known]
 
 
 @patch
@@ -319,7 +319,7 @@ def rows_html(self:HyperparameterPanel) -> str:
             out.append(f"<tr><td{new}>{escape(s.name)}</td><td{new}>{value}</td><td>{escape(s.says)}</td></tr>")
     return f'<table class="gnb-table">{"".join(out)}</table>'
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #9b3f3b45
+# %% ../../../nbs/ui/panels/03_panels.ipynb #78b54179
 @patch
 def static_html(self:HyperparameterPanel) -> str: # HTML without scripts
     "Advice, estimate and settings."
@@ -332,7 +332,7 @@ def static_html(self:HyperparameterPanel) -> str: # HTML without scripts
 @patch
 def text(self:HyperparameterPanel) -> str:
     "What differs from the defaults, and what is to be said about it."
-    rows = [f"{name:30} {write_value(self.get(name))}" for name in self._given()]
+    rows = [f"{name:30} {write_value(self.get(name))}" for name in self.given()]
     return "\n".join([*rows, *(f"{a.severity}: {a.message}{_would(a)}" for a in self.check())])
 
 
