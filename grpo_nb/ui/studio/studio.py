@@ -74,7 +74,9 @@ def _case(self:Studio): # what the doctor examines
 
 
 @patch
-def _is_training(self:Studio): return self.run is not None and self.run.state in ("running", "paused")
+def _is_training(self:Studio) -> bool:
+    "Whether a run has the model."
+    return self.run is not None and self.run.state in ("running", "paused")
 
 
 @patch
