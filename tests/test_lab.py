@@ -84,7 +84,8 @@ def test_a_reward_that_hangs_alone_is_not_asked_again():
         return [1.0]
     found = score(dict(alone=alone), ["a", "b", "c"], timeout=0.5)
     gate.set()
-    assert asked[-2:] == ["a", "b"] and found.values["alone"] == [1.0, None, None] # before them the guard has looked for the one at fault
+    assert asked[-2:] == ["a", "b"], "and before them, by the guard, which looks for the one at fault"
+    assert found.values["alone"] == [1.0, None, None]
     assert "took longer than" in found.errors["alone"][1] and "one at a time" in found.errors["alone"][2]
 
 

@@ -232,7 +232,8 @@ def test_methods_stand_under_their_class():
     import inspect
     from importlib import import_module
     from grpo_nb.ui.studio.studio import Studio
-    for name in ("panels.boxes", "panels.rewards", "panels.panels", "lab.scoring", "lab.probes", "lab.lab", "studio.controls", "studio.examination", "studio.studio"):
+    chapters = dict(panels=("boxes", "rewards", "panels"), lab=("scoring", "probes", "lab"), studio=("controls", "examination", "studio"))
+    for name in (f"{folder}.{chapter}" for folder, names in chapters.items() for chapter in names):
         module = import_module(f"grpo_nb.ui.{name}")
         public = {n: getattr(module, n) for n in module.__all__}
         assert not [n for n, f in public.items() if inspect.isfunction(f) and "self" in inspect.signature(f).parameters], name
