@@ -82,7 +82,8 @@ def test_charts_and_completions(tmp_path, request):
         page.wait_for_function("document.querySelectorAll('.grpo-nb-flag[data-kind=change]').length === 2", timeout=20_000)
         page.wait_for_function("[...document.querySelectorAll('.gnb-view .gnb-text')].some(e => e.textContent.includes('answer 30 <b>bold</b>'))", timeout=20_000)
         assert page.locator(".gnb-view .gnb-card").count() == 4 and page.locator(".gnb-view .gnb-text b").count() == 0
-        for copy in (".grpo-nb-static", ".gnb-copy"): assert not page.locator(copy).is_visible(), "the copy is hidden while the widget is there"
+        copies = page.locator(".gnb-copy") # of the charts and of the completions
+        assert copies.count() == 2 and not any(copy.is_visible() for copy in copies.all()), "hidden while the widget is there"
         page.locator(".gnb-view select").nth(1).select_option(label="best")
         page.wait_for_function("document.querySelector('.gnb-view .gnb-card').textContent.includes('#4')", timeout=20_000)
         if shots := request.config.getoption("--shots"): page.screenshot(path=os.path.join(shots, "classic-notebook.png"))

@@ -50,7 +50,7 @@ class Handle:
 
 
 def live(charts, fail=False):
-    charts.mode, charts._widget, charts._handle, charts._static_due = "widget", Widget(fail), Handle(), math.inf
+    charts.mode, charts._widget, charts._copy = "widget", Widget(fail), Handle()
     return charts
 
 
@@ -204,18 +204,47 @@ def test_a_long_run_leaves_a_bounded_picture():
     charts = LiveCharts()
     chance = random.Random(0)
     for step in range(20_000): charts.append(step, {k: v + chance.random() for k, v in VALUES.items()})
-    assert len(charts._static()) < 100_000
+    assert len(charts.static_html()) < 100_000
 
 
-def test_mimebundle_has_widget_and_picture():
-    charts = LiveCharts(mode="widget")
+def test_a_notebook_gets_the_widget_and_a_picture(monkeypatch):
+    shown, charts = [], LiveCharts(mode="widget")
+    monkeypatch.setattr("IPython.display.display", lambda bundle, **how: shown.append(bundle) or Handle())
     charts.append(1, VALUES)
-    bundle = charts._repr_mimebundle_()
-    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == charts._view().model_id
-    assert "<svg" in bundle["text/html"] and "reward 0.5" in bundle["text/plain"]
-    state = charts._view().get_state()
+    charts.show()
+    live, copy = shown
+    assert live["application/vnd.jupyter.widget-view+json"]["model_id"] == charts.widget.model_id
+    assert "<svg" in copy["text/html"] and f"for-{charts._mark}" in copy["text/html"] and "reward 0.5" in copy["text/plain"]
+    state = charts.widget.get_state()
+    assert {"gnb-view", charts._mark} <= set(state["_dom_classes"])
     assert state["_snapshot"]["at"] == 1 and len(state["_snapshot"]["rows"]) == 4 * 9
-    assert "application/vnd.jupyter.widget-view+json" not in LiveCharts(mode="static")._repr_mimebundle_()
+    shown.clear()
+    LiveCharts(mode="static").show()
+    (picture,) = shown
+    assert "waiting for the first step" in picture["text/html"] and "gnb-copy" not in picture["text/html"]
+
+
+def test_charts_without_a_row_are_charts():
+    "They have a length of 0, and were once taken for charts that are gone."
+    charts = LiveCharts(mode="widget")
+    snapshot = charts.widget.get_state()["_snapshot"]
+    assert snapshot["at"] == 0 and [c["title"] for c in snapshot["meta"]["charts"]] == [c.title for c in charts.charts]
+    charts.widget.heard(charts.widget, {"kind": "ready"}, [])
+    assert charts._live
+
+
+def test_the_picture_alone_is_renewed_while_the_run_goes_on():
+    charts = LiveCharts(mode="static")
+    charts._copy, charts._picture_due = Handle(), 0.0
+    charts.append(1, VALUES)
+    charts._tick()
+    assert len(charts._copy.updates) == 1 and "<svg" in charts._copy.updates[0]["text/html"]
+    charts._tick()
+    assert len(charts._copy.updates) == 1, "it is not yet time"
+    charts.append(2, VALUES)
+    charts.flush()
+    charts.flush()
+    assert len(charts._copy.updates) == 2, "the second time nothing is new"
 
 
 def test_a_script_gets_text_and_needs_no_widget_library(tmp_path):
@@ -292,7 +321,7 @@ def test_what_a_run_does_is_marked():
     bus.emit(SettingChanged(step=4, name="beta", old=0.0, new=0.04)); bus.emit(RunPaused(step=6)); bus.emit(CheckpointSaved(step=8, path="a/b/checkpoint-8"))
     assert [(m.step, m.text, m.kind) for m in charts.marks] == [(4, "beta 0 → 0.04", "change"), (6, "paused", "pause"), (8, "checkpoint-8 saved", "saved")]
     picture = charts.to_svg()
-    assert picture.count("step 4: beta 0 → 0.04") == 3 and "Changed after step 4: beta 0 → 0.04" in charts._static()
+    assert picture.count("step 4: beta 0 → 0.04") == 3 and "Changed after step 4: beta 0 → 0.04" in charts.static_html()
     ET.fromstring(picture)
     bus.emit(RunStarted(step=5, total_steps=10)) # back to a checkpoint: those steps come again
     assert [r["step"] for r in charts.history] == [1, 2, 3, 4, 5] and [m.step for m in charts.marks] == [4]
