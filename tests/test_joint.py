@@ -16,8 +16,8 @@ from grpo_nb.trainers.state import state_of
 pytestmark = [pytest.mark.usefixtures("unpatched"), pytest.mark.filterwarnings("ignore")]
 head = test_preference.head # under TRL 1.15, its head as a line of PyTorch
 TOLERANCE = 1e-5
-LOOP = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, max_grad_norm=0.0, learning_rate=1e-2, optim="sgd", logging_steps=1,
-            lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True)
+LOOP = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, max_grad_norm=0.0, learning_rate=1e-2,
+            optim="sgd", logging_steps=1, lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True)
 
 
 class Watch(TrainerCallback):
@@ -168,15 +168,13 @@ def test_a_loss_that_is_dropped_adds_nothing(tmp_path, sizes):
     "Two of four micro-batches have a factor of 0: the gradient is that of the others."
     def dropped(trainer):
         from accelerate import Accelerator
-        steps, count = trainer.accelerator, [0]
-        backward = Accelerator.backward
+        count, backward = [0], Accelerator.backward
 
         def sometimes(self, loss, **given):
             count[0] += 1
             return None if count[0] % 4 in (1, 2) else backward(self, loss, **given)
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(joint, "Accelerator", type("Same", (), {"backward": sometimes}))
-            m.setattr(Accelerator, "backward", sometimes)
+            m.setattr(Accelerator, "backward", sometimes) # for `why_not_together` it is the Accelerator's own
             return trained(trainer)[0]
     theirs = dropped(make("dpo", tmp_path, 2000))
     with patches("dpo"): ours = dropped(make("dpo", tmp_path, 2000))
