@@ -74,6 +74,20 @@ def test_a_reward_that_hangs_is_given_up():
     assert all("took longer than 0.5 s" in e for n in ("hangs", "hangs_too") for e in found.errors[n].values()) and found.values["right"] == [1.0, 0.0]
 
 
+def test_a_reward_that_hangs_alone_is_not_asked_again():
+    import threading
+    gate, asked = threading.Event(), []
+    def alone(completions, **columns):
+        if len(completions) > 1: raise ValueError("one at a time")
+        asked.append(completions[0])
+        if completions[0] == "b": gate.wait(2)
+        return [1.0]
+    found = score(dict(alone=alone), ["a", "b", "c"], timeout=0.5)
+    gate.set()
+    assert asked[-2:] == ["a", "b"] and found.values["alone"] == [1.0, None, None] # before them the guard has looked for the one at fault
+    assert "took longer than" in found.errors["alone"][1] and "one at a time" in found.errors["alone"][2]
+
+
 def test_async_rewards_are_scored_where_a_loop_runs_already():
     async def notebook(): return score({"judged": judged}, ["four"])
     assert asyncio.run(notebook()).values["judged"] == [0.4]
@@ -227,6 +241,10 @@ def test_columns_come_from_a_row_or_by_the_prompt():
     with pytest.raises(ValueError, match="prompts has 1 entries for 2"): lab.score(["a", "b"], ["p"])
     chat = RewardLab(right, CHAT)
     assert chat.score(["124"], row=0).values["right"] == [1.0] and chat.score([{"role": "assistant", "content": "124"}], row=0).values["right"] == [1.0]
+
+
+def test_no_completions_are_no_error():
+    assert RewardLab(right, ROWS).score([]).totals == []
 
 
 def test_sources(tmp_path):

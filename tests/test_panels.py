@@ -227,6 +227,18 @@ def test_static_form_names_every_row(folder):
     assert "beta" in panel.text() and "0.04" in panel.text()
 
 
+def test_methods_stand_under_their_class():
+    "No function that a chapter makes public is a method in disguise."
+    import inspect
+    from importlib import import_module
+    from grpo_nb.ui.studio.studio import Studio
+    for name in ("panels.boxes", "panels.rewards", "panels.panels", "lab.scoring", "lab.probes", "lab.lab", "studio.controls", "studio.examination", "studio.studio"):
+        module = import_module(f"grpo_nb.ui.{name}")
+        public = {n: getattr(module, n) for n in module.__all__}
+        assert not [n for n, f in public.items() if inspect.isfunction(f) and "self" in inspect.signature(f).parameters], name
+    assert HyperparameterPanel.set.__qualname__ == "HyperparameterPanel.set" and Studio.pause.__doc__
+
+
 # ---- the studio, without a front end
 
 def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
