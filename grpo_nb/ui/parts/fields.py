@@ -32,6 +32,7 @@ class Setting:
 on_off = (True, False)
 
 def _rows(*rows, part="config") -> tuple: # of Setting
+    "The settings of a group, from (name, sentence) or (name, sentence, choices)."
     return tuple(Setting(*row, part=part) for row in rows)
 
 # %% ../../../nbs/ui/parts/05_fields.ipynb #32867423
@@ -137,8 +138,9 @@ def write_value(value) -> str:
     if isinstance(value, list) and all(isinstance(v, str) for v in value): return ", ".join(value)
     return value if isinstance(value, str) else repr(value)
 
-# %% ../../../nbs/ui/parts/05_fields.ipynb #7ba25445
-def _whole(text) -> int|None:
+# %% ../../../nbs/ui/parts/05_fields.ipynb #cd773a67
+def _whole(text) -> int|None: # None where it is written otherwise
+    "A whole number, as Python writes one."
     try: return int(text)
     except ValueError: return None
 
