@@ -117,3 +117,14 @@ def test_the_pointer_shows_the_same_step_in_all_charts_and_the_switches_switch(t
         assert page.eval_on_selector_all(".grpo-nb-plot", kind) == ["linear"] * 3 and page.eval_on_selector_all(".grpo-nb-plot", traces) == [2, 2, 2]
         page.get_by_label("log scale").check(); page.get_by_label("smooth").uncheck()
         page.wait_for_function("[...document.querySelectorAll('.grpo-nb-plot')].every(e => e._fullLayout.yaxis.type === 'log' && e.data.length === 1)", timeout=10_000)
+
+
+def test_charts_that_have_no_row_yet_say_so(tmp_path):
+    with JupyterLab(tmp_path) as lab, lab.browser(width=1280) as page:
+        lab.write("empty.ipynb", [SHOW])
+        lab.open(page, "empty.ipynb")
+        lab.run_all(page)
+        page.wait_for_function("document.querySelectorAll('.grpo-nb-empty').length === 3", timeout=60_000)
+        page.wait_for_timeout(1000)
+        assert page.locator(".grpo-nb-empty").all_inner_texts() == ["waiting for the first step"] * 3
+        assert not page.locator(".grpo-nb-static").is_visible()

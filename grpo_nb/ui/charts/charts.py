@@ -433,14 +433,6 @@ def close(self:LiveCharts) -> None:
     while self._stop: self._stop.pop()()
     self.flush()
 
-# %% ../../../nbs/ui/charts/02_charts.ipynb #5b0bcc2e
-# The studio asks by these names.
-@patch
-def _view(self:LiveCharts): return self.widget
-
-@patch
-def _static(self:LiveCharts): return self.static_html()
-
 # %% ../../../nbs/ui/charts/02_charts.ipynb #5b60c841
 @patch
 def to_svg(self:LiveCharts,

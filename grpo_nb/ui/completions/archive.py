@@ -244,7 +244,7 @@ class Spill:
         try: self._queue.put_nowait(groups)
         except queue.Full: self.dropped += 1
 
-# %% ../../../nbs/ui/completions/02_archive.ipynb #0b17a071
+# %% ../../../nbs/ui/completions/02_archive.ipynb #66b6c7a3
 @patch
 def _work(self:Spill):
     "Write what comes in, until None does."
@@ -262,6 +262,7 @@ def _work(self:Spill):
 
 @patch
 def _write(self:Spill, data):
+    "Append one step to the file; at half the limit, begin a new one."
     half, path = self.max_bytes // 2, self.path
     if len(data) > half: raise OSError(f"one step has {len(data):,} bytes and max_bytes={self.max_bytes:,}")
     path.parent.mkdir(parents=True, exist_ok=True)

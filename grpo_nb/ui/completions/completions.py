@@ -410,6 +410,7 @@ def _chosen(self:CompletionBrowser, change):
 
 @patch
 def _more(self:CompletionBrowser):
+    "Show twice as many completions."
     self._shown *= 2
     self._update()
 

@@ -247,7 +247,7 @@ def add(self:Store,
         self.version += 1
         self._bound()
 
-# %% ../../../nbs/ui/completions/01_records.ipynb #2b36fd3b
+# %% ../../../nbs/ui/completions/01_records.ipynb #b1bca0c3
 @patch
 def _put(self:Store, step, groups):
     "Hold the groups of a step, and count what they take anew."
@@ -257,6 +257,7 @@ def _put(self:Store, step, groups):
 
 @patch
 def _drop(self:Store, step):
+    "Let go of a step."
     del self._groups[step]
     self.bytes -= self._sizes.pop(step)
 

@@ -13,7 +13,9 @@ from functools import cache
 from ...ground.check import known_arguments
 from ...recipe.value import config_fields, literal, loading_fields, lora_fields
 
-# %% ../../../nbs/ui/parts/05_fields.ipynb #7de0b736
+# %% ../../../nbs/ui/parts/05_fields.ipynb #2ad5669e
+DEFAULTS = {"model": loading_fields, "lora": lora_fields, "config": config_fields}
+
 @dataclass(frozen=True)
 class Setting:
     "One row of a panel."
@@ -27,70 +29,93 @@ class Setting:
         found = DEFAULTS[self.part]().get(self.name)
         return found if type(found) in (bool, int, float, str, list, dict) else None
 
-DEFAULTS = {"model": loading_fields, "lora": lora_fields, "config": config_fields}
 on_off = (True, False)
 
-GROUPS = {
-    "Model": tuple(Setting(*s, part="model") for s in (
-        ("model_name", "A folder, or an id on the Hub."),
-        ("max_seq_length", "Tokens of prompt and completion together."),
-        ("load_in_4bit", "Hold the weights in 4 bits, a quarter of the memory; left open, where the machine can.", (None, *on_off)),
-        ("dtype", "Number format of the weights; left open, what the device is best at.", (None, "bfloat16", "float16", "float32")),
-        ("attn_implementation", "Attention of the unpatched model; left open, transformers chooses.", (None, "sdpa", "eager", "flash_attention_2")),
-        ("max_lora_rank", "The largest rank that an adapter may have."))),
-    "LoRA": tuple(Setting(*s, part="lora") for s in (
-        ("r", "Rank: how much the adapter can express. Its memory grows in proportion."),
-        ("lora_alpha", "The adapter's update is scaled by lora_alpha / r."),
-        ("lora_dropout", "Share of the adapter's input that is dropped in training; 0 is the fast path."),
-        ("target_modules", "The layers that get an adapter; left open, attention and MLP."),
-        ("use_rslora", "Scale by lora_alpha / √r, which keeps large ranks from learning more slowly.", on_off),
-        ("bias", "Which biases are trained beside the adapter.", ("none", "all", "lora_only")),
-        ("random_state", "Seed of the adapter's first weights."))),
-    "Sampling": tuple(Setting(*s) for s in (
-        ("num_generations", "Completions of each prompt: the group that they are compared in."),
-        ("max_completion_length", "Tokens after which a completion is cut off. It decides most of a step's time."),
-        ("temperature", "How freely tokens are drawn. Lower makes a group more alike, and leaves less to compare."),
-        ("top_p", "Keep the likeliest tokens up to this share; 1 keeps all."),
-        ("top_k", "Keep this many of the likeliest tokens; 0 keeps all."),
-        ("min_p", "Drop tokens below this share of the likeliest one; left open, none."),
-        ("repetition_penalty", "Above 1, tokens that have occurred become less likely."),
-        ("use_vllm", "Sample with vLLM.", on_off))),
-    "Loss": tuple(Setting(*s) for s in (
-        ("loss_type", "How the tokens' losses become one number.", ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")),
-        ("beta", "Weight of the distance (KL) to the model as it was; 0 leaves the reference and its forward out."),
-        ("scale_rewards", "Divide a reward's lead over its group by the spread in the group, in the batch, or not at all.", ("group", "batch", "none")),
-        ("epsilon", "How far a token's ratio may fall, or rise, before it is clipped."),
-        ("epsilon_high", "The same for rising alone; left open, epsilon."),
-        ("importance_sampling_level", "Whether each token has its ratio, or a whole completion has one (GSPO).", ("token", "sequence")),
-        ("num_iterations", "How often a batch of completions is used."),
-        ("mask_truncated_completions", "Leave completions that were cut off out of the loss.", on_off),
-        ("top_entropy_quantile", "Train only on this share of tokens, the least certain ones; 1 is all."),
-        ("entropy_coef", "Weight of a bonus for staying uncertain; 0 is none."))),
-    "Optimisation": tuple(Setting(*s) for s in (
-        ("learning_rate", "Step size. Adapters take 1e-6 to 1e-4, whole models about 1e-6."),
-        ("max_steps", "Optimiser steps of the run; -1 counts epochs instead."),
-        ("num_train_epochs", "Passes over the data set, where max_steps is -1."),
-        ("per_device_train_batch_size", "Completions of one pass on one device."),
-        ("gradient_accumulation_steps", "Passes whose gradients are added before the weights move."),
-        ("warmup_steps", "Steps in which the learning rate rises from 0."),
-        ("lr_scheduler_type", "How the learning rate goes on from there.", ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")),
-        ("max_grad_norm", "A longer gradient is cut to this length."),
-        ("weight_decay", "Pull of the weights towards 0."),
-        ("optim", "The optimiser.", ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")),
-        ("bf16", "Compute in bfloat16; left open, grpo_nb decides by the device.", (None, *on_off)),
-        ("fp16", "Compute in float16, for GPUs without bfloat16.", on_off),
-        ("gradient_checkpointing", "Compute activations twice instead of keeping them: less memory, about a third more time.", on_off),
-        ("seed", "Of sampling, shuffling and dropout."),
-        ("logging_steps", "Steps between two logs, and two points of the charts."),
-        ("save_strategy", "When checkpoints are written.", ("steps", "epoch", "no")),
-        ("save_steps", "Steps between two checkpoints."),
-        ("output_dir", "The folder of checkpoints and logs."))),
-    "Packing": tuple(Setting(*s) for s in (
-        ("step", "How a batch is laid out: each prompt once and no padding, padded rows, or as TRL does.", ("packed", "padded", "trl")),
-        ("max_tokens_per_pack", "Positions of one forward and backward: peak memory follows it; left open, by the device."),
-        ("unsloth_num_chunks", "Packs a batch is cut into; -1: as many as max_tokens_per_pack asks for."),
-        ("skip_zero_advantage", "Leave out completions whose gradient is exactly zero.", on_off))),
-}
+def _rows(*rows, part="config") -> tuple: # of Setting
+    "The settings of a group, from (name, sentence) or (name, sentence, choices)."
+    return tuple(Setting(*row, part=part) for row in rows)
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #32867423
+GROUPS = {"Model": _rows(
+    ("model_name", "A folder, or an id on the Hub."),
+    ("max_seq_length", "Tokens of prompt and completion together."),
+    ("load_in_4bit", "Hold the weights in 4 bits, a quarter of the memory; left open, where the machine can.", (None, *on_off)),
+    ("dtype", "Number format of the weights; left open, what the device is best at.", (None, "bfloat16", "float16", "float32")),
+    ("attn_implementation", "Attention of the unpatched model; left open, transformers chooses.",
+     (None, "sdpa", "eager", "flash_attention_2")),
+    ("max_lora_rank", "The largest rank that an adapter may have."), part="model")}
+
+GROUPS["LoRA"] = _rows(
+    ("r", "Rank: how much the adapter can express. Its memory grows in proportion."),
+    ("lora_alpha", "The adapter's update is scaled by lora_alpha / r."),
+    ("lora_dropout", "Share of the adapter's input that is dropped in training; 0 is the fast path."),
+    ("target_modules", "The layers that get an adapter; left open, attention and MLP."),
+    ("use_rslora", "Scale by lora_alpha / √r, which keeps large ranks from learning more slowly.", on_off),
+    ("bias", "Which biases are trained beside the adapter.", ("none", "all", "lora_only")),
+    ("random_state", "Seed of the adapter's first weights."), part="lora")
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #1c9a23f0
+GROUPS["Sampling"] = _rows(
+    ("num_generations", "Completions of each prompt: the group that they are compared in."),
+    ("max_completion_length", "Tokens after which a completion is cut off. It decides most of a step's time."),
+    ("temperature", "How freely tokens are drawn. Lower makes a group more alike, and leaves less to compare."),
+    ("top_p", "Keep the likeliest tokens up to this share; 1 keeps all."),
+    ("top_k", "Keep this many of the likeliest tokens; 0 keeps all."),
+    ("min_p", "Drop tokens below this share of the likeliest one; left open, none."),
+    ("repetition_penalty", "Above 1, tokens that have occurred become less likely."),
+    ("use_vllm", "Sample with vLLM.", on_off))
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #a6787d67
+GROUPS["Loss"] = _rows(
+    ("loss_type", "How the tokens' losses become one number.",
+     ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")),
+    ("beta", "Weight of the distance (KL) to the model as it was; 0 leaves the reference and its forward out."),
+    ("scale_rewards", "Divide a reward's lead over its group by the spread in the group, in the batch, or not at all.",
+     ("group", "batch", "none")),
+    ("epsilon", "How far a token's ratio may fall, or rise, before it is clipped."),
+    ("epsilon_high", "The same for rising alone; left open, epsilon."),
+    ("importance_sampling_level", "Whether each token has its ratio, or a whole completion has one (GSPO).", ("token", "sequence")),
+    ("num_iterations", "How often a batch of completions is used."),
+    ("mask_truncated_completions", "Leave completions that were cut off out of the loss.", on_off),
+    ("top_entropy_quantile", "Train only on this share of tokens, the least certain ones; 1 is all."),
+    ("entropy_coef", "Weight of a bonus for staying uncertain; 0 is none."))
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #003083a7
+_steps = _rows(
+    ("learning_rate", "Step size. Adapters take 1e-6 to 1e-4, whole models about 1e-6."),
+    ("max_steps", "Optimiser steps of the run; -1 counts epochs instead."),
+    ("num_train_epochs", "Passes over the data set, where max_steps is -1."),
+    ("per_device_train_batch_size", "Completions of one pass on one device."),
+    ("gradient_accumulation_steps", "Passes whose gradients are added before the weights move."),
+    ("warmup_steps", "Steps in which the learning rate rises from 0."),
+    ("lr_scheduler_type", "How the learning rate goes on from there.",
+     ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")),
+    ("max_grad_norm", "A longer gradient is cut to this length."),
+    ("weight_decay", "Pull of the weights towards 0."),
+    ("optim", "The optimiser.",
+     ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")))
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #f91c45f2
+_running = _rows(
+    ("bf16", "Compute in bfloat16; left open, grpo_nb decides by the device.", (None, *on_off)),
+    ("fp16", "Compute in float16, for GPUs without bfloat16.", on_off),
+    ("gradient_checkpointing", "Compute activations twice instead of keeping them: less memory, about a third more time.", on_off),
+    ("seed", "Of sampling, shuffling and dropout."),
+    ("logging_steps", "Steps between two logs, and two points of the charts."),
+    ("save_strategy", "When checkpoints are written.", ("steps", "epoch", "no")),
+    ("save_steps", "Steps between two checkpoints."),
+    ("output_dir", "The folder of checkpoints and logs."))
+
+GROUPS["Optimisation"] = _steps + _running
+
+GROUPS["Packing"] = _rows(
+    ("step", "How a batch is laid out: each prompt once and no padding, padded rows, or as TRL does.", ("packed", "padded", "trl")),
+    ("max_tokens_per_pack", "Positions of one forward and backward: peak memory follows it; left open, by the device."),
+    ("unsloth_num_chunks", "Packs a batch is cut into; -1: as many as max_tokens_per_pack asks for."),
+    ("skip_zero_advantage", "Leave out completions whose gradient is exactly zero.", on_off))
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #306dcf48
+_FUNCTIONS = {"model": "from_pretrained", "lora": "get_peft_model", "config": "GRPOConfig"}
 
 @cache
 def settings() -> dict: # name -> Setting
@@ -101,10 +126,10 @@ def setting_of(name) -> Setting:
     "The setting of a name, with a row or without; raises `TypeError` with the nearest match for an unknown one."
     if name in settings(): return settings()[name]
     for part, defaults in DEFAULTS.items():
-        if name in defaults(): return Setting(name, f"An argument of {dict(model='from_pretrained', lora='get_peft_model', config='GRPOConfig')[part]}.", part=part)
+        if name in defaults(): return Setting(name, f"An argument of {_FUNCTIONS[part]}.", part=part)
     known_arguments("set", [name], {n for defaults in DEFAULTS.values() for n in defaults()})
 
-# %% ../../../nbs/ui/parts/05_fields.ipynb #eeebdec7
+# %% ../../../nbs/ui/parts/05_fields.ipynb #08a197b7
 def write_value(value) -> str:
     "A value as it stands in a box; nothing is written for one that is left open."
     if value is None: return ""
@@ -113,20 +138,33 @@ def write_value(value) -> str:
     if isinstance(value, list) and all(isinstance(v, str) for v in value): return ", ".join(value)
     return value if isinstance(value, str) else repr(value)
 
+# %% ../../../nbs/ui/parts/05_fields.ipynb #cd773a67
+def _whole(text) -> int|None: # None where it is written otherwise
+    "A whole number, as Python writes one."
+    try: return int(text)
+    except ValueError: return None
+
+def _read_number(text, default): # int or float; None where the text is no number
+    "What a text means as a number."
+    text = text.replace(",", "").replace("_", "").replace(" ", "").replace("−", "-")
+    if (value := _whole(text)) is not None: return value
+    try: value = float(text)
+    except ValueError: return None
+    return int(value) if value.is_integer() and isinstance(default, int) else value
+
+# %% ../../../nbs/ui/parts/05_fields.ipynb #6ccbb6c5
+_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
 def read_value(name:str, text:str, default=None): # the value
     "What a box's text means for a setting with this default; raises `ValueError` naming it."
-    text = text.strip()
+    text, numeric = text.strip(), isinstance(default, (bool, int, float))
     if isinstance(default, str) and text: return text
-    if text.lower() in ("", "none", "null", "open"): return default if isinstance(default, (bool, int, float)) and not text else None
-    if text.lower() in ("on", "true", "yes", "off", "false", "no") and isinstance(default, bool): return text.lower() in ("on", "true", "yes")
-    number = text.replace(",", "").replace("_", "").replace(" ", "").replace("−", "-")
-    for kind in (int, float):
-        try: return kind(number) if kind is int or not float(number).is_integer() or isinstance(default, float) else _whole(number, default)
-        except (ValueError, OverflowError): continue
-    if isinstance(default, (int, float)): raise ValueError(f"{name}: {text!r} is not a number.")
+    if not text: return default if numeric else None
+    if text.lower() in ("none", "null", "open"): return None
+    if isinstance(default, bool) and text.lower() in _WORDS: return _WORDS[text.lower()]
+    number = _read_number(text, default)
+    if number is not None: return number
+    if numeric: raise ValueError(f"{name}: {text!r} is not a number.")
     try: return literal(name, ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError): pass
     return [t.strip() for t in text.split(",")] if "," in text else text
-
-def _whole(number, default): # 1e3 for a whole setting
-    return int(float(number)) if isinstance(default, int) else float(number)
