@@ -798,6 +798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'grpo_nb.ground.events.Bus._call': ('ground/events.html#bus._call', 'grpo_nb/ground/events.py'),
                                        'grpo_nb.ground.events.Bus._deliver': ( 'ground/events.html#bus._deliver',
                                                                                'grpo_nb/ground/events.py'),
+                                       'grpo_nb.ground.events.Bus._end': ('ground/events.html#bus._end', 'grpo_nb/ground/events.py'),
                                        'grpo_nb.ground.events.Bus.drain': ('ground/events.html#bus.drain', 'grpo_nb/ground/events.py'),
                                        'grpo_nb.ground.events.Bus.dropped': ('ground/events.html#bus.dropped', 'grpo_nb/ground/events.py'),
                                        'grpo_nb.ground.events.Bus.emit': ('ground/events.html#bus.emit', 'grpo_nb/ground/events.py'),
