@@ -23,7 +23,7 @@ def lora_naive(x:Tensor, # (..., d)
     "`x @ weight.T + bias + scale * (x @ A.T) @ B.T`, one operation at a time."
     return F.linear(x, weight, bias) + F.linear(F.linear(x, A), B) * scale
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #3b0c5623
+# %% ../../../nbs/ops/layer/01_lora.ipynb #f6fa753c
 def product_dtype(x:Tensor, # the input of a layer
                   ) -> torch.dtype:
     "The type in which a layer multiplies: autocast's where it is on, else that of its input."
@@ -41,7 +41,7 @@ def prepare(A:Tensor, # (r, d), in its own type
     A, B = A.detach(), B.detach()
     return A.to(dtype), (B if scale == 1 else B * scale).to(dtype)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #17d434c0
+# %% ../../../nbs/ops/layer/01_lora.ipynb #ed5ca248
 def _cast(x, dtype): return None if x is None else x.to(dtype) # of a bias, which may be missing
 
 
@@ -74,14 +74,14 @@ def _back(dy, weight, thin, a):
     if _pays(dy, dy.shape[1], weight.shape[1]): return _beside(dy, thin) @ torch.cat((weight, a))
     return (dy @ weight).addmm_(thin, a)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #8ef6924e
+# %% ../../../nbs/ops/layer/01_lora.ipynb #ece1b886
 def _adapter_grads(ctx, dy, thin, x, xa, needs_a, needs_b):
     "Gradients of A and B; `thin` is `dy @ (s B)`."
     d_a = _grad_product(thin, x, ctx.adapter) if needs_a else None
     d_b = _grad_product(dy, xa, ctx.adapter) if needs_b else None
     return d_a, d_b if d_b is None or ctx.scale == 1 else d_b.mul_(ctx.scale)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #25c9c7c3
+# %% ../../../nbs/ops/layer/01_lora.ipynb #86000d91
 class LoraLinear(torch.autograd.Function):
     "A linear layer with its adapter: one product with the weight, two thin ones, nothing else."
     @staticmethod
@@ -107,7 +107,7 @@ class LoraLinear(torch.autograd.Function):
         if needs[2]: d_bias = dy.sum(0).to(ctx.bias_dtype)
         return d_x, d_w, d_bias, *_adapter_grads(ctx, dy, thin, x, xa, needs[3], needs[4]), None, None, None
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #f1ad9da4
+# %% ../../../nbs/ops/layer/01_lora.ipynb #9599a1e6
 class LoraAdd(torch.autograd.Function):
     "The adapter's part alone, added to the output of a layer of any kind."
     @staticmethod
@@ -129,7 +129,7 @@ class LoraAdd(torch.autograd.Function):
         d_x = (thin @ a).to(ctx.x_dtype).view(*dy.shape[:-1], -1) if needs[1] else None
         return dy, d_x, *_adapter_grads(ctx, d, thin, x, xa, needs[2], needs[3]), None, None, None
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #426d24ea
+# %% ../../../nbs/ops/layer/01_lora.ipynb #4df0b48e
 def _back_together(dys, weights, thin, a):
     "The gradient of a shared input: `_back` of the first layer, and the others' products on top of it."
     d_x = _back(dys[0], weights[0].to(a.dtype), thin, a)
@@ -148,7 +148,7 @@ def _group_grads(ctx, dys, thin, x, xa):
         d_b.append(found if found is None or scale == 1 else found.mul_(scale))
     return *d_a, *d_b
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #cd2e1778
+# %% ../../../nbs/ops/layer/01_lora.ipynb #c2d4852c
 class LoraGroup(torch.autograd.Function):
     "Several frozen linear layers with adapters, on one input."
     @staticmethod
@@ -174,7 +174,7 @@ class LoraGroup(torch.autograd.Function):
         d_x = _back_together(dys, rest[:n], thin, a).to(ctx.x_dtype).view(*shape, -1) if wanted else None
         return d_x, None, None, *[None] * (2 * n), *_group_grads(ctx, dys, thin, x, xa), *[None] * n
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #7c51ef6f
+# %% ../../../nbs/ops/layer/01_lora.ipynb #1a35f60f
 def prepare_group(A:list, # of (r_i, d), of one type
                   B:list, # of (o_i, r_i)
                   scales:list, # of s_i
