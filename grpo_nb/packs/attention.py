@@ -158,7 +158,7 @@ def _flex_attention(query, key, value, mask:BlockMask, scaling, softcap, sinks) 
     "Attention through tiles; uncompiled on a CPU, where it computes all pairs, has no backward and serves for tests."
     n,length = query.shape[2], mask.seq_lengths[0]
     if length > n: query,key,value = (pad(x, (0, 0, 0, length - n)) for x in (query, key, value))
-    elif query.is_cuda: query,key,value = (x.contiguous() for x in (query, key, value)) # another memory layout would be another kernel
+    elif query.is_cuda: query,key,value = (x.contiguous() for x in (query, key, value)) # another layout would be another kernel
     run = _kernel(length) if query.is_cuda else _attend
     aux = None if sinks is None else AuxRequest(lse=True)
     out = run(query, key, value, mask, _cap(softcap) if softcap else None, scaling, aux)
