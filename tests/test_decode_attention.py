@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton")
 from grpo_nb.ops.decode import attention as M
-from grpo_nb.ops.decode.attention import Launch, decode_attention, decode_attention_naive, decode_tiles, runs_on, scratch_for, slots_per_tile, tile_count
+from grpo_nb.ops.decode.attention import Launch, decode_attention, decode_attention_naive, decode_tiles, scratch_for, slots_per_tile, tile_count
+from grpo_nb.ops.layer.rms_norm import runs_on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_under_the_interpreter")

@@ -24,7 +24,7 @@ FLOORS = {
 }
 STRANGERS = {("packs", "algo"), ("packs", "ops"), ("algo", "ops"), ("engines", "tasks")} # on one floor, and know nothing of each other
 KNOW_TRL = ("trainers", "run", "recipe", "advice", "app")
-STANDARD_LIBRARY_ONLY = ("ground", "patch")
+LIGHT = ("ground", "patch") # the standard library, and fastcore's `patch`, by which a class grows over cells
 
 
 def folder(module): return module.rpartition(".")[0].replace(".", "/")
@@ -82,7 +82,7 @@ def test_layers(name, path):
         assert (other, own) not in STRANGERS, f"{name} imports {inner}: {own} and {other} know nothing of each other"
     for outside in {i.split(".")[0] for i in imports(name, path)} - {"grpo_nb"}:
         if outside == "trl": assert own in KNOW_TRL, f"{name} imports TRL: only floors 4 and 5 do, and the application"
-        if own in STANDARD_LIBRARY_ONLY: assert outside in sys.stdlib_module_names, f"{name} imports {outside}: standard library only"
+        if own in LIGHT: assert outside in {*sys.stdlib_module_names, "fastcore"}, f"{name} imports {outside}: the standard library and fastcore only"
 
 
 @pytest.mark.parametrize("path", sorted((package / "step").glob("*.py")), ids=lambda p: p.stem)

@@ -13,7 +13,8 @@ from test_decode_attention import build, compiled, interpreted, resources
 from grpo_nb.engines.base import Sampling, sampling_logits
 from grpo_nb.engines.inplace.draw import draw, likeliest
 from grpo_nb.ops.decode import sample as M
-from grpo_nb.ops.decode.sample import argmax, argmax_naive, runs_on, sample, sample_naive
+from grpo_nb.ops.decode.sample import argmax, argmax_naive, sample, sample_naive
+from grpo_nb.ops.layer.rms_norm import runs_on
 
 LARGEST = 1 - 2**-53 # u below 1
 FORMS = [pytest.param((sample_naive, argmax_naive), id="plain"), pytest.param((sample, argmax), id="kernels", marks=interpreted)]

@@ -14,8 +14,8 @@ from grpo_nb.engines.inplace.layers import turn
 from grpo_nb.ops.decode import epilogues as E
 from grpo_nb.ops.decode import skinny as M
 from grpo_nb.ops.decode.epilogues import Adapter, add_norm, add_norm_naive, finish_naive, gate, gate_naive, heads_store, heads_store_naive
-from grpo_nb.ops.layer.rms_norm import rms_norm_naive
-from grpo_nb.ops.decode.skinny import SHARED, runs_on, skinny, skinny_naive, split_for
+from grpo_nb.ops.layer.rms_norm import rms_norm_naive, runs_on
+from grpo_nb.ops.decode.skinny import SHARED, skinny, skinny_naive, split_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_under_the_interpreter")

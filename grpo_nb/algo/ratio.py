@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ground.check import one_of
 
-# %% ../../nbs/algo/02_ratio.ipynb #f2b4d57f
+# %% ../../nbs/algo/02_ratio.ipynb #8164dd1e
 LEVELS = ("token", "sequence", "sequence_sum")
 
 
@@ -20,10 +20,11 @@ def log_ratio(logps:Tensor, # (B, T) log-probs under the policy
               mask:Tensor, # (B, T) 1 on tokens that count
               level:str="token", # "token", "sequence" (mean over tokens, GSPO) or "sequence_sum" (RLOO)
               ) -> Tensor: # (B, T) for "token", else (B, 1)
-    "Logarithm of the importance ratio. Raises `ValueError` for an unknown level, or old log-probs that are not sums where they must be."
+    "Logarithm of the importance ratio. Raises `ValueError` for an unknown level, or where sums are meant and none are given."
     one_of("importance_sampling_level", level, LEVELS)
     if level == "sequence_sum":
-        if old_logps.shape[-1] != 1: raise ValueError(f"old_logps has shape {tuple(old_logps.shape)}; at level 'sequence_sum' it is (B, 1), a sequence's sum")
+        found = tuple(old_logps.shape)
+        if found[-1] != 1: raise ValueError(f"old_logps has shape {found}; at level 'sequence_sum' it is (B, 1), a sequence's sum")
         return (logps * mask).sum(-1, keepdim=True) - old_logps
     difference = logps - old_logps
     return difference if level == "token" else (difference * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)

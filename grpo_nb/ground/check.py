@@ -40,10 +40,11 @@ def known_arguments(function:str, # the function's name
         if name not in allowed:
             raise TypeError(f"{function}() has no argument {name!r}.{nearest(name, allowed)} It takes: {', '.join(allowed)}.")
 
-# %% ../../nbs/ground/01_check.ipynb #6cbd6f8f
+# %% ../../nbs/ground/01_check.ipynb #0ecb9d4d
 def bounds(least=None, above=None, most=None, below=None) -> str: # "of at least 1 and at most 8"; empty without a bound
     "The allowed interval in words."
-    named = ("of at least", least), ("above", above), ("of at most" if least is None and above is None else "at most", most), ("below", below)
+    alone = least is None and above is None
+    named = ("of at least", least), ("above", above), ("of at most" if alone else "at most", most), ("below", below)
     return " and ".join(f"{words} {bound}" for words, bound in named if bound is not None)
 
 
@@ -52,24 +53,24 @@ def inside(value, least=None, above=None, most=None, below=None) -> bool: # Fals
     return ((least is None or value >= least) and (above is None or value > above)
             and (most is None or value <= most) and (below is None or value < below))
 
-# %% ../../nbs/ground/01_check.ipynb #c2c0cfbf
+# %% ../../nbs/ground/01_check.ipynb #2193cfc6
 def whole(argument:str, # the argument's name, as the user wrote it
           value, # the value given
           least:int|None=1, # the smallest that is right; None: none is
           most:int|None=None, # the largest that is right
           what:str="", # what is counted: "tokens"
           ) -> int:
-    "Return `value` as an `int` if it is a whole number within the bounds, else raise `ValueError` naming argument, value and bounds."
+    "Return `value` as an `int` if it is a whole number within the bounds, else raise `ValueError` that says what would be right."
     good = isinstance(value, Integral) and not isinstance(value, bool) and inside(value, least=least, most=most)
     if good: return int(value)
     kind = f"a whole number of {what}" if what else "a whole number"
     raise ValueError(f"{argument}={value!r} must be {kind} {bounds(least=least, most=most)}".rstrip() + ".")
 
-# %% ../../nbs/ground/01_check.ipynb #6d3ffbb9
+# %% ../../nbs/ground/01_check.ipynb #820794a7
 def number(argument:str, value, # as above
            least=None, above=None, most=None, below=None, # bounds; None: none on that side
            ) -> float:
-    "Return `value` as a `float` if it is a finite number within the bounds, else raise `ValueError` naming argument, value and bounds."
+    "Return `value` as a `float` if it is a finite number within the bounds, else raise `ValueError` that says what would be right."
     good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if good and inside(value, least, above, most, below): return float(value)
     raise ValueError(f"{argument}={value!r} must be a finite number {bounds(least, above, most, below)}".rstrip() + ".")

@@ -7,15 +7,20 @@ __all__ = ['notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsL
            'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'CheckpointSaved', 'Finding',
            'Bus', 'say']
 
-# %% ../../nbs/ground/02_events.ipynb #997cea80
+# %% ../../nbs/ground/02_events.ipynb #3524e190
 import contextvars
 import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Lock, Thread
 from time import monotonic
 from time import time as now
+
+from fastcore.basics import patch
+
+from .check import whole
 
 # %% ../../nbs/ground/02_events.ipynb #c5ef07d9
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class RunFailed(Event):
     "Training ended with an error."
     error: str # the exception's type and message
 
-# %% ../../nbs/ground/02_events.ipynb #408b4edf
+# %% ../../nbs/ground/02_events.ipynb #4a3f4acf
 def in_words(name:str, # a setting
              old, new, # its values; dicts are compared key by key
              ) -> str:
@@ -86,6 +91,7 @@ def short(value) -> str:
     if isinstance(value, dict): return ", ".join(f"{k} {short(v)}" for k, v in value.items())
     return str(value)
 
+# %% ../../nbs/ground/02_events.ipynb #92b63157
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
     "A sentence for the user."
@@ -108,6 +114,7 @@ class CheckpointSaved(Event):
     "A checkpoint was written, from which a run can go on."
     path: str # its folder
 
+# %% ../../nbs/ground/02_events.ipynb #8af5f4bc
 @dataclass(frozen=True, kw_only=True)
 class Finding(Event):
     "What a rule of the doctor says about the run."
@@ -139,42 +146,50 @@ def _check_subscription(handler, types):
         if not (isinstance(t, type) and issubclass(t, Event)):
             raise TypeError(f"types: {t!r} is not an event type; give classes such as StepLogged, or none for all events.")
 
-# %% ../../nbs/ground/02_events.ipynb #9b38e66e
+# %% ../../nbs/ground/02_events.ipynb #da657f4e
 class _Queue:
     "A bounded queue before a handler that may be slow."
     def __init__(self, deliver, size):
         self.deliver, self.size, self.dropped, self.busy = deliver, size, 0, False
         self.waiting, self.changed, self.context = deque(), Condition(Lock()), contextvars.copy_context()
 
-    def put(self, event):
-        "Let `event` wait for its turn; never waits itself."
+# %% ../../nbs/ground/02_events.ipynb #d2a067e8
+@patch
+def put(self:_Queue, event):
+    "Let `event` wait for its turn; never waits itself."
+    with self.changed:
+        if len(self.waiting) >= self.size:
+            self.waiting.popleft()
+            self.dropped += 1
+        self.waiting.append(event)
+        if self.busy: return
+        self.busy = True
+    Thread(target=self.context.copy().run, args=(self._work,), name="grpo_nb listener", daemon=True).start()
+
+@patch
+def _work(self:_Queue):
+    "Hand over what waits, until nothing does."
+    while True:
         with self.changed:
-            if len(self.waiting) >= self.size: self.waiting.popleft(); self.dropped += 1
-            self.waiting.append(event)
-            if self.busy: return
-            self.busy = True
-        Thread(target=self.context.copy().run, args=(self._work,), name="grpo_nb listener", daemon=True).start()
+            if not self.waiting:
+                self.busy = False
+                self.changed.notify_all()
+                return
+            event = self.waiting.popleft()
+        self.deliver(event)
 
-    def _work(self):
-        "Hand over what waits, until nothing does."
-        while True:
-            with self.changed:
-                if not self.waiting:
-                    self.busy = False
-                    self.changed.notify_all()
-                    return
-                event = self.waiting.popleft()
-            self.deliver(event)
+# %% ../../nbs/ground/02_events.ipynb #09bb1aba
+@patch
+def clear(self:_Queue):
+    "Forget what waits."
+    with self.changed: self.waiting.clear()
 
-    def clear(self):
-        "Forget what waits."
-        with self.changed: self.waiting.clear()
+@patch
+def drain(self:_Queue, until):
+    "Wait until nothing waits; False where `until` (on the monotonic clock) comes first."
+    with self.changed: return self.changed.wait_for(lambda: not self.busy, max(until - monotonic(), 0))
 
-    def drain(self, until):
-        "Wait until nothing waits; False where `until` (on the monotonic clock) comes first."
-        with self.changed: return self.changed.wait_for(lambda: not self.busy, max(until - monotonic(), 0))
-
-# %% ../../nbs/ground/02_events.ipynb #851a016d
+# %% ../../nbs/ground/02_events.ipynb #a08478bf
 class Bus:
     "Delivers events to handlers; a failing handler never reaches the one who emits. Safe to use from several threads."
     def __init__(self,
@@ -194,60 +209,71 @@ class Bus:
         "How many events were dropped because a handler's queue was full."
         with self._lock: return self._dropped + sum(s.queue.dropped for s in self._subscriptions if s.queue)
 
-    def drain(self,
-              timeout:float=1.0, # seconds to wait at most
-              ) -> bool: # whether all queues are empty
-        "Wait until the handlers with a queue have had their events."
-        until = monotonic() + timeout
-        return all([s.queue.drain(until) for s in self._subscriptions if s.queue])
+# %% ../../nbs/ground/02_events.ipynb #1d35db83
+@patch
+def subscribe(self:Bus,
+              handler:Callable, # called with each event, in the thread that emits unless it has a queue
+              *types:type, # event types; none: all of them
+              replay:bool=False, # first hand over the kept events, oldest first
+              queue:int=0, # 0: at once; n: in a thread of its own, with at most n events waiting
+              ) -> Callable: # a function without arguments that ends the subscription
+    "Call `handler` for each event of `types` from now on; `TypeError` where either is something else."
+    _check_subscription(handler, types)
+    whole("queue", queue, least=0, what="events")
+    subscription = _Subscription(handler, types)
+    if queue: subscription.queue = _Queue(partial(self._call, subscription), queue)
+    with self._lock:
+        kept = list(self._kept) if replay else []
+        self._subscriptions += (subscription,)
+    for event in kept: self._deliver(subscription, event)
+    return partial(self._end, subscription)
 
-    def subscribe(self,
-                  handler:Callable, # called with each event, in the thread that emits unless it has a queue
-                  *types:type, # event types; none: all of them
-                  replay:bool=False, # first hand over the kept events, oldest first
-                  queue:int=0, # 0: at once; n: in a thread of its own, with at most n events waiting
-                  ) -> Callable: # a function without arguments that ends the subscription
-        "Call `handler` for each event of `types` from now on; `TypeError` where either is something else."
-        _check_subscription(handler, types)
-        if isinstance(queue, bool) or not isinstance(queue, int) or queue < 0:
-            raise ValueError(f"queue={queue!r} is not a number of events; give 0 to be called at once, or how many may wait.")
-        subscription = _Subscription(handler, types)
-        if queue: subscription.queue = _Queue(lambda event: self._call(subscription, event), queue)
+# %% ../../nbs/ground/02_events.ipynb #b0f3f34d
+@patch
+def _end(self:Bus, subscription):
+    "End a subscription, with what still waits; calling it again does nothing."
+    with self._lock:
+        if subscription.queue and subscription in self._subscriptions: self._dropped += subscription.queue.dropped
+        self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+    if subscription.queue: subscription.queue.clear()
+
+# %% ../../nbs/ground/02_events.ipynb #ed0f9c2e
+@patch
+def emit(self:Bus,
+         event:Event, # what happened
+         ) -> None:
+    "Hand `event` to every handler that wants it; returns when all without a queue have been called."
+    with self._lock:
+        self._kept.append(event)
+        subscriptions = self._subscriptions
+    for subscription in subscriptions: self._deliver(subscription, event)
+
+@patch
+def _deliver(self:Bus, subscription, event):
+    "Hand `event` to one handler, or to its queue, if it wants it."
+    if subscription.types and not isinstance(event, subscription.types): return
+    if subscription.queue: subscription.queue.put(event)
+    else: self._call(subscription, event)
+
+# %% ../../nbs/ground/02_events.ipynb #ce5b1587
+@patch
+def _call(self:Bus, subscription, event):
+    "Call one handler; report its first exception, count them all."
+    try: subscription.handler(event)
+    except Exception as error:  # noqa: BLE001 a listener's failure is reported and counted, never raised into the run
         with self._lock:
-            kept = list(self._kept) if replay else []
-            self._subscriptions += (subscription,)
-        for event in kept: self._deliver(subscription, event)
-        def unsubscribe():
-            "End the subscription, with what still waits; calling it again does nothing."
-            with self._lock:
-                if subscription.queue and subscription in self._subscriptions: self._dropped += subscription.queue.dropped
-                self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
-            if subscription.queue: subscription.queue.clear()
-        return unsubscribe
+            self.failures += 1
+            first, subscription.failed = not subscription.failed, True
+        if first: _report(subscription.handler, event, error)
 
-    def emit(self,
-             event:Event, # what happened
-             ) -> None:
-        "Hand `event` to every handler that wants it; returns when all without a queue have been called."
-        with self._lock:
-            self._kept.append(event)
-            subscriptions = self._subscriptions
-        for subscription in subscriptions: self._deliver(subscription, event)
-
-    def _deliver(self, subscription, event):
-        "Hand `event` to one handler, or to its queue, if it wants it."
-        if subscription.types and not isinstance(event, subscription.types): return
-        if subscription.queue: subscription.queue.put(event)
-        else: self._call(subscription, event)
-
-    def _call(self, subscription, event):
-        "Call one handler; report its first exception, count them all."
-        try: subscription.handler(event)
-        except Exception as error:  # noqa: BLE001 a listener's failure is reported and counted, never raised into the run
-            with self._lock:
-                self.failures += 1
-                first, subscription.failed = not subscription.failed, True
-            if first: _report(subscription.handler, event, error)
+# %% ../../nbs/ground/02_events.ipynb #d55cb426
+@patch
+def drain(self:Bus,
+          timeout:float=1.0, # seconds to wait at most
+          ) -> bool: # whether all queues are empty
+    "Wait until the handlers with a queue have had their events."
+    until = monotonic() + timeout
+    return all([s.queue.drain(until) for s in self._subscriptions if s.queue])
 
 # %% ../../nbs/ground/02_events.ipynb #0eee368e
 notices = Bus(keep=100) # where `say` emits

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/packs/01_batch.ipynb #b03e68d5
+# %% ../../nbs/packs/01_batch.ipynb #b8470a55
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
     "A batch of sampled completions, one a row; raises `ValueError` where the shapes do not fit."
@@ -20,49 +20,57 @@ class RolloutBatch:
     prompt_mask:Tensor # (B, P) bool or integer, non-zero at real tokens
     completion_ids:Tensor # (B, C) long, completions, padded anywhere (TRL: on the right)
     completion_mask:Tensor # (B, C) bool or integer, non-zero at real tokens
-    group:Tensor|None = None # (B,) long, the number of each row's prompt, where the sampler knows it; None: found by comparing prompts
+    group:Tensor|None = None # (B,) long, the number of each row's prompt, where it is known; None: found by comparing prompts
 
     def __post_init__(self):
-        for field in fields(self)[:4]:
-            value = getattr(self, field.name)
-            if not isinstance(value, Tensor) or value.dim() != 2:
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{field.name} must be a tensor of two dimensions (rows, tokens); it is {found}.")
-        for ids,mask in (("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")):
-            if getattr(self, ids).shape != getattr(self, mask).shape:
-                raise ValueError(f"{mask} has the shape {tuple(getattr(self, mask).shape)} and {ids} has "
-                                 f"{tuple(getattr(self, ids).shape)}; they must be equal.")
-        if self.group is not None and self.group.shape != self.prompt_ids.shape[:1]:
-            raise ValueError(f"group has the shape {tuple(self.group.shape)}; the batch has {len(self.prompt_ids)} rows.")
-        if len(self.prompt_ids) != len(self.completion_ids):
-            raise ValueError(f"prompt_ids has {len(self.prompt_ids)} rows and completion_ids has {len(self.completion_ids)}; "
-                             "each completion needs its prompt beside it.")
-
-    @classmethod
-    def from_inputs(cls,
-                    inputs:dict, # what TRL's trainers pass to `compute_loss`; other keys are ignored
-                    ) -> "RolloutBatch":
-        "The four tensors out of TRL's dictionary; `KeyError` names the ones that are missing."
-        names = [field.name for field in fields(cls)[:4]]
-        missing = [name for name in names if name not in inputs]
-        if missing: raise KeyError(f"inputs has no {', '.join(missing)}; it holds {', '.join(map(str, inputs))}.")
-        return cls(*[inputs[name] for name in names], inputs.get("group"))
-
-    @property
-    def shape(self) -> tuple: # (B, P, C): rows, prompt width, completion width
-        "Rows, padded prompt width, padded completion width."
-        return (*self.prompt_ids.shape, self.completion_ids.shape[1])
-
-    @property
-    def device(self) -> torch.device: # of the token ids
-        "Where the tensors lie."
-        return self.prompt_ids.device
+        for field in fields(self)[:4]: _check_table(field.name, getattr(self, field.name))
+        self.check()
 
     def __repr__(self):
         rows,prompt,completion = self.shape
         return f"RolloutBatch(rows={rows}, prompt={prompt}, completion={completion}, device={str(self.device)!r})"
 
-# %% ../../nbs/packs/01_batch.ipynb #9751711c
+# %% ../../nbs/packs/01_batch.ipynb #1bd181c8
+def _check_table(name:str, value) -> None:
+    "Raise `ValueError` for what is not a tensor of two dimensions."
+    if isinstance(value, Tensor) and value.dim() == 2: return
+    found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{name} must be a tensor of two dimensions (rows, tokens); it is {found}.")
+
+@patch
+def check(self:RolloutBatch) -> None:
+    "Raise `ValueError` for tensors that do not fit together."
+    for ids,mask in (("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")):
+        shape,wanted = tuple(getattr(self, mask).shape), tuple(getattr(self, ids).shape)
+        if shape != wanted: raise ValueError(f"{mask} has the shape {shape} and {ids} has {wanted}; they must be equal.")
+    if self.group is not None and self.group.shape != self.prompt_ids.shape[:1]:
+        raise ValueError(f"group has the shape {tuple(self.group.shape)}; the batch has {len(self.prompt_ids)} rows.")
+    if len(self.prompt_ids) != len(self.completion_ids):
+        raise ValueError(f"prompt_ids has {len(self.prompt_ids)} rows and completion_ids has {len(self.completion_ids)}; "
+                         "each completion needs its prompt beside it.")
+
+# %% ../../nbs/packs/01_batch.ipynb #81161d2a
+@patch(cls_method=True)
+def from_inputs(cls:RolloutBatch,
+                inputs:dict, # what TRL's trainers pass to `compute_loss`; other keys are ignored
+                ) -> RolloutBatch:
+    "The four tensors out of TRL's dictionary; `KeyError` names the ones that are missing."
+    names = [field.name for field in fields(cls)[:4]]
+    missing = [name for name in names if name not in inputs]
+    if missing: raise KeyError(f"inputs has no {', '.join(missing)}; it holds {', '.join(map(str, inputs))}.")
+    return cls(*[inputs[name] for name in names], inputs.get("group"))
+
+@patch(as_prop=True)
+def shape(self:RolloutBatch) -> tuple: # (B, P, C): rows, prompt width, completion width
+    "Rows, padded prompt width, padded completion width."
+    return (*self.prompt_ids.shape, self.completion_ids.shape[1])
+
+@patch(as_prop=True)
+def device(self:RolloutBatch) -> torch.device: # of the token ids
+    "Where the tensors lie."
+    return self.prompt_ids.device
+
+# %% ../../nbs/packs/01_batch.ipynb #ea4a5646
 @dataclass(frozen=True, eq=False)
 class Pack:
     "One row of `N` positions that a model can run, with `M` targets in it."
@@ -80,32 +88,34 @@ class Pack:
     spans:Tensor # (S, 5) long, always on the CPU: start, stop, group, segment, start of the group's prompt
     width:int # the most targets that one row has
 
-    @property
-    def n_real(self) -> int: # at most N
-        "How many positions are not padding."
-        return int(self.spans[-1, 1]) if len(self.spans) else 0
-
-    @property
-    def device(self) -> torch.device: # of all tensors but `spans`
-        "Where the tensors lie."
-        return self.input_ids.device
-
     def __len__(self): return self.input_ids.shape[1]
-
-    def to(self,
-           device, # a torch device
-           non_blocking:bool=False, # copy without waiting, from pinned memory
-           ) -> "Pack": # itself where it already lies there
-        "The same pack on a device; `spans` stays on the CPU."
-        if torch.device(device) == self.device: return self
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-                 for f in fields(self) if f.name not in ("spans", "width")}
-        return replace(self, **moved)
 
     def __repr__(self):
         return f"Pack(positions={len(self)}, real={self.n_real}, rows={len(self.rows)}, targets={len(self.target)})"
 
-# %% ../../nbs/packs/01_batch.ipynb #f27c62fa
+# %% ../../nbs/packs/01_batch.ipynb #c3837081
+@patch(as_prop=True)
+def n_real(self:Pack) -> int: # at most N
+    "How many positions are not padding."
+    return int(self.spans[-1, 1]) if len(self.spans) else 0
+
+@patch(as_prop=True)
+def device(self:Pack) -> torch.device: # of all tensors but `spans`
+    "Where the tensors lie."
+    return self.input_ids.device
+
+@patch
+def to(self:Pack,
+       device, # a torch device
+       non_blocking:bool=False, # copy without waiting, from pinned memory
+       ) -> Pack: # itself where it already lies there
+    "The same pack on a device; `spans` stays on the CPU."
+    if torch.device(device) == self.device: return self
+    moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+             for f in fields(self) if f.name not in ("spans", "width")}
+    return replace(self, **moved)
+
+# %% ../../nbs/packs/01_batch.ipynb #1f228422
 @patch
 def gather(self:Pack,
            values:Tensor, # (B, C, ...) one value a completion token; or (B, 1), one a row
@@ -122,6 +132,7 @@ def scatter(self:Pack,
     "Put a pack's values at their places in the batch."
     return out.index_put((self.row, self.column), values.to(out.dtype))
 
+# %% ../../nbs/packs/01_batch.ipynb #59bc3976
 @patch(as_prop=True)
 def mask(self:Pack) -> Tensor: # (R, T) bool, T is `width`
     "Where `to_rows` has targets."

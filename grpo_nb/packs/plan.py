@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['PromptRows', 'Part', 'padded_length', 'Plan', 'plan', 'filler']
 
-# %% ../../nbs/packs/02_plan.ipynb #94c99db0
+# %% ../../nbs/packs/02_plan.ipynb #f038578f
 from dataclasses import dataclass, field
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..ground.check import whole
 from .batch import Pack, RolloutBatch
 
-# %% ../../nbs/packs/02_plan.ipynb #0dd9de6f
+# %% ../../nbs/packs/02_plan.ipynb #b2e1b6e2
 def _host(batch:RolloutBatch, # the batch, on any device
           keep_rows, # (B,) bool or None
           ) -> tuple: # prompt_ids, prompt_mask, completion_ids, completion_mask, keep_rows, group (or None): NumPy arrays
@@ -25,17 +27,19 @@ def _host(batch:RolloutBatch, # the batch, on any device
     if keep.shape != (rows,): raise ValueError(f"keep_rows has the shape {tuple(keep.shape)}; the batch has {rows} rows.")
     parts = [batch.prompt_ids, batch.prompt_mask != 0, batch.completion_ids, batch.completion_mask != 0, keep[:, None] != 0]
     if batch.group is not None: parts.append(batch.group[:, None])
-    whole = torch.cat([part.to(batch.device, torch.long) for part in parts], dim=1).cpu().numpy()
-    ids,mask,answer,answer_mask,rest = np.split(whole, np.cumsum([prompt, prompt, completion, completion]), axis=1)
-    return ids, mask.astype(bool), answer, answer_mask.astype(bool), rest[:, 0].astype(bool), rest[:, 1] if batch.group is not None else None
+    table = torch.cat([part.to(batch.device, torch.long) for part in parts], dim=1).cpu().numpy()
+    ids,mask,answer,answer_mask,rest = np.split(table, np.cumsum([prompt, prompt, completion, completion]), axis=1)
+    group = rest[:, 1] if batch.group is not None else None
+    return ids, mask.astype(bool), answer, answer_mask.astype(bool), rest[:, 0].astype(bool), group
 
-# %% ../../nbs/packs/02_plan.ipynb #e577c068
+# %% ../../nbs/packs/02_plan.ipynb #0e565d19
 @dataclass(frozen=True)
 class PromptRows:
     "A prompt and the rows that continue it."
     prompt:np.ndarray # (L,) real token ids
     rows:tuple # batch rows, ascending
 
+# %% ../../nbs/packs/02_plan.ipynb #787272b8
 def _groups(prompt_ids:np.ndarray, # (B, P)
             prompt_mask:np.ndarray, # (B, P) bool
             counts:np.ndarray, # (B,) real completion tokens; 0 where a row takes no place
@@ -49,11 +53,12 @@ def _groups(prompt_ids:np.ndarray, # (B, P)
         if not len(prompt):
             raise ValueError(f"Row {row} has a completion of {counts[row]} tokens and an empty prompt: nothing predicts its first "
                              "token. Give it at least a beginning-of-sequence token as prompt.")
-        key = int(row) if not share else prompt.tobytes() if group is None else int(group[row])
+        if not share: key = int(row)
+        else: key = prompt.tobytes() if group is None else int(group[row])
         found.setdefault(key, (prompt, []))[1].append(int(row))
     return [PromptRows(prompt, tuple(rows)) for prompt,rows in found.values()]
 
-# %% ../../nbs/packs/02_plan.ipynb #071f11de
+# %% ../../nbs/packs/02_plan.ipynb #a31b63fb
 @dataclass(frozen=True)
 class Part:
     "Rows of one group that stand in one pack behind one copy of their prompt."
@@ -69,12 +74,14 @@ def _first_fit(sizes, # sizes of the things to place
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         at = next((b for b,left in enumerate(room) if sizes[i] <= left), None)
         if at is None:
-            bins.append([]); room.append(capacity)
+            bins.append([])
+            room.append(capacity)
             at = -1
         bins[at].append(i)
         room[at] -= sizes[i]
     return bins
 
+# %% ../../nbs/packs/02_plan.ipynb #0fa75610
 def _cut(index:int, # of the group
          group:PromptRows, # the group
          counts, # (B,) completion lengths
@@ -94,7 +101,7 @@ def _under_budget(groups:list, # of PromptRows
     parts = [part for i,group in enumerate(groups) for part in _cut(i, group, counts, budget)]
     return [[parts[i] for i in chosen] for chosen in _first_fit([part.size for part in parts], together)]
 
-# %% ../../nbs/packs/02_plan.ipynb #2200ae3e
+# %% ../../nbs/packs/02_plan.ipynb #a6254d58
 def _pour(groups:list, # of PromptRows
           counts, # (B,) completion lengths
           capacity:int, # positions at which a pack is full
@@ -106,32 +113,54 @@ def _pour(groups:list, # of PromptRows
         for row in group.rows:
             need = counts[row] + (len(group.prompt) if here is None else 0)
             if not packs or (used and used + need > capacity):
-                packs.append([]); used,here = 0,None
+                packs.append([])
+                used,here = 0,None
                 need = counts[row] + len(group.prompt)
-            if here is None: packs[-1].append((i, here := []))
+            if here is None:
+                here = []
+                packs[-1].append((i, here))
             here.append(row)
             used += need
     return packs
 
-def _into(groups:list, # of PromptRows
-          counts, # (B,) completion lengths
-          n:int, # packs wanted
-          ) -> list: # of packs, each a list of Part
-    "`n` packs of about equal size (as many as there are rows, where that is fewer)."
+# %% ../../nbs/packs/02_plan.ipynb #099d1e9a
+def _capacity_for(groups:list, # of PromptRows
+                  counts, # (B,) completion lengths
+                  n:int, # packs wanted
+                  ) -> int: # positions at which a pack is full
+    "The smallest capacity under which the rows fill no more than `n` packs."
     low = max(len(g.prompt) + counts[row] for g in groups for row in g.rows)
     high = sum(len(g.prompt) + sum(counts[row] for row in g.rows) for g in groups)
     while low < high:
         middle = (low + high) // 2
         if len(_pour(groups, counts, middle)) <= n: high = middle
         else: low = middle + 1
-    size = lambda i,rows: len(groups[i].prompt) + sum(counts[row] for row in rows)
-    packs = _pour(groups, counts, high)
-    while len(packs) < min(n, sum(len(g.rows) for g in groups)): # packs that were not needed: halve the largest
-        largest = max((p for p in packs if sum(len(rows) for _,rows in p) > 1), key=lambda p: sum(size(*part) for part in p))
-        flat = [(i, row) for i,rows in largest for row in rows]
+    return high
+
+def _halved(pack:list, # of (group index, rows)
+            ) -> list: # of two packs
+    "A pack as two of half as many rows."
+    rows,halves = [(i, row) for i,rows in pack for row in rows], []
+    for half in (rows[:len(rows)//2], rows[len(rows)//2:]):
+        found = {}
+        for i,row in half: found.setdefault(i, []).append(row)
+        halves.append(list(found.items()))
+    return halves
+
+# %% ../../nbs/packs/02_plan.ipynb #93b44bd5
+def _into(groups:list, # of PromptRows
+          counts, # (B,) completion lengths
+          n:int, # packs wanted
+          ) -> list: # of packs, each a list of Part
+    "`n` packs of about equal size (as many as there are rows, where that is fewer)."
+    def size(i, rows): return len(groups[i].prompt) + sum(counts[row] for row in rows)
+    def positions(pack): return sum(size(i, rows) for i,rows in pack)
+    def several(pack): return sum(len(rows) for _,rows in pack) > 1
+    packs = _pour(groups, counts, _capacity_for(groups, counts, n))
+    while len(packs) < min(n, sum(len(g.rows) for g in groups)):
+        largest = max(filter(several, packs), key=positions)
         packs.remove(largest)
-        for half in (flat[:len(flat)//2], flat[len(flat)//2:]):
-            packs.append([(i, [row for j,row in half if j == i]) for i in dict.fromkeys(i for i,_ in half)])
+        packs += _halved(largest)
     return [[Part(i, tuple(rows), size(i, rows)) for i,rows in pack] for pack in packs]
 
 # %% ../../nbs/packs/02_plan.ipynb #7181d4d2
@@ -144,7 +173,7 @@ def padded_length(n:int, # positions needed
     coarse = 1 << max(0, (steps - 1).bit_length() - 4)
     return -(-steps // coarse) * coarse * multiple_of
 
-# %% ../../nbs/packs/02_plan.ipynb #72688145
+# %% ../../nbs/packs/02_plan.ipynb #a437fc8b
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which rows of a batch stand in which pack, behind which prompt."
@@ -159,43 +188,63 @@ class Plan:
 
     def __len__(self): return len(self.parts)
 
-    @property
-    def rows(self) -> list: # ascending
-        "The batch rows that take a place."
-        return sorted(row for group in self.groups for row in group.rows)
-
-    @property
-    def n_tokens(self) -> int: # completion tokens
-        "How many targets the packs hold together."
-        return sum(len(ids) for ids,_ in self.completions.values())
-
-    @property
-    def n_useful(self) -> int: # at most `n_positions`
-        "Positions that are needed: every different prompt once and every completion token."
-        return sum({group.prompt.tobytes(): len(group.prompt) for group in self.groups}.values()) + self.n_tokens
-
-    @property
-    def n_positions(self) -> int: # padding and repeated prompts included
-        "Positions that the packs make a model compute."
-        return sum(self.lengths)
-
-    @property
-    def n_rows_positions(self) -> int: # B * (P + C)
-        "Positions that the padded rows make a model compute."
-        rows,prompt,completion = self.batch.shape
-        return rows * (prompt + completion)
-
-    @property
-    def efficiency(self) -> float: # 0 to 1
-        "The share of the packs' positions that is useful."
-        return self.n_useful / max(1, self.n_positions)
-
     def __repr__(self):
-        share = lambda n: f"{n:,} positions, {self.n_useful / max(1, n):.0%} of them useful"
+        a,b = self.n_rows_positions, self.n_positions
         return (f"Plan: {len(self.rows)} of {self.batch.shape[0]} rows, {len(self.groups)} prompts, {len(self)} packs\n"
-                f"  rows:  {share(self.n_rows_positions)}\n  packs: {share(self.n_positions)}")
+                f"  rows:  {a:,} positions, {self._useful(a)} of them useful\n"
+                f"  packs: {b:,} positions, {self._useful(b)} of them useful")
 
-# %% ../../nbs/packs/02_plan.ipynb #081caff3
+# %% ../../nbs/packs/02_plan.ipynb #8c00686d
+@patch(as_prop=True)
+def rows(self:Plan) -> list: # ascending
+    "The batch rows that take a place."
+    return sorted(row for group in self.groups for row in group.rows)
+
+@patch(as_prop=True)
+def n_tokens(self:Plan) -> int: # completion tokens
+    "How many targets the packs hold together."
+    return sum(len(ids) for ids,_ in self.completions.values())
+
+@patch(as_prop=True)
+def n_useful(self:Plan) -> int: # at most `n_positions`
+    "Positions that are needed: every different prompt once and every completion token."
+    return sum({group.prompt.tobytes(): len(group.prompt) for group in self.groups}.values()) + self.n_tokens
+
+# %% ../../nbs/packs/02_plan.ipynb #5ab4de69
+@patch(as_prop=True)
+def n_positions(self:Plan) -> int: # padding and repeated prompts included
+    "Positions that the packs make a model compute."
+    return sum(self.lengths)
+
+@patch(as_prop=True)
+def n_rows_positions(self:Plan) -> int: # B * (P + C)
+    "Positions that the padded rows make a model compute."
+    rows,prompt,completion = self.batch.shape
+    return rows * (prompt + completion)
+
+@patch(as_prop=True)
+def efficiency(self:Plan) -> float: # 0 to 1
+    "The share of the packs' positions that is useful."
+    return self.n_useful / max(1, self.n_positions)
+
+@patch
+def _useful(self:Plan, n:int) -> str: # "93%"
+    "Of `n` positions, how many are useful."
+    return f"{self.n_useful / max(1, n):.0%}"
+
+# %% ../../nbs/packs/02_plan.ipynb #8227248f
+def _checked(max_tokens_per_pack, n_packs, multiple_of):
+    "Raise `ValueError` for numbers that cannot be meant."
+    for name,value in dict(max_tokens_per_pack=max_tokens_per_pack, n_packs=n_packs, multiple_of=multiple_of).items():
+        if value is not None: whole(name, value, what="packs" if name == "n_packs" else "positions")
+    if max_tokens_per_pack is None and n_packs is None:
+        raise ValueError("max_tokens_per_pack=None and n_packs=None: one of the two has to say how large a pack is.")
+
+def _fit(n:int, lengths, multiple_of:int) -> int: # at least n
+    "The length to which a pack of `n` positions is padded."
+    return next((at for at in sorted(lengths or ()) if at >= n), None) or padded_length(n, multiple_of)
+
+# %% ../../nbs/packs/02_plan.ipynb #85fd0ea8
 def plan(batch:RolloutBatch, # the batch, on any device
          max_tokens_per_pack:int|None=8192, # positions that a pack may have, before padding
          *,
@@ -207,57 +256,88 @@ def plan(batch:RolloutBatch, # the batch, on any device
          lengths=None, # the allowed lengths instead; a longer pack is padded to `multiple_of`
          ) -> Plan: # `packs` makes its tensors
     "Lay a batch out; `ValueError` for a budget, a number of packs or a row that makes no sense."
-    for name,value in dict(max_tokens_per_pack=max_tokens_per_pack, n_packs=n_packs, multiple_of=multiple_of).items():
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name}={value!r} is not a number of {'packs' if name == 'n_packs' else 'positions'}; it must be a "
-                             "whole number, 1 or more.")
-    if max_tokens_per_pack is None and n_packs is None:
-        raise ValueError("max_tokens_per_pack=None and n_packs=None: one of the two has to say how large a pack is.")
+    _checked(max_tokens_per_pack, n_packs, multiple_of)
     ids,mask,answer,answer_mask,keep,group = _host(batch, keep_rows)
     counts = np.where(keep, answer_mask.sum(1), 0).tolist()
     groups = _groups(ids, mask, np.array(counts), share_prompts, group)
+    budget = None if n_packs else max_tokens_per_pack
     if not groups: parts = []
-    else: parts = _into(groups, counts, n_packs) if n_packs else _under_budget(groups, counts, max_tokens_per_pack, min(together or max_tokens_per_pack, max_tokens_per_pack))
+    elif n_packs: parts = _into(groups, counts, n_packs)
+    else: parts = _under_budget(groups, counts, budget, min(together or budget, budget))
     parts = [sorted(pack, key=lambda part: part.rows[0]) for pack in parts]
-    sizes = [sum(part.size for part in pack) for pack in parts]
-    fit = lambda n: next((at for at in sorted(lengths or ()) if at >= n), None) or padded_length(n, multiple_of)
+    padded = [_fit(sum(part.size for part in pack), lengths, multiple_of) for pack in parts]
     completions = {row: (answer[row][answer_mask[row]], np.flatnonzero(answer_mask[row])) for g in groups for row in g.rows}
-    return Plan(batch, groups, parts, [fit(n) for n in sizes], None if n_packs else max_tokens_per_pack, completions, mask, answer_mask)
+    return Plan(batch, groups, parts, padded, budget, completions, mask, answer_mask)
 
-# %% ../../nbs/packs/02_plan.ipynb #5605a8c6
+# %% ../../nbs/packs/02_plan.ipynb #8002b23a
+class _Stretch(NamedTuple):
+    "A prompt or a completion as it stands in a pack."
+    ids:np.ndarray # (n,) its tokens
+    columns:np.ndarray|None # (n,) their places in the batch; None in a prompt
+    row:int|None # of the batch; None in a prompt
+    at:int # where it begins
+    group:int # which prompt of the pack
+    segment:int # 0 in a prompt, k in the k-th completion
+    prompt:int # where its prompt begins
+    size:int # and how long that is
+
+def _stretches(parts:list, # of Part, in their order
+               groups:list, # of PromptRows
+               completions:dict, # row: (token ids, columns)
+               ) -> list: # of _Stretch
+    "A prompt, its completions, the next prompt."
+    found,at = [],0
+    for g,part in enumerate(parts):
+        prompt,start = groups[part.group].prompt, at
+        for k,row in enumerate((None, *part.rows)):
+            ids,columns = (prompt, None) if row is None else completions[row]
+            found.append(_Stretch(ids, columns, row, at, g, k, start, len(prompt)))
+            at += len(ids)
+    return found
+
+# %% ../../nbs/packs/02_plan.ipynb #5dc1b348
+def _predicting(s:_Stretch) -> np.ndarray: # (n,) places
+    "Where each token of a completion is predicted."
+    before = np.arange(s.at - 1, s.at + len(s.ids) - 1)
+    before[0] = s.prompt + s.size - 1
+    return before
+
+def _joined(pieces) -> torch.Tensor: # long
+    "Arrays, one behind the other."
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64))
+
+def _filled(pieces, length:int, value:int) -> torch.Tensor: # (length,) long
+    "Arrays, one behind the other, and `value` to the end."
+    known = _joined(pieces)
+    return torch.cat([known, known.new_full((length - len(known),), value)])
+
+def _labelled(values, sizes, length:int) -> torch.Tensor: # (length,) int32
+    "Each value as often as its size says, and -1 to the end."
+    known = np.repeat(values, sizes)
+    return torch.from_numpy(np.concatenate([known, np.full(length - len(known), -1)]).astype(np.int32))
+
+# %% ../../nbs/packs/02_plan.ipynb #47e3b553
 def _lay(parts:list, # of Part, in their order
          groups:list, # of PromptRows
          completions:dict, # row: (token ids, columns)
          length:int, # padded positions
          ) -> Pack: # on the CPU
     "One pack: a prompt, its completions, the next prompt, and padding at the end."
-    ids,position,spans,predict,target,row,column,rank,rows = [],[],[],[],[],[],[],[],[]
-    at = 0
-    for g,part in enumerate(parts):
-        prompt = groups[part.group].prompt
-        start,size = at,len(prompt)
-        ids.append(prompt); position.append(np.arange(size)); spans.append((at, at + size, g, 0, start))
-        at += size
-        for k,r in enumerate(part.rows, 1):
-            tokens,columns = completions[r]
-            n = len(tokens)
-            ids.append(tokens); position.append(np.arange(size, size + n)); spans.append((at, at + n, g, k, start))
-            before = np.arange(at - 1, at + n - 1)
-            before[0] = start + size - 1
-            predict.append(before); target.append(tokens); column.append(columns)
-            row.append(np.full(n, r)); rank.append(np.arange(n)); rows.append(r)
-            at += n
-    spans = np.array(spans, dtype=np.int64).reshape(-1, 5)
-    sizes = spans[:, 1] - spans[:, 0]
-    fill = lambda pieces,value: np.concatenate([*pieces, np.full(length - at, value)]).astype(np.int64)
-    join = lambda pieces: torch.from_numpy(np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64))
-    label = lambda values: torch.from_numpy(np.concatenate([np.repeat(values, sizes), np.full(length - at, -1)]).astype(np.int32))
-    return Pack(input_ids=torch.from_numpy(fill(ids, ids[0][0] if ids else 0))[None],
-                position_ids=torch.from_numpy(fill(position, 0))[None], group=label(spans[:, 2]), segment=label(spans[:, 3]),
-                predict=join(predict), target=join(target), row=join(row), column=join(column), rows=torch.tensor(rows, dtype=torch.long),
-                slot=join([np.full(len(r), i) for i,r in enumerate(rank)]), rank=join(rank), spans=torch.from_numpy(spans),
-                width=max(map(len, rank), default=0))
+    laid = _stretches(parts, groups, completions)
+    answers = [s for s in laid if s.row is not None]
+    spans = np.array([(s.at, s.at + len(s.ids), s.group, s.segment, s.prompt) for s in laid], np.int64).reshape(-1, 5)
+    position = [np.arange(len(s.ids)) + (0 if s.row is None else s.size) for s in laid]
+    sizes,lengths = spans[:, 1] - spans[:, 0], [len(s.ids) for s in answers]
+    return Pack(input_ids=_filled([s.ids for s in laid], length, laid[0].ids[0] if laid else 0)[None],
+                position_ids=_filled(position, length, 0)[None],
+                group=_labelled(spans[:, 2], sizes, length), segment=_labelled(spans[:, 3], sizes, length),
+                predict=_joined(map(_predicting, answers)), target=_joined(s.ids for s in answers),
+                row=_joined(np.full(len(s.ids), s.row) for s in answers), column=_joined(s.columns for s in answers),
+                rows=torch.tensor([s.row for s in answers], dtype=torch.long),
+                slot=_joined(np.full(n, i) for i,n in enumerate(lengths)), rank=_joined(np.arange(n) for n in lengths),
+                spans=torch.from_numpy(spans), width=max(lengths, default=0))
 
+# %% ../../nbs/packs/02_plan.ipynb #314bb63f
 @patch
 def packs(self:Plan,
           device=None, # where the tensors go; None: where the batch lies
@@ -273,7 +353,7 @@ def filler(length:int=128, # positions
     "A pack of padding alone, for a process that has to run a forward and has nothing left."
     return _lay([], [], {}, length).to(device)
 
-# %% ../../nbs/packs/02_plan.ipynb #326fce4b
+# %% ../../nbs/packs/02_plan.ipynb #30ee24c1
 _COLOURS = dict(prompt="#4477aa", completion="#cc8b3c", other="#e3b778")
 
 def _rect(x:float, y:float, w:float, h:float, # pixels
@@ -283,6 +363,7 @@ def _rect(x:float, y:float, w:float, h:float, # pixels
     paint = f'fill="{_COLOURS[kind]}"' if kind in _COLOURS else 'fill="currentColor" fill-opacity="0.13"'
     return f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" {paint}/>'
 
+# %% ../../nbs/packs/02_plan.ipynb #886ed0a7
 def _runs(mask:np.ndarray, # (n,) bool
           kind:str, # how its true stretches are called
           at:int, # where it begins
@@ -301,43 +382,75 @@ def _wrapped(start:int, stop:int, # positions of a pack
         yield line, start - line * width, end - line * width
         start = end
 
+# %% ../../nbs/packs/02_plan.ipynb #fcfa3a4d
+def _pack_runs(made:Plan, parts:list, length:int) -> list: # of (start, stop, kind)
+    "The stretches of one pack; neighbouring completions differ in colour."
+    found,at = [],0
+    for part in parts:
+        kinds = ["prompt", *(("completion", "other")[k % 2] for k in range(len(part.rows)))]
+        sizes = [len(made.groups[part.group].prompt), *(len(made.completions[r][0]) for r in part.rows)]
+        for kind,n in zip(kinds, sizes):
+            found.append((at, at + n, kind))
+            at += n
+    return [*found, (at, length, "padding")]
+
+# %% ../../nbs/packs/02_plan.ipynb #2706228b
+class _Scale(NamedTuple):
+    "How positions become pixels."
+    across:int # positions of a line
+    step:float # pixels from one line to the next
+    width:int # pixels of a line
+
+    def rect(self, y:float, line:int, start:int, stop:int, kind:str) -> str:
+        "One stretch of a line, of those that begin at `y`."
+        pixel = self.width / self.across
+        return _rect(start * pixel, y + line * self.step, (stop - start) * pixel, self.step * .8, kind)
+
+def _draw_rows(made:Plan, y:float, scale:_Scale) -> list: # of SVG elements
+    "The padded rows, one a line."
+    prompt,out = made.batch.shape[1], []
+    for line,(asked,answered) in enumerate(zip(made.prompt_mask, made.completion_mask)):
+        runs = _runs(asked, "prompt", 0) + _runs(answered, "completion", prompt)
+        out += [scale.rect(y, line, a, b, kind) for a,b,kind in runs]
+    return out
+
+# %% ../../nbs/packs/02_plan.ipynb #f7081b1e
+def _draw_packs(made:Plan, y:float, scale:_Scale) -> tuple: # SVG elements, and where they end
+    "The packs, each broken into lines."
+    out = []
+    for parts,length in zip(made.parts, made.lengths):
+        for a,b,kind in _pack_runs(made, parts, length):
+            out += [scale.rect(y, line, start, stop, kind) for line,start,stop in _wrapped(a, b, scale.across)]
+        y += -(-length // scale.across) * scale.step + 5
+    return out, y
+
+# %% ../../nbs/packs/02_plan.ipynb #0a45de91
+def _text(x:float, y:float, size:int, words:str) -> str: # an SVG element
+    return f'<text x="{x:g}" y="{y:.1f}" font-size="{size}" fill="currentColor">{escape(words)}</text>'
+
+def _legend(y:float) -> list: # of SVG elements
+    "What the colours mean."
+    names = dict(prompt="prompt", completion="completion", other="next completion", padding="padding")
+    return [element for i,(kind,name) in enumerate(names.items())
+            for element in (_rect(i * 150, y - 10, 12, 12, kind), _text(i * 150 + 18, y, 12, name))]
+
 @patch
 def to_svg(self:Plan,
            width:int=760, # pixels
-           ) -> str: # an SVG element; text and padding take the page's text colour, so it reads on light and dark
+           ) -> str: # an SVG element
     "The batch as padded rows and as packs, at the same scale."
     rows,prompt,completion = self.batch.shape
-    across = prompt + completion
-    step = max(2., min(12., 340 / max(1, rows)))
-    bar,scale,y,out = step * .8, width / across, 18., []
-    caption = lambda text: out.append(f'<text x="0" y="{y:.1f}" font-size="13" fill="currentColor">{escape(text)}</text>')
-    share = lambda n: f"{n:,} positions, {self.n_useful / max(1, n):.0%} useful"
-    caption(f"Padded rows: {share(self.n_rows_positions)}")
-    y += 8
-    for r in range(rows):
-        for a,b,kind in _runs(self.prompt_mask[r], "prompt", 0) + _runs(self.completion_mask[r], "completion", prompt):
-            out.append(_rect(a * scale, y, (b - a) * scale, bar, kind))
-        y += step
-    y += 26
-    caption(f"Packs: {share(self.n_positions)}, {len(self)} pack{'s' * (len(self) != 1)}")
-    y += 8
-    for parts,length in zip(self.parts, self.lengths):
-        stretches,at = [],0
-        for part in parts:
-            sizes = [len(self.groups[part.group].prompt), *[len(self.completions[r][0]) for r in part.rows]]
-            for k,n in enumerate(sizes):
-                stretches.append((at, at + n, "prompt" if not k else ("completion", "other")[k % 2 == 0]))
-                at += n
-        for a,b,kind in [*stretches, (at, length, "padding")]:
-            out += [_rect(s * scale, y + line * step, (e - s) * scale, bar, kind) for line,s,e in _wrapped(a, b, across)]
-        y += -(-length // across) * step + 5
-    y += 16
-    for i,(kind,name) in enumerate(dict(prompt="prompt", completion="completion", other="next completion", padding="padding").items()):
-        out.append(_rect(i * 150, y - 10, 12, 12, kind))
-        out.append(f'<text x="{i * 150 + 18}" y="{y:.1f}" font-size="12" fill="currentColor">{name}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 10:.0f}" viewBox="0 0 {width} {y + 10:.0f}" '
+    scale = _Scale(prompt + completion, max(2., min(12., 340 / max(1, rows))), width)
+    a,b,plural = self.n_rows_positions, self.n_positions, "s" * (len(self) != 1)
+    below = 52 + rows * scale.step
+    packs,end = _draw_packs(self, below + 8, scale)
+    first = f"Padded rows: {a:,} positions, {self._useful(a)} useful"
+    second = f"Packs: {b:,} positions, {self._useful(b)} useful, {len(self)} pack{plural}"
+    out = [_text(0, 18, 13, first), *_draw_rows(self, 26, scale), _text(0, below, 13, second), *packs, *_legend(end + 16)]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{end + 26:.0f}" viewBox="0 0 {width} {end + 26:.0f}" '
             f'font-family="sans-serif" role="img" aria-label="Padded rows and packs of one batch">{"".join(out)}</svg>')
 
+# %% ../../nbs/packs/02_plan.ipynb #7c427194
 @patch
 def _repr_html_(self:Plan) -> str: # HTML
     "The picture, in a notebook."

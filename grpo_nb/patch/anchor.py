@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SKIPPED', 'KINDS', 'AnchorError', 'parse', 'function_of', 'Source', 'source_of', 'wildcard', 'same', 'bind', 'is_run',
-           'prefixes', 'together', 'call_pairs', 'matches', 'Match', 'AnchorMissing', 'AnchorAmbiguous', 'blocks',
-           'expressions', 'columns', 'heading', 'closest', 'explain', 'Anchor', 'signature_of', 'default_text',
-           'written', 'installed', 'signature_difference']
+           'prefixes', 'together', 'call_pairs', 'field_pairs', 'matches', 'AnchorMissing', 'AnchorAmbiguous', 'Match',
+           'blocks', 'expressions', 'columns', 'heading', 'closest', 'first_absent', 'explain', 'Anchor',
+           'statements_like', 'expressions_like', 'signature_of', 'default_text', 'written', 'installed',
+           'parameter_changes', 'signature_difference']
 
-# %% ../../nbs/patch/01_anchor.ipynb #3cc3d44a
+# %% ../../nbs/patch/01_anchor.ipynb #ac9881cc
 import ast
 import inspect
 import re
@@ -19,7 +20,9 @@ from inspect import Parameter as P
 from pathlib import Path
 from textwrap import dedent
 
-# %% ../../nbs/patch/01_anchor.ipynb #17cfd735
+from fastcore.basics import patch
+
+# %% ../../nbs/patch/01_anchor.ipynb #6f25b3e0
 class AnchorError(LookupError):
     "An anchor that does not hold, or a place that cannot be searched."
 
@@ -37,6 +40,7 @@ def function_of(entry, # what stands in a class's `__dict__`
     if isinstance(entry, staticmethod | classmethod): return entry.__func__
     return entry.fget if isinstance(entry, property) and entry.fget else entry
 
+# %% ../../nbs/patch/01_anchor.ipynb #2a2bde86
 @dataclass(frozen=True)
 class Source:
     "A piece of source: its text, and where it stands."
@@ -56,20 +60,21 @@ class Source:
         "A line as errors name it."
         return f"{Path(self.file).name}:{self.first + line - 1}" if self.file else f"line {line}"
 
-# %% ../../nbs/patch/01_anchor.ipynb #48cb6bb9
+# %% ../../nbs/patch/01_anchor.ipynb #d2e6e7f3
 def source_of(target, # source text, a function, a static or class method, a property, a class or a module
               ) -> Source: # raises `AnchorError` where there is no source
     "The source of `target`, behind any decorators that keep `__wrapped__`."
     if isinstance(target, Source): return target
     if isinstance(target, str): return Source(dedent(target), "the source")
     found = inspect.unwrap(function_of(target))
-    label = ".".join(filter(None, (getattr(found, "__module__", ""), getattr(found, "__qualname__", getattr(found, "__name__", "")))))
+    name = getattr(found, "__qualname__", getattr(found, "__name__", ""))
+    label = ".".join(filter(None, (getattr(found, "__module__", ""), name)))
     try: lines, first = inspect.getsourcelines(found)
     except (OSError, TypeError) as error:
         raise AnchorError(f"There is no Python source to search for {label or repr(target)}: {error}.") from error
     return Source("".join(lines), label, inspect.getsourcefile(found) or "", max(first, 1))
 
-# %% ../../nbs/patch/01_anchor.ipynb #a4e0bbab
+# %% ../../nbs/patch/01_anchor.ipynb #76bd1233
 SKIPPED = {"ctx", "kind", "type_comment", "type_ignores"} # of a syntax tree: not part of what was written
 
 def wildcard(name): # an identifier of an anchor
@@ -85,6 +90,7 @@ def bind(name, value, bound):
     elif name not in bound: yield {**bound, name: value}
     elif same(bound[name], value): yield bound
 
+# %% ../../nbs/patch/01_anchor.ipynb #05fea481
 def is_run(p): # a statement or an element `...`, or `**...` of a dictionary
     if isinstance(p, tuple): return p[0] is None and is_run(p[1])
     if isinstance(p, ast.Expr): p = p.value
@@ -97,7 +103,7 @@ def prefixes(ps, ns, start, bound): # yields (bound, stop): `ps` matches `ns[sta
     elif start < len(ns):
         for b in matches(ps[0], ns[start], bound): yield from prefixes(ps[1:], ns, start + 1, b)
 
-# %% ../../nbs/patch/01_anchor.ipynb #8a600711
+# %% ../../nbs/patch/01_anchor.ipynb #5de380ea
 def together(pairs, bound): # every pair has to match
     if not pairs: yield bound
     else:
@@ -110,6 +116,11 @@ def call_pairs(p, n): # the parts of two calls, keywords by name; None where the
     if wanted.keys() != given.keys() and not any(map(is_run, p.args)): return None
     return [(p.func, n.func), (p.args, n.args), *((wanted[k], given[k]) for k in wanted)]
 
+def field_pairs(p, n): # the fields of two nodes of one type, but for what may be there without being asked for
+    left_out = {f for f in ("decorator_list", "annotation", "returns") if not getattr(p, f, None)} | SKIPPED
+    return [(getattr(p, f, None), getattr(n, f, None)) for f in p._fields if f not in left_out]
+
+# %% ../../nbs/patch/01_anchor.ipynb #37d4e011
 def matches(p, # of the anchor: a node, a list of nodes, or a field's value
             n, # of the source
             bound:dict, # the wildcards bound so far
@@ -118,7 +129,8 @@ def matches(p, # of the anchor: a node, a list of nodes, or a field's value
     if isinstance(p, ast.Name) and (name := wildcard(p.id)) is not None:
         if isinstance(n, ast.expr) and not isinstance(n, ast.Starred): yield from bind(name, n, bound)
     elif isinstance(p, ast.expr) and is_run(p): yield from [bound] if isinstance(n, ast.expr) else []
-    elif isinstance(p, list) and isinstance(n, list): yield from (b for b, stop in prefixes(p, n, 0, bound) if stop == len(n))
+    elif isinstance(p, list) and isinstance(n, list):
+        yield from (b for b, stop in prefixes(p, n, 0, bound) if stop == len(n))
     elif isinstance(p, tuple) and isinstance(n, tuple): yield from together(list(zip(p, n)), bound)
     elif type(p) is not type(n): return
     elif isinstance(p, ast.Constant): yield from [bound] if type(p.value) is type(n.value) and p.value == n.value else []
@@ -126,13 +138,18 @@ def matches(p, # of the anchor: a node, a list of nodes, or a field's value
         yield from matches(list(zip(p.keys, p.values)), list(zip(n.keys, n.values)), bound)
     elif isinstance(p, ast.Call) and all(k.arg and wildcard(k.arg) is None for k in p.keywords):
         if (pairs := call_pairs(p, n)) is not None: yield from together(pairs, bound)
-    elif isinstance(p, ast.AST):
-        left_out = {f for f in ("decorator_list", "annotation", "returns") if not getattr(p, f, None)} | SKIPPED
-        yield from together([(getattr(p, f, None), getattr(n, f, None)) for f in p._fields if f not in left_out], bound)
+    elif isinstance(p, ast.AST): yield from together(field_pairs(p, n), bound)
     elif isinstance(p, str) and (name := wildcard(p)) is not None: yield from bind(name, n, bound)
     elif p == n: yield bound
 
-# %% ../../nbs/patch/01_anchor.ipynb #1be64136
+# %% ../../nbs/patch/01_anchor.ipynb #639447b2
+class AnchorMissing(AnchorError):
+    "An anchor that was not found."
+
+class AnchorAmbiguous(AnchorError):
+    "An anchor that was found more often than it should be."
+
+# %% ../../nbs/patch/01_anchor.ipynb #71efc151
 @dataclass(frozen=True)
 class Match:
     "Where an anchor was found. Lines are the file's (1 is the first), columns are characters."
@@ -140,15 +157,6 @@ class Match:
     source: Source # what was searched
     span: tuple # (line, column, last line, end column), of `source.text`
     nodes: dict = field(repr=False, compare=False) # wildcard -> syntax tree, or a name
-
-    @property
-    def line(self): return self.source.first + self.span[0] - 1
-
-    @property
-    def end_line(self): return self.source.first + self.span[2] - 1
-
-    @property
-    def where(self): return self.source.place(self.span[0])
 
     @cached_property
     def text(self): # as it stands in the file, comments included
@@ -161,13 +169,17 @@ class Match:
     def bound(self): # wildcard -> what it stands for, as one line of Python
         return {k: ast.unparse(v) if isinstance(v, ast.AST) else v for k, v in self.nodes.items()}
 
-class AnchorMissing(AnchorError):
-    "An anchor that was not found."
+# %% ../../nbs/patch/01_anchor.ipynb #7e857554
+@patch(as_prop=True)
+def line(self:Match): return self.source.first + self.span[0] - 1
 
-class AnchorAmbiguous(AnchorError):
-    "An anchor that was found more often than it should be."
+@patch(as_prop=True)
+def end_line(self:Match): return self.source.first + self.span[2] - 1
 
-# %% ../../nbs/patch/01_anchor.ipynb #89a065c4
+@patch(as_prop=True)
+def where(self:Match): return self.source.place(self.span[0])
+
+# %% ../../nbs/patch/01_anchor.ipynb #0e3b3c7b
 def blocks(tree): # every list of statements in `tree`, in the order of the source
     for node in ast.walk(tree):
         for name in ("body", "orelse", "finalbody"):
@@ -179,10 +191,10 @@ def expressions(node): # every expression in `node` but those inside an f-string
         if not isinstance(child, ast.JoinedStr): yield from expressions(child)
 
 def columns(source, first, last): # syntax trees count bytes, we count characters
-    text = lambda line, at: len(source.lines[line-1].encode()[:at].decode())
+    def characters(line, at): return len(source.lines[line-1].encode()[:at].decode())
     start = min([first, *getattr(first, "decorator_list", [])], key=lambda n: n.lineno) # a decorator stands before its def
     at = start.col_offset - (start is not first) # and its "@" before that
-    return (start.lineno, text(start.lineno, at), last.end_lineno, text(last.end_lineno, last.end_col_offset))
+    return (start.lineno, characters(start.lineno, at), last.end_lineno, characters(last.end_lineno, last.end_col_offset))
 
 # %% ../../nbs/patch/01_anchor.ipynb #7c9a9387
 def heading(node): return ast.unparse(node).partition("\n")[0]
@@ -200,12 +212,15 @@ def closest(code:str, # the first line of what was looked for
     best, node = max(((score(n), n) for n in nodes), key=lambda pair: pair[0], default=(0, None))
     return f"{source.place(node.lineno)}: {source.lines[node.lineno-1].strip()}" if best >= 0.5 else ""
 
-# %% ../../nbs/patch/01_anchor.ipynb #af96d7b6
+# %% ../../nbs/patch/01_anchor.ipynb #595f6d56
+def first_absent(pattern, source): # of an anchor's statements: the first that stands nowhere; None where each is there
+    there = [statement for block in blocks(source.tree) for statement in block]
+    return next((p for p in pattern if not is_run(p) and not any(same(p, n) for n in there)), None)
+
 def explain(anchor, source): # the error for an anchor that was not found
     pattern = anchor.pattern
     expression = not isinstance(pattern, list)
-    absent = pattern if expression else next((p for p in pattern if not is_run(p)
-        and not any(same(p, n) for block in blocks(source.tree) for n in block)), None)
+    absent = pattern if expression else first_absent(pattern, source)
     looked = f"Anchor {anchor.name!r} was not found in {source.label}" + (f" ({source.place(1)})" if source.file else "")
     if absent is None: return f"{looked}: each of its statements is there, but not together and in this order."
     line = heading(absent)
@@ -213,7 +228,7 @@ def explain(anchor, source): # the error for an anchor that was not found
     what = "" if line == anchor.name else f": there is no `{line}`"
     return f"{looked}{what}. " + (f"The closest is {near}" if near else "Nothing there resembles it.")
 
-# %% ../../nbs/patch/01_anchor.ipynb #9e826ae7
+# %% ../../nbs/patch/01_anchor.ipynb #f0fa07f8
 @dataclass(frozen=True)
 class Anchor:
     "A piece of Python with wildcards that has to stand `count` times in the source that a patch relies on."
@@ -226,7 +241,8 @@ class Anchor:
         object.__setattr__(self, "code", code)
         if not self.name: object.__setattr__(self, "name", code.partition("\n")[0])
         try: body = parse(code).body
-        except SyntaxError as error: raise ValueError(f"Anchor {self.name!r} is not Python: {error.msg}, line {error.lineno}.") from error
+        except SyntaxError as error:
+            raise ValueError(f"Anchor {self.name!r} is not Python: {error.msg}, line {error.lineno}.") from error
         if not body or is_run(body[0]) or is_run(body[-1]):
             raise ValueError(f"Anchor {self.name!r} has to begin and end with a statement, not with `...`.")
         if isinstance(self.pattern, ast.Name) and wildcard(self.pattern.id) is not None:
@@ -237,33 +253,41 @@ class Anchor:
         body = parse(self.code).body
         return body[0].value if len(body) == 1 and isinstance(body[0], ast.Expr) else body
 
-    def find_all(self, target, # see `source_of`
-                 ) -> tuple: # of `Match`, in the order of the source; may be empty
-        "Every place where the anchor matches."
-        source, pattern = source_of(target), self.pattern
-        if isinstance(pattern, list):
-            found = [(block[i], block[stop-1], bound) for block in blocks(source.tree) for i in range(len(block))
-                     for bound, stop in [next(prefixes(pattern, block, i, {}), ({}, 0))] if stop]
-        else:
-            found = [(node, node, bound) for node in expressions(source.tree)
-                     for bound in [next(matches(pattern, node, {}), None)] if bound is not None]
-        found = (Match(self, source, columns(source, first, last), bound) for first, last, bound in found)
-        return tuple(sorted(found, key=lambda m: m.span))
+# %% ../../nbs/patch/01_anchor.ipynb #a017836d
+def statements_like(pattern, tree): # yields (first statement, last statement, what is bound)
+    for block in blocks(tree):
+        for i in range(len(block)):
+            bound, stop = next(prefixes(pattern, block, i, {}), ({}, 0))
+            if stop: yield block[i], block[stop-1], bound
 
-    def find(self, target, # see `source_of`
-             ) -> Match: # raises `AnchorMissing` or `AnchorAmbiguous`
-        "The place of the anchor (the first one, where `count` is not 1)."
-        source = source_of(target)
-        found = self.find_all(source)
-        if not found or self.count and len(found) < self.count:
-            few = f"Anchor {self.name!r} was found {len(found)} times in {source.label}, not {self.count}."
-            raise AnchorMissing(few if found else explain(self, source))
-        if self.count and len(found) > self.count:
-            raise AnchorAmbiguous(f"Anchor {self.name!r} was found {len(found)} times in {source.label}, not {self.count}: "
-                                  + "; ".join(f"{m.where}: {m.text.partition(chr(10))[0]}" for m in found))
-        return found[0]
+def expressions_like(pattern, tree): # yields (expression, expression, what is bound)
+    for node in expressions(tree):
+        bound = next(matches(pattern, node, {}), None)
+        if bound is not None: yield node, node, bound
 
-# %% ../../nbs/patch/01_anchor.ipynb #fde67ee4
+@patch
+def find_all(self:Anchor, target, # see `source_of`
+             ) -> tuple: # of `Match`, in the order of the source; may be empty
+    "Every place where the anchor matches."
+    source, pattern = source_of(target), self.pattern
+    places = statements_like(pattern, source.tree) if isinstance(pattern, list) else expressions_like(pattern, source.tree)
+    found = (Match(self, source, columns(source, first, last), bound) for first, last, bound in places)
+    return tuple(sorted(found, key=lambda m: m.span))
+
+# %% ../../nbs/patch/01_anchor.ipynb #426996fd
+@patch
+def find(self:Anchor, target, # see `source_of`
+         ) -> Match: # raises `AnchorMissing` or `AnchorAmbiguous`
+    "The place of the anchor (the first one, where `count` is not 1)."
+    source = source_of(target)
+    found = self.find_all(source)
+    counted = f"Anchor {self.name!r} was found {len(found)} times in {source.label}, not {self.count}"
+    if not found or self.count and len(found) < self.count: raise AnchorMissing(f"{counted}." if found else explain(self, source))
+    if self.count and len(found) > self.count:
+        raise AnchorAmbiguous(f"{counted}: " + "; ".join(f"{m.where}: {m.text.partition(chr(10))[0]}" for m in found))
+    return found[0]
+
+# %% ../../nbs/patch/01_anchor.ipynb #99642199
 KINDS = {P.POSITIONAL_ONLY: "positional only", P.POSITIONAL_OR_KEYWORD: "positional", P.VAR_POSITIONAL: "*",
          P.KEYWORD_ONLY: "keyword only", P.VAR_KEYWORD: "**"}
 
@@ -271,7 +295,8 @@ def signature_of(target, # a function, a static or class method, a property, or 
                  ) -> str: # "(self, model, inputs)": defaults by `repr`, no annotations; raises `AnchorError`
     "The parameters that `target` takes."
     try: found = inspect.signature(function_of(target))
-    except (TypeError, ValueError) as error: raise AnchorError(f"There is no signature of {target!r}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        raise AnchorError(f"There is no signature of {target!r}: {error}.") from error
     bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     return str(found.replace(parameters=bare, return_annotation=found.empty))
 
@@ -279,6 +304,7 @@ def default_text(default): # as `repr` writes it, whatever quotes were used
     try: return ast.unparse(ast.parse(default, mode="eval"))
     except SyntaxError: return default # the repr of an object that is not Python
 
+# %% ../../nbs/patch/01_anchor.ipynb #0ca22cd5
 def written(signature:str): # -> ({name: (kind, default or None)}, whether more may follow)
     more = re.search(r"([,(])\s*\.\.\.\s*\)$", text := signature.strip())
     if more: text = text[:more.start()] + ("()" if more[1] == "(" else ")")
@@ -297,7 +323,14 @@ def installed(target): # {name: (kind, default or None)}
     parameters = inspect.signature(function_of(target)).parameters.values()
     return {x.name: (KINDS[x.kind], None if x.default is x.empty else default_text(repr(x.default))) for x in parameters}
 
-# %% ../../nbs/patch/01_anchor.ipynb #52a721f0
+# %% ../../nbs/patch/01_anchor.ipynb #b6af67cc
+def parameter_changes(name, wanted, have): # yields in words how one parameter is not as expected
+    (kind, default), (kind_now, default_now) = wanted, have
+    if kind != kind_now: yield f"{name} was {kind}, is {kind_now}"
+    if default == default_now or default == "..." and default_now is not None: return
+    before = "had no default" if default is None else f"had the default {default}"
+    yield f"{name} {before}, " + ("has none" if default_now is None else f"has {default_now}")
+
 def signature_difference(expected:str, # "(self, model, inputs)"
                          target, # the installed function
                          ) -> str: # "" where the signature holds; raises `ValueError` for a bad `expected`, `AnchorError`
@@ -307,12 +340,7 @@ def signature_difference(expected:str, # "(self, model, inputs)"
     if gone := [n for n in want if n not in have]: notes.append("missing: " + ", ".join(gone))
     if not more and (new := [n for n in have if n not in want]): notes.append("new: " + ", ".join(new))
     common = [n for n in want if n in have]
-    for name in common:
-        (kind, default), (kind_now, default_now) = want[name], have[name]
-        if kind != kind_now: notes.append(f"{name} was {kind}, is {kind_now}")
-        if default != default_now and (default != "..." or default_now is None):
-            notes.append(f"{name} " + ("had no default" if default is None else f"had the default {default}")
-                         + (", has none" if default_now is None else f", has {default_now}"))
+    for name in common: notes += parameter_changes(name, want[name], have[name])
     last = max((i for i, n in enumerate(have) if n in want and have[n][0] == "positional"), default=0)
     inserted = [n for n in list(have)[:last] if n not in want] # later arguments have moved, although more may follow
     if common != [n for n in have if n in want]: notes.append("in another order")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['active', 'COLOURS', 'release', 'Versions', 'Place', 'look_up', 'split', 'place_of', 'Wrap', 'Value', 'edits_of',
-           'build', 'applied', 'inherited', 'change_of', 'original_place', 'Finding', 'Report', 'holds', 'findings',
+           'build', 'applied', 'inherited', 'change_of', 'original_place', 'Claim', 'Report', 'holds', 'claims',
            'installed', 'shown', 'calls', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
 
-# %% ../../nbs/patch/04_core.ipynb #3a982979
+# %% ../../nbs/patch/04_core.ipynb #424ba6a3
 import re
 import sys
 from collections.abc import Callable, MutableMapping
@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from inspect import getattr_static
 from textwrap import dedent
 from types import FunctionType, ModuleType
+
+from fastcore.basics import patch
 
 from ..ground.check import nearest
 from .anchor import Anchor, AnchorError, function_of, signature_difference, source_of, written
@@ -48,7 +50,7 @@ class Versions:
 
     def __str__(self): return f"{self.distribution} {self.first} to {self.last}"
 
-# %% ../../nbs/patch/04_core.ipynb #d4fcdd71
+# %% ../../nbs/patch/04_core.ipynb #9c096bbb
 @dataclass(frozen=True)
 class Place:
     "A target that was looked up."
@@ -68,6 +70,7 @@ def look_up(path:str, # "package.module:Class", or "package.module"
         found = getattr(found, name)
     return found
 
+# %% ../../nbs/patch/04_core.ipynb #2552be4d
 def split(target): # "a.b:C.d" -> ("a.b:C", "d"); "a.b:f" -> ("a.b", "f"); a pair as it is
     if isinstance(target, tuple): return target
     module, _, names = target.partition(":")
@@ -81,10 +84,12 @@ def place_of(target) -> Place: # raises `PatchError`
     try: entry = own(owner, key)
     except TypeError as error: raise PatchError(f"{owner!r} has no attributes of its own that could be patched.") from error
     if entry is not MISSING: return Place(owner, key, entry, entry)
-    if isinstance(owner, ModuleType): return Place(owner, key, entry, getattr(owner, key, MISSING)) # a module may import it only now
-    return Place(owner, key, entry, MISSING if isinstance(owner, MutableMapping) else getattr_static(owner, key, MISSING))
+    if isinstance(owner, MutableMapping): return Place(owner, key, entry, MISSING)
+    if isinstance(owner, ModuleType): # it may import what is asked for only now
+        return Place(owner, key, entry, getattr(owner, key, MISSING))
+    return Place(owner, key, entry, getattr_static(owner, key, MISSING))
 
-# %% ../../nbs/patch/04_core.ipynb #dfd9d3d5
+# %% ../../nbs/patch/04_core.ipynb #7f6f64f5
 @dataclass(frozen=True)
 class Wrap:
     "A replacement that is made from the original."
@@ -95,6 +100,7 @@ class Value:
     "A replacement that is set as it is."
     value: object
 
+# %% ../../nbs/patch/04_core.ipynb #a6c88869
 def edits_of(replacement): # () where it is no edit
     edits = replacement if isinstance(replacement, tuple) else (replacement,)
     return edits if edits and all(isinstance(e, Edit) for e in edits) else ()
@@ -140,10 +146,10 @@ def original_place(patch) -> Place: # raises `PatchError`
     c = next((c for p, c in active if p == patch and c.owner is place.owner and c.key == place.key), None)
     return Place(c.owner, c.key, c.before, inherited(c) if c.before is MISSING else c.before) if c else place
 
-# %% ../../nbs/patch/04_core.ipynb #d0cbd365
+# %% ../../nbs/patch/04_core.ipynb #14af68e6
 @dataclass(frozen=True)
-class Finding:
-    "One thing that a patch relies on."
+class Claim:
+    "One thing that a patch relies on, and whether it holds."
     what: str # "target", "signature", "anchor 'k3'", "edit"
     problem: str = "" # what moved, in words; empty where it holds
     where: str = "" # "grpo_trainer.py:3098"
@@ -152,53 +158,57 @@ class Finding:
         if self.problem.startswith("Anchor "): return self.problem # which names it
         return f"{self.what}: {self.problem or 'holds'}" + (f" ({self.where})" if self.where else "")
 
+# %% ../../nbs/patch/04_core.ipynb #214ceed0
 @dataclass(frozen=True)
 class Report:
     "What holds and what moved, for one patch."
     patch: object # the `Patch`
-    findings: tuple # of `Finding`
+    claims: tuple # of `Claim`
     installed: str # "trl 1.16.0"
     tested: bool | None # whether that version was tested; None where the patch names none
 
     @property
-    def moved(self): return tuple(f for f in self.findings if f.problem)
+    def moved(self): return tuple(c for c in self.claims if c.problem)
 
     @property
     def ok(self): return not self.moved
 
     def __str__(self):
-        lines = [f"{self.patch.name} ({self.patch.where})", *(f"  {f}" for f in self.findings)]
+        lines = [f"{self.patch.name} ({self.patch.where})", *(f"  {c}" for c in self.claims)]
         known = f"; known to work with {self.patch.versions}" if self.patch.versions else ""
         return "\n".join([*lines, f"  installed: {self.installed}{known}"])
 
+# %% ../../nbs/patch/04_core.ipynb #aeb45432
 def holds(what, test): # test() -> a match, or a problem in words
     try: result = test()
-    except (AnchorError, RewriteError) as error: return Finding(what, str(error))
-    return Finding(what, result) if isinstance(result, str) else Finding(what, where=getattr(result, "where", ""))
+    except (AnchorError, RewriteError) as error: return Claim(what, str(error))
+    return Claim(what, result) if isinstance(result, str) else Claim(what, where=getattr(result, "where", ""))
 
-def findings(patch, place): # yields `Finding`
+def claims(patch, place): # yields `Claim`
     name = owner_name(place.owner)
     if place.found is MISSING and not patch.new:
         names = list(place.owner) if isinstance(place.owner, MutableMapping) else dir(place.owner)
-        yield Finding("target", f"{name} has no {place.key!r}.{nearest(place.key, names)}")
+        yield Claim("target", f"{name} has no {place.key!r}.{nearest(place.key, names)}")
     elif place.found is not MISSING and patch.new:
-        yield Finding("target", f"{name} has {place.key!r} already: {describe(place.found)}")
+        yield Claim("target", f"{name} has {place.key!r} already: {describe(place.found)}")
     else:
-        yield Finding("target")
+        yield Claim("target")
         if patch.signature: yield holds("signature", lambda: signature_difference(patch.signature, place.found))
         for anchor in patch.anchors: yield holds(f"anchor {anchor.name!r}", lambda a=anchor: a.find(place.found))
         if edits_of(patch.replacement): yield holds("edit", lambda: build(patch, place))
 
+# %% ../../nbs/patch/04_core.ipynb #c1324ffe
 def installed(patch) -> tuple: # ("trl 1.16.0", whether it was tested)
     owner = split(patch.target)[0]
-    module = owner.partition(":")[0] if isinstance(owner, str) else getattr(owner, "__module__", None) or type(owner).__module__
+    named = isinstance(owner, str)
+    module = owner.partition(":")[0] if named else getattr(owner, "__module__", None) or type(owner).__module__
     known = patch.versions or Versions(module.partition(".")[0], "0", "0")
     there = known.installed
     if not patch.versions and known.distribution in sys.stdlib_module_names: return "Python " + sys.version.split()[0], None
     if not patch.versions: return f"{known.distribution} {there or '(version not known)'}", None
     return f"{known.distribution} {there or '(not installed)'}", bool(there) and there in known
 
-# %% ../../nbs/patch/04_core.ipynb #acc9d08a
+# %% ../../nbs/patch/04_core.ipynb #a3c7ddde
 def shown(value, key, original=MISSING) -> tuple: # (lines, label)
     "The source of a value, or its `repr`. A wrapper around `original` is shown itself."
     if value is MISSING: return [], "nothing"
@@ -210,6 +220,7 @@ def shown(value, key, original=MISSING) -> tuple: # (lines, label)
     if source is None: return [f"{key} = {value!r}\n"], "a value"
     return dedent(source.text).splitlines(keepends=True), source.place(1)
 
+# %% ../../nbs/patch/04_core.ipynb #1b250c52
 def calls(value, original) -> str: # the name under which a wrapper holds the original; "" where it does not
     function, inner = function_of(value), function_of(original)
     if not isinstance(function, FunctionType) or inner is MISSING: return ""
@@ -230,14 +241,15 @@ def diff(patch) -> str: # raises what `build` raises
     return "".join(line if line.endswith("\n") else line + "\n"
                    for line in unified_diff(before, after, f"{patch.where} ({at})", f"{patch.name} ({now})"))
 
+# %% ../../nbs/patch/04_core.ipynb #dc5fdeb0
 COLOURS = {"+": "rgba(46,160,67,.20)", "-": "rgba(248,81,73,.20)", "@": "rgba(120,120,255,.15)"} # on light and dark
 
 def coloured(text:str) -> str: # HTML
     "A unified difference with a colour for each line."
-    line = lambda s: f'<div style="background:{COLOURS.get(s[:1], "none")};white-space:pre">{escape(s) or " "}</div>'
+    def line(s): return f'<div style="background:{COLOURS.get(s[:1], "none")};white-space:pre">{escape(s) or " "}</div>'
     return f'<div style="font-family:monospace;font-size:12px;overflow-x:auto">{"".join(map(line, text.splitlines()))}</div>'
 
-# %% ../../nbs/patch/04_core.ipynb #2881a5a6
+# %% ../../nbs/patch/04_core.ipynb #3eae59f9
 @dataclass(frozen=True)
 class Patch:
     "A change at one place of another library."
@@ -259,52 +271,60 @@ class Patch:
         object.__setattr__(self, "anchors", tuple(a if isinstance(a, Anchor) else Anchor(a) for a in anchors))
         if self.signature: written(self.signature) # raises `ValueError`
 
-    @property
-    def where(self): # the target as errors name it
-        if isinstance(self.target, str): return self.target
-        owner, key = self.target
-        if isinstance(owner, str): return f"{owner}{'.' if ':' in owner else ':'}{key}"
-        return f"{getattr(owner, '__module__', '')}:{owner_name(owner)}.{key}".lstrip(":")
+# %% ../../nbs/patch/04_core.ipynb #ccb34264
+@patch(as_prop=True)
+def where(self:Patch): # the target as errors name it
+    if isinstance(self.target, str): return self.target
+    owner, key = self.target
+    if isinstance(owner, str): return f"{owner}{'.' if ':' in owner else ':'}{key}"
+    return f"{getattr(owner, '__module__', '')}:{owner_name(owner)}.{key}".lstrip(":")
 
-    @property
-    def is_applied(self):
-        with lock: return any(p == self for p, _ in active)
+@patch(as_prop=True)
+def is_applied(self:Patch):
+    with lock: return any(p == self for p, _ in active)
 
-    def check(self) -> Report:
-        "What holds and what moved; nothing is changed but that the target's module is imported."
-        with lock:
-            try: found = tuple(findings(self, original_place(self)))
-            except PatchError as error: found = (Finding("target", str(error)),)
-        return Report(self, found, *installed(self))
+# %% ../../nbs/patch/04_core.ipynb #2626ece6
+@patch
+def check(self:Patch) -> Report:
+    "What holds and what moved; nothing is changed but that the target's module is imported."
+    with lock:
+        try: found = tuple(claims(self, original_place(self)))
+        except PatchError as error: found = (Claim("target", str(error)),)
+    return Report(self, found, *installed(self))
 
-    def apply(self) -> "Patch": # raises `PatchError`
-        "Check and apply; once, however often it is called."
-        PatchSet([self]).apply()
-        return self
+@patch
+def apply(self:Patch) -> "Patch": # raises `PatchError`
+    "Check and apply; once, however often it is called."
+    PatchSet([self]).apply()
+    return self
 
-    def revert(self, force:bool=False) -> "Patch": # `force`: whatever stands there now; raises `PatchConflict`
-        "Put back what was there before; does nothing where the patch is not applied."
-        with lock: take_back([pair for pair in active if pair[0] == self], force)
-        return self
+@patch
+def revert(self:Patch, force:bool=False) -> "Patch": # `force`: whatever stands there now; raises `PatchConflict`
+    "Put back what was there before; does nothing where the patch is not applied."
+    with lock: take_back([pair for pair in active if pair[0] == self], force)
+    return self
 
-    def diff(self) -> str: return diff(self)
+@patch
+def diff(self:Patch) -> str: return diff(self)
 
-    def _repr_html_(self):
-        state = "applied" if self.is_applied else "not applied"
-        report = self.check()
-        body = coloured(self.diff()) if report.ok else f"<pre>{escape(str(report))}</pre>"
-        return f"<div><b>{escape(self.name)}</b> · <code>{escape(self.where)}</code> · {state}<br>{escape(self.why)}</div>{body}"
+# %% ../../nbs/patch/04_core.ipynb #485deac2
+@patch
+def _repr_html_(self:Patch):
+    state = "applied" if self.is_applied else "not applied"
+    report = self.check()
+    body = coloured(self.diff()) if report.ok else f"<pre>{escape(str(report))}</pre>"
+    return f"<div><b>{escape(self.name)}</b> · <code>{escape(self.where)}</code> · {state}<br>{escape(self.why)}</div>{body}"
 
-# %% ../../nbs/patch/04_core.ipynb #3790e77e
+# %% ../../nbs/patch/04_core.ipynb #a25fbddd
 def take_back(pairs, force=False): # of (patch, change), the oldest first; raises `PatchConflict`, having changed nothing
     undo = Undo()
     undo.changes = [c for _, c in pairs]
     problems = []
     for change, now in [] if force else undo.conflicts():
-        patch = next(p for p, c in pairs if c is change)
+        ours = next(p for p, c in pairs if c is change)
         other = next((p.name for p, c in active if c.after is now and c is not change and c.owner is change.owner), None)
         who = f"patch {other!r} has been applied over it: revert that first" if other else f"{describe(now)} stands there now"
-        problems.append(f"Patch {patch.name!r} cannot be reverted at {patch.where}: {who}.")
+        problems.append(f"Patch {ours.name!r} cannot be reverted at {ours.where}: {who}.")
     if problems: raise PatchConflict("\n".join(problems))
     undo.restore(force)
     active[:] = [pair for pair in active if not any(pair[1] is c for _, c in pairs)]
@@ -317,7 +337,7 @@ def refusal(reports, of:int) -> PatchError: # of the reports that are not ok
         lines += [f"- {r.patch.name}, {r.patch.where}{known}", *(f"    {f}" for f in r.moved)]
     return PatchError("\n".join(lines), reports)
 
-# %% ../../nbs/patch/04_core.ipynb #ea111b73
+# %% ../../nbs/patch/04_core.ipynb #dfe4c1d2
 class PatchSet:
     "Patches that are applied and reverted together."
     def __init__(self, patches, # of `Patch`, in the order in which they are applied
@@ -325,65 +345,80 @@ class PatchSet:
         self.patches, self.name = tuple(patches), name
         self.mine, self.inside, self.entered = [], 0, [] # (patch, change); how many `with` are open; what the first of them applied
         known = [(p.name, p.where) for p in self.patches]
-        if twice := [k for k in known if known.count(k) > 1]: raise ValueError(f"patches: {twice[0][0]!r} is listed twice for {twice[0][1]}.")
+        twice = [k for k in known if known.count(k) > 1]
+        if twice: raise ValueError(f"patches: {twice[0][0]!r} is listed twice for {twice[0][1]}.")
 
     def __repr__(self): return f"PatchSet({self.name or len(self.patches)}: {'applied' if self.is_applied else 'not applied'})"
 
     @property
     def is_applied(self): return all(p.is_applied for p in self.patches)
 
-    def check(self) -> tuple: # of `Report`
-        "What holds and what moved, for each patch."
-        return tuple(p.check() for p in self.patches)
+# %% ../../nbs/patch/04_core.ipynb #63a6e593
+@patch
+def check(self:PatchSet) -> tuple: # of `Report`
+    "What holds and what moved, for each patch."
+    return tuple(p.check() for p in self.patches)
 
-    def waiting(self): # the patches that are not applied yet; raises `PatchError`
-        for patch in self.patches:
-            try: place = place_of(patch.target)
-            except PatchError: yield patch # its check will say so
-            else:
-                if change_of(patch, place) is None: yield patch
+@patch
+def waiting(self:PatchSet): # the patches that are not applied yet; raises `PatchError`
+    for p in self.patches:
+        try: place = place_of(p.target)
+        except PatchError: yield p # its check will say so
+        else:
+            if change_of(p, place) is None: yield p
 
-    def apply(self) -> "PatchSet": # raises `PatchError`, having changed nothing
-        "Check all patches and apply those that are not applied yet."
-        with lock:
-            self.install()
-            return self
+# %% ../../nbs/patch/04_core.ipynb #a62f3327
+@patch
+def apply(self:PatchSet) -> "PatchSet": # raises `PatchError`, having changed nothing
+    "Check all patches and apply those that are not applied yet."
+    with lock:
+        self.install()
+        return self
 
-    def install(self) -> list: # of (patch, change): what was applied now
-        waiting = list(self.waiting())
-        if bad := [r for r in (p.check() for p in waiting) if not r.ok]: raise refusal(bad, len(self.patches))
-        undo, done = Undo(), []
-        for patch in waiting:
-            try:
-                place = place_of(patch.target)
-                done.append((patch, undo.record(place.owner, place.key, build(patch, place))))
-            except BaseException as error:
-                undo.restore()
-                error.add_note(f"While patch {patch.name!r} was applied to {patch.where}; what had been applied is reverted.")
-                if isinstance(error, AnchorError | RewriteError): raise PatchError(f"{patch.name}, {patch.where}: {error}") from error
-                raise
-        active.extend(done)
-        self.mine += done
-        return done
+@patch
+def install(self:PatchSet) -> list: # of (patch, change): what was applied now
+    waiting = list(self.waiting())
+    if bad := [r for r in (p.check() for p in waiting) if not r.ok]: raise refusal(bad, len(self.patches))
+    undo, done = Undo(), []
+    for p in waiting:
+        try:
+            place = place_of(p.target)
+            done.append((p, undo.record(place.owner, place.key, build(p, place))))
+        except BaseException as error:
+            undo.restore()
+            error.add_note(f"While patch {p.name!r} was applied to {p.where}; what had been applied is reverted.")
+            if isinstance(error, AnchorError | RewriteError): raise PatchError(f"{p.name}, {p.where}: {error}") from error
+            raise
+    active.extend(done)
+    self.mine += done
+    return done
 
-    def revert(self, force:bool=False) -> "PatchSet": # `force`: whatever stands there now; raises `PatchConflict`
-        "Put back what this set has changed, the last first; patches that another set had applied before stay."
-        with lock:
-            take_back([pair for pair in active if any(pair[1] is c for _, c in self.mine)], force)
-            self.mine = []
-            return self
+# %% ../../nbs/patch/04_core.ipynb #f48f166e
+@patch
+def revert(self:PatchSet, force:bool=False) -> "PatchSet": # `force`: whatever stands there now; raises `PatchConflict`
+    "Put back what this set has changed, the last first; patches that another set had applied before stay."
+    with lock:
+        take_back([pair for pair in active if any(pair[1] is c for _, c in self.mine)], force)
+        self.mine = []
+        return self
 
-    def __enter__(self):
-        with lock:
-            if not self.inside: self.entered = self.install()
-            self.inside += 1
-            return self
+# %% ../../nbs/patch/04_core.ipynb #282c3fe0
+@patch
+def __enter__(self:PatchSet):
+    with lock:
+        if not self.inside: self.entered = self.install()
+        self.inside += 1
+        return self
 
-    def __exit__(self, *_):
-        with lock:
-            self.inside -= 1
-            if not self.inside: take_back([pair for pair in active if any(pair[1] is c for _, c in self.entered)])
+@patch
+def __exit__(self:PatchSet, *_):
+    with lock:
+        self.inside -= 1
+        if not self.inside: take_back([pair for pair in active if any(pair[1] is c for _, c in self.entered)])
 
-    def diff(self) -> str: return "\n".join(p.diff() for p in self.patches)
+# %% ../../nbs/patch/04_core.ipynb #efb65ce0
+@patch
+def diff(self:PatchSet) -> str: return "\n".join(p.diff() for p in self.patches)
 
-    def _repr_html_(self): return "<hr>".join(p._repr_html_() for p in self.patches)
+@patch
+def _repr_html_(self:PatchSet): return "<hr>".join(p._repr_html_() for p in self.patches)

@@ -105,7 +105,7 @@ def take_back(ledger, record) -> bool: # False: something else stands over it
     ledger.drop(record)
     return True
 
-# %% ../../nbs/patch/05_objects.ipynb #4cfa0091
+# %% ../../nbs/patch/05_objects.ipynb #f0bc6c2f
 def ledger_of(owner, make=False): # None where nothing is changed
     "An object's ledger."
     own = entries(owner)
@@ -116,11 +116,13 @@ def ledger_of(owner, make=False): # None where nothing is changed
     if found is not None: own[LEDGER] = found
     return found
 
+# %% ../../nbs/patch/05_objects.ipynb #ff3f0a8c
 def layers(value): # yields a callable and what it wraps, as far as that can be seen
     for _ in range(100):
         if value is None: return
         yield value
-        value = next((x for n in ("__func__", "__wrapped__", "func") if (x := getattr(value, n, None)) is not None), None)
+        inside = (getattr(value, name, None) for name in ("__func__", "__wrapped__", "func"))
+        value = next((x for x in inside if x is not None), None)
 
 def made(owner, name, by): # the `Record`, or None where the change is not in force
     if LEDGER not in entries(owner): return None

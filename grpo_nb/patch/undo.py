@@ -6,7 +6,7 @@
 __all__ = ['MISSING', 'lock', 'MissingType', 'PatchError', 'PatchConflict', 'describe', 'owner_name', 'own', 'put', 'Change',
            'Undo']
 
-# %% ../../nbs/patch/03_undo.ipynb #7011b95e
+# %% ../../nbs/patch/03_undo.ipynb #d78571f4
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from inspect import getattr_static
@@ -14,9 +14,11 @@ from pathlib import Path
 from threading import RLock
 from types import FunctionType
 
+from fastcore.basics import patch
+
 from .anchor import function_of
 
-# %% ../../nbs/patch/03_undo.ipynb #f323e7ac
+# %% ../../nbs/patch/03_undo.ipynb #0bfce3c5
 class MissingType:
     "The type of `MISSING`, which stands where there is no entry."
     def __repr__(self): return "nothing"
@@ -34,6 +36,7 @@ class PatchError(RuntimeError):
 class PatchConflict(PatchError):
     "An attribute that was changed by someone else since it was patched."
 
+# %% ../../nbs/patch/03_undo.ipynb #b2ab3792
 def describe(value) -> str:
     "A value as errors name it: functions with their place."
     code = getattr(function_of(value), "__code__", None)
@@ -56,7 +59,7 @@ def put(owner, key, value):
     if value is not MISSING: owner.__setitem__(key, value) if mapping else setattr(owner, key, value)
     else: owner.__delitem__(key) if mapping else delattr(owner, key)
 
-# %% ../../nbs/patch/03_undo.ipynb #cefc6225
+# %% ../../nbs/patch/03_undo.ipynb #ce0a6387
 lock = RLock() # held while anything is applied or reverted
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,7 @@ class Change:
         for k in self.following:
             if k in self.owner: self.owner[k] = self.owner.pop(k)
 
+# %% ../../nbs/patch/03_undo.ipynb #9b707255
 class Undo:
     "A stack of changes. Each is made and recorded at once; `restore` takes them back, the last one first."
     def __init__(self): self.changes = [] # of `Change`
@@ -92,41 +96,50 @@ class Undo:
             self.changes.append(change)
             return change
 
-    def setattr(self, owner, name:str, value, new:bool=False): # `new`: the attribute need not exist
-        "Set an attribute; raises `AttributeError` where there is none and `new` is not set."
-        if not new: getattr_static(owner, name)
-        return self.record(owner, name, value)
+# %% ../../nbs/patch/03_undo.ipynb #38c1f8ca
+@patch
+def setattr(self:Undo, owner, name:str, value, new:bool=False): # `new`: the attribute need not exist
+    "Set an attribute; raises `AttributeError` where there is none and `new` is not set."
+    if not new: getattr_static(owner, name)
+    return self.record(owner, name, value)
 
-    def delattr(self, owner, name:str):
-        "Delete the owner's own attribute; raises `AttributeError` where it has none."
-        if own(owner, name) is MISSING: raise AttributeError(f"{owner_name(owner)} has no attribute {name!r} of its own.")
-        return self.record(owner, name, MISSING)
+@patch
+def delattr(self:Undo, owner, name:str):
+    "Delete the owner's own attribute; raises `AttributeError` where it has none."
+    if own(owner, name) is MISSING: raise AttributeError(f"{owner_name(owner)} has no attribute {name!r} of its own.")
+    return self.record(owner, name, MISSING)
 
-    def setitem(self, mapping:MutableMapping, key, value):
-        "Set an entry, which may be new."
-        return self.record(mapping, key, value)
+@patch
+def setitem(self:Undo, mapping:MutableMapping, key, value):
+    "Set an entry, which may be new."
+    return self.record(mapping, key, value)
 
-    def delitem(self, mapping:MutableMapping, key):
-        "Delete an entry; raises `KeyError` where there is none."
-        if key not in mapping: raise KeyError(key)
-        return self.record(mapping, key, MISSING)
+@patch
+def delitem(self:Undo, mapping:MutableMapping, key):
+    "Delete an entry; raises `KeyError` where there is none."
+    if key not in mapping: raise KeyError(key)
+    return self.record(mapping, key, MISSING)
 
-    def conflicts(self) -> list: # of (change, what stands there now)
-        "The changes that cannot be taken back because something else stands there now."
-        seen, found = {}, []
-        for c in reversed(self.changes):
-            now = seen.get((id(c.owner), c.key), own(c.owner, c.key))
-            if now is not c.after: found.append((c, now))
-            seen[id(c.owner), c.key] = c.before
-        return found
+# %% ../../nbs/patch/03_undo.ipynb #23c98827
+@patch
+def conflicts(self:Undo) -> list: # of (change, what stands there now)
+    "The changes that cannot be taken back because something else stands there now."
+    seen, found = {}, []
+    for c in reversed(self.changes):
+        now = seen.get((id(c.owner), c.key), own(c.owner, c.key))
+        if now is not c.after: found.append((c, now))
+        seen[id(c.owner), c.key] = c.before
+    return found
 
-    def restore(self, force:bool=False): # `force`: put back what was there, whatever stands there now
-        "Take back every change; raises `PatchConflict`, having changed nothing."
-        with lock:
-            if not force and (found := self.conflicts()):
-                raise PatchConflict("Not reverted: " + " ".join(
-                    f"{owner_name(c.owner)}.{c.key} should be {describe(c.after)}, but {describe(now)} stands there." for c, now in found))
-            while self.changes:
-                change = self.changes[-1]
-                if own(change.owner, change.key) is not change.before: change.restore()
-                self.changes.pop()
+@patch
+def restore(self:Undo, force:bool=False): # `force`: put back what was there, whatever stands there now
+    "Take back every change; raises `PatchConflict`, having changed nothing."
+    with lock:
+        if not force and (found := self.conflicts()):
+            raise PatchConflict("Not reverted: " + " ".join(
+                f"{owner_name(c.owner)}.{c.key} should be {describe(c.after)}, but {describe(now)} stands there."
+                for c, now in found))
+        while self.changes:
+            change = self.changes[-1]
+            if own(change.owner, change.key) is not change.before: change.restore()
+            self.changes.pop()

@@ -17,7 +17,7 @@ from threading import RLock
 
 from ..ground.check import one_of
 from ..ground.events import say
-from ..patch.core import Finding, Patch, PatchError, PatchSet, Report, Wrap, original_place, refusal
+from ..patch.core import Claim, Patch, PatchError, PatchSet, Report, Wrap, original_place, refusal
 from ..patch.undo import MISSING, describe
 from .colocate import choice_patch, colocate_patches
 from .config import EVERY, FIELDS, config_patches, precision, whole_groups
@@ -84,7 +84,7 @@ def checked(patch) -> Report: # of one patch
     own = patch.new or place.entry is not MISSING or place.found is MISSING
     if own or is_dataclass(place.owner) or patch.target in INHERITED: return report
     words = f"{place.owner.__name__} has no {place.key!r} of its own; {describe(place.found)} is inherited"
-    return replace(report, findings=(Finding("target", words),))
+    return replace(report, claims=(Claim("target", words),))
 
 # %% ../../nbs/trainers/14_patch.ipynb #f8959aef
 applied, lock = {}, RLock() # algorithm: its PatchSets that are on, in the order in which they were applied
@@ -120,7 +120,7 @@ def switch_on(names, sets_of) -> list: # of the algorithms that were changed; ra
         for name, s in done: applied.setdefault(name, []).append(s)
         for name in {n for n, _ in done} & set(GROUPS): share(name)
     if any(r.tested is False for r in reports):
-        relied = sum(len(r.findings) for r in reports)
+        relied = sum(len(r.claims) for r in reports)
         say(f"TRL {trl_version()} was not tested ({TESTED} were): all {relied} places, signatures and "
             "lines that the patches rely on hold.")
     return list(dict.fromkeys(name for name, _ in done))

@@ -14,7 +14,8 @@ from ..base import Sampling, sampling_logits
 from .cache import Arrangement, Table
 from .draw import draw, likeliest
 from .layers import Decoder, turn
-from ...ops.decode.sample import argmax, runs_on, sample
+from ...ops.decode.sample import argmax, sample
+from ...ops.layer.rms_norm import runs_on
 
 # %% ../../../nbs/engines/inplace/04_decode.ipynb #1364ed8b
 def _seen(length, window, device): # (length, length) bool, or None where causality is all

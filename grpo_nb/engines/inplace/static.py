@@ -20,6 +20,7 @@ from .layers import Decoder
 from ...ops.decode import attention
 from ...ops.decode import epilogues
 from ...ops.decode import skinny
+from ...ops.layer.rms_norm import runs_on
 
 # %% ../../../nbs/engines/inplace/05_static.ipynb #602622f6
 def bucket(used:int, # slots
@@ -51,7 +52,7 @@ class Recorder:
     def __init__(self, decoder:Decoder, table:Table, sampling:Sampling):
         room, rep = table.room, decoder.heads // decoder.kv
         self.decoder, self.table, self.sampling, self.slots = decoder, table, recorded(sampling), 0
-        self.kernels = attention.runs_on(decoder.device)
+        self.kernels = runs_on(decoder.device)
         self.forms = NAIVE if not self.kernels else KERNELS if decoder.device.type != "cuda" or torch.cuda.get_device_capability(decoder.device) >= (8, 0) else OLDER
         per_tile = attention.slots_per_tile(rep)
         self.tiles = torch.full((attention.tile_count(room.slots, room.lanes, per_tile), per_tile), -1, dtype=torch.int32, device=decoder.device)

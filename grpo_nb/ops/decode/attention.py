@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SHORTEST', 'LONGEST', 'decode_attention_naive', 'slots_per_tile', 'tile_count', 'decode_tiles', 'Launch',
-           'chunk_for', 'launch_for', 'runs_on', 'scratch_for', 'decode_attention']
+           'chunk_for', 'launch_for', 'scratch_for', 'decode_attention']
 
 # %% ../../../nbs/ops/decode/01_attention.ipynb #26271dad
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #fc704b93
+# %% ../../../nbs/ops/decode/01_attention.ipynb #17709651
 def _seen(prompt, own, lane, prompt_length, own_length, window): # (S, prompt + own) bool
     "Which keys each slot's query may see."
     length, at = prompt_length[lane][:, None], torch.arange(max(prompt, own), device=lane.device)
@@ -23,7 +23,7 @@ def _seen(prompt, own, lane, prompt_length, own_length, window): # (S, prompt + 
     if window is None: return seen
     return seen & (length + used - torch.cat([yours.expand(len(lane), -1), length + mine], 1) <= window)
 
-
+# %% ../../../nbs/ops/decode/01_attention.ipynb #820a34b4
 def decode_attention_naive(q:Tensor, # (S, H, D), one query a slot and head
                            prompt_k:Tensor, # (L, K, P, D), H a multiple of K
                            prompt_v:Tensor, # as prompt_k
@@ -46,7 +46,7 @@ def decode_attention_naive(q:Tensor, # (S, H, D), one query a slot and head
     out = weights.to(q.dtype) @ values.masked_fill(~seen[:, None, :, None], 0)
     return torch.where(own_length[:, None, None] > 0, out.reshape(s, h, d), 0)
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #6e0657f0
+# %% ../../../nbs/ops/decode/01_attention.ipynb #1cbce0b3
 ROWS = 64 # of a query block
 
 
@@ -60,7 +60,7 @@ def tile_count(slots:int, lanes:int, per_tile:int) -> int:
     "The most tiles that `slots` slots of `lanes` lanes can take."
     return lanes + slots // per_tile
 
-
+# %% ../../../nbs/ops/decode/01_attention.ipynb #d517d846
 def decode_tiles(lanes:list, # of int: the lane of each slot, -1 for a slot not in use
                  per_tile:int, # slots of a tile
                  tiles:int, # rows wanted, `tile_count`
@@ -70,10 +70,22 @@ def decode_tiles(lanes:list, # of int: the lane of each slot, -1 for a slot not 
     for slot, lane in enumerate(lanes):
         if lane >= 0: members.setdefault(lane, []).append(slot)
     rows = [slots[i:i + per_tile] for _, slots in sorted(members.items()) for i in range(0, len(slots), per_tile)]
-    if len(rows) > tiles: raise ValueError(f"tiles={tiles} is too few: {sum(map(len, members.values()))} slots of {len(members)} lanes need {len(rows)} tiles of {per_tile}.")
+    if len(rows) > tiles:
+        used = sum(map(len, members.values()))
+        raise ValueError(f"tiles={tiles} is too few: {used} slots of {len(members)} lanes need {len(rows)} tiles of {per_tile}.")
     return [row + [-1] * (per_tile - len(row)) for row in rows + [[]] * (tiles - len(rows))]
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #c811fabe
+# %% ../../../nbs/ops/decode/01_attention.ipynb #1c4e3eb0
+@triton.jit
+def _scored(query, key, at, stop, lowest, scale, cap, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr):
+    "Scores of a block of queries and the keys at `at`; -inf where a query does not see."
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if HAS_CAP: scores = (1 - 2 / (tl.exp(scores * (2 / cap)) + 1)) * cap   # tanh; exp may overflow to infinity, which gives 1
+    seen = at[None, :] < stop
+    if HAS_WINDOW: seen = seen & (at[None, :] >= lowest[:, None])
+    return tl.where(seen, scores, -float("inf"))
+
+# %% ../../../nbs/ops/decode/01_attention.ipynb #a44f16c6
 @triton.jit
 def _walk(query, k, v, k_step, v_step, start, stop, lowest, scale, cap, width,
           HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
@@ -85,11 +97,7 @@ def _walk(query, k, v, k_step, v_step, start, stop, lowest, scale, cap, width,
         inside = (at[:, None] < stop) & (column < width)
         key = tl.load(k + at[:, None] * k_step + column, mask=inside, other=0.0)
         value = tl.load(v + at[:, None] * v_step + column, mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        if HAS_CAP: scores = (1 - 2 / (tl.exp(scores * (2 / cap)) + 1)) * cap   # tanh; exp may overflow to infinity, which gives 1
-        seen = at[None, :] < stop
-        if HAS_WINDOW: seen = seen & (at[None, :] >= lowest[:, None])
-        scores = tl.where(seen, scores, -float("inf"))
+        scores = _scored(query, key, at, stop, lowest, scale, cap, HAS_WINDOW, HAS_CAP)
         new = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(new == -float("inf"), 0.0, new)
         weights, shrink = tl.exp(scores - safe[:, None]), tl.exp(top - safe)
@@ -98,7 +106,7 @@ def _walk(query, k, v, k_step, v_step, start, stop, lowest, scale, cap, width,
         top = new
     return top, total, acc
 
-
+# %% ../../../nbs/ops/decode/01_attention.ipynb #c3ab2279
 @triton.jit
 def _keep(top, total, acc, tops, totals, accs, to, valid, some, width, WIDTH: tl.constexpr):
     "Write a block's partial results; the weighted sum only where there were keys."
@@ -107,9 +115,10 @@ def _keep(top, total, acc, tops, totals, accs, to, valid, some, width, WIDTH: tl
     tl.store(totals + to, total, mask=valid)
     if some: tl.store(accs + to[:, None] * width + column, acc, mask=valid[:, None] & (column < width))
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #4823809d
+# %% ../../../nbs/ops/decode/01_attention.ipynb #f4132fb9
 @triton.jit
-def _prompt(q, k, v, lane, prompt_length, own_length, tiles, tops, totals, accs, q_slot, q_head, k_lane, k_head, k_step, v_lane, v_head, v_step,
+def _prompt(q, k, v, lane, prompt_length, own_length, tiles, tops, totals, accs,
+            q_slot, q_head, k_lane, k_head, k_step, v_lane, v_head, v_step,
             head, tile, first, chunk, kv_heads, rep, width, per_tile, parts, chunk_keys, window, scale, cap,
             HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     "M rows of a tile's queries, from row `first`, against a chunk of its prompt."
@@ -125,13 +134,15 @@ def _prompt(q, k, v, lane, prompt_length, own_length, tiles, tops, totals, accs,
         start = chunk * chunk_keys
         stop = tl.where(tl.max(used, 0) > 0, tl.minimum(length, start + chunk_keys), 0)
         if HAS_WINDOW: start = tl.maximum(start, tl.min(tl.where(used > 0, lowest, length), 0) // BLOCK * BLOCK)
-        query = tl.load(q + slot[:, None] * q_slot + at[:, None] * q_head + column, mask=valid[:, None] & (column < width), other=0.0)
-        top, total, acc = _walk(query, k + its_lane * k_lane + head * k_head, v + its_lane * v_lane + head * v_head, k_step, v_step,
-                                start, stop, lowest, scale, cap, width, HAS_WINDOW, HAS_CAP, M, BLOCK, WIDTH)
+        q_at, q_in = q + slot[:, None] * q_slot + at[:, None] * q_head + column, valid[:, None] & (column < width)
+        query = tl.load(q_at, mask=q_in, other=0.0)
+        k_at, v_at = k + its_lane * k_lane + head * k_head, v + its_lane * v_lane + head * v_head
+        top, total, acc = _walk(query, k_at, v_at, k_step, v_step, start, stop, lowest, scale, cap, width,
+                                HAS_WINDOW, HAS_CAP, M, BLOCK, WIDTH)
         to = (slot * (kv_heads * rep) + at) * parts + chunk
         _keep(top, total, acc, tops, totals, accs, to, valid, start < stop, width, WIDTH)
 
-
+# %% ../../../nbs/ops/decode/01_attention.ipynb #4c15aa42
 @triton.jit
 def _own(q, k, v, own_length, tops, totals, accs, q_slot, q_head, k_slot, k_head, k_step, v_slot, v_head, v_step,
          head, slot, chunk, kv_heads, rep, width, prompt_parts, parts, chunk_keys, window, scale, cap,
@@ -151,11 +162,12 @@ def _own(q, k, v, own_length, tops, totals, accs, q_slot, q_head, k_slot, k_head
         to = (slot * (kv_heads * rep) + at) * parts + prompt_parts + chunk
         _keep(top, total, acc, tops, totals, accs, to, valid, start < stop, width, WIDTH)
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #bc5e61fc
+# %% ../../../nbs/ops/decode/01_attention.ipynb #8df6c120
 @triton.jit
 def _split(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles, tops, totals, accs,
-           q_slot, q_head, pk_lane, pk_head, pk_step, pv_lane, pv_head, pv_step, ok_slot, ok_head, ok_step, ov_slot, ov_head, ov_step,
-           kv_heads, rep, width, slots, tile_rows, per_tile, prompt_programs, prompt_parts, parts, prompt_chunk, own_chunk, window, scale, cap,
+           q_slot, q_head, pk_lane, pk_head, pk_step, pv_lane, pv_head, pv_step,
+           ok_slot, ok_head, ok_step, ov_slot, ov_head, ov_step, kv_heads, rep, width, slots, tile_rows, per_tile,
+           prompt_programs, prompt_parts, parts, prompt_chunk, own_chunk, window, scale, cap,
            HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, BLOCKS: tl.constexpr, TILE_M: tl.constexpr, OWN_M: tl.constexpr,
            BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     program = tl.program_id(0)
@@ -170,7 +182,8 @@ def _split(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length,
         program -= prompt_programs
         cell = program // kv_heads
         _own(q, own_k, own_v, own_length, tops, totals, accs,
-             q_slot, q_head, ok_slot, ok_head, ok_step, ov_slot, ov_head, ov_step, program % kv_heads, (cell % slots).to(tl.int64), cell // slots,
+             q_slot, q_head, ok_slot, ok_head, ok_step, ov_slot, ov_head, ov_step,
+             program % kv_heads, (cell % slots).to(tl.int64), cell // slots,
              kv_heads, rep, width, prompt_parts, parts, own_chunk, window, scale, cap, HAS_WINDOW, HAS_CAP, OWN_M, BLOCK, WIDTH)
 
 # %% ../../../nbs/ops/decode/01_attention.ipynb #a42df8d4
@@ -197,7 +210,7 @@ def _merge(out, tops, totals, accs, own_length, heads, parts, width, GROUP: tl.c
     y = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + cell * width + column, y.to(out.dtype.element_ty), mask=column < width)
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #8a500e23
+# %% ../../../nbs/ops/decode/01_attention.ipynb #45b46898
 SHORTEST, LONGEST = 64, 1024 # keys of a chunk
 
 
@@ -210,7 +223,7 @@ class Launch(NamedTuple):
     warps:int=4 # of a program
     stages:int=3 # blocks of keys in shared memory
 
-
+# %% ../../../nbs/ops/decode/01_attention.ipynb #a0cac6c9
 def chunk_for(length:int, # keys
               cells:int, # programs that each chunk of them makes
               programs:int, # wanted
@@ -227,43 +240,80 @@ def launch_for(prompt_k:Tensor, # (L, K, P, D)
     "A cut for these shapes, this type and this device; reads nothing back from it."
     (lanes, kv, p, d), (s, _, c, _) = prompt_k.shape, own_k.shape
     chunks = chunk_for(p, lanes * kv, 64), chunk_for(c, s * kv, 396)
-    old = prompt_k.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(prompt_k.device)[0] < 8
+    nvidia = prompt_k.device.type == "cuda" and torch.version.hip is None
+    old = nvidia and torch.cuda.get_device_capability(prompt_k.device)[0] < 8
     if old or prompt_k.dtype is torch.float32: return Launch(*chunks, rows=16, block=16)
     return Launch(*chunks, warps=8, stages=2) if d > 128 else Launch(*chunks)
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #ea121983
-def runs_on(device:torch.device, # where the tensors are
-            ) -> bool: # True on a GPU, and on a CPU where Triton was imported under its interpreter
-    "Whether these kernels can run on tensors of `device`."
-    return device.type in ("cuda", "xpu") or (device.type == "cpu" and not isinstance(_split, triton.runtime.JITFunction))
-
-
-def scratch_for(S:int, H:int, D:int, P:int, C:int, # the largest numbers of slots, query heads, entries of a head, prompt keys and own keys
+# %% ../../../nbs/ops/decode/01_attention.ipynb #ec89181e
+def scratch_for(S:int, H:int, D:int, P:int, C:int, # the most slots, query heads, entries of a head, prompt keys and own keys
                 device) -> tuple: # float32: weighted sums, and largest scores and sums
     "What `decode_attention` writes its partial results to; serves smaller shapes too."
-    parts = triton.cdiv(P, SHORTEST) + triton.cdiv(C, SHORTEST)
-    return torch.empty(S * H * parts * D, dtype=torch.float32, device=device), torch.empty(2 * S * H * parts, dtype=torch.float32, device=device)
+    cells = S * H * (triton.cdiv(P, SHORTEST) + triton.cdiv(C, SHORTEST))
+    return tuple(torch.empty(n, dtype=torch.float32, device=device) for n in (cells * D, 2 * cells))
 
-# %% ../../../nbs/ops/decode/01_attention.ipynb #ffc09cac
-def _check(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles, window, softcap):
-    "Raise `ValueError` for shapes and values that cannot be right."
-    def need(name, given, *shape):
-        if tuple(given.shape) != shape: raise ValueError(f"{name}={tuple(given.shape)} should be {shape}, as the other arguments have it.")
+# %% ../../../nbs/ops/decode/01_attention.ipynb #fb2aaff9
+def _check_shapes(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles):
+    "Raise `ValueError` for shapes that do not fit together."
     (s, h, d), (lanes, kv, p, _), c = q.shape, prompt_k.shape, own_k.shape[2]
     if h % kv: raise ValueError(f"q has {h} heads and prompt_k {kv}: the first must be a multiple of the second.")
-    for name, given in (("prompt_k", prompt_k), ("prompt_v", prompt_v)): need(name, given, lanes, kv, p, d)
-    for name, given in (("own_k", own_k), ("own_v", own_v)): need(name, given, s, kv, c, d)
-    need("lane", lane, s); need("prompt_length", prompt_length, lanes); need("own_length", own_length, s)
+    prompt, own = (lanes, kv, p, d), (s, kv, c, d)
+    wanted = dict(prompt_k=(prompt_k, prompt), prompt_v=(prompt_v, prompt), own_k=(own_k, own), own_v=(own_v, own),
+                  lane=(lane, (s,)), prompt_length=(prompt_length, (lanes,)), own_length=(own_length, (s,)))
+    for name, (given, shape) in wanted.items():
+        found = tuple(given.shape)
+        if found != shape: raise ValueError(f"{name}={found} should be {shape}, as the other arguments have it.")
     if tiles.dim() != 2: raise ValueError(f"tiles={tuple(tiles.shape)} should be (tiles, slots of a tile), from decode_tiles.")
-    for name, given in (("q", q), ("prompt_k", prompt_k), ("prompt_v", prompt_v), ("own_k", own_k), ("own_v", own_v)):
-        if given.stride(-1) != 1: raise ValueError(f"{name} must have its last dimension contiguous; its strides are {given.stride()}.")
+
+# %% ../../../nbs/ops/decode/01_attention.ipynb #3c3b56aa
+def _check_memory(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles):
+    "Raise `ValueError` for types that differ and for strides that the kernels do not know."
+    for name, given in dict(q=q, prompt_k=prompt_k, prompt_v=prompt_v, own_k=own_k, own_v=own_v).items():
+        strides = given.stride()
+        if strides[-1] != 1: raise ValueError(f"{name} must have its last dimension contiguous; its strides are {strides}.")
         if given.dtype != q.dtype: raise ValueError(f"{name} is {given.dtype} and q is {q.dtype}; they must be the same.")
-    for name, given in (("lane", lane), ("prompt_length", prompt_length), ("own_length", own_length), ("tiles", tiles)):
+    for name, given in dict(lane=lane, prompt_length=prompt_length, own_length=own_length, tiles=tiles).items():
         if not given.is_contiguous(): raise ValueError(f"{name} must be contiguous; its strides are {given.stride()}.")
+
+
+def _check_rules(window, softcap):
+    "Raise `ValueError` for a window or a cap that cannot be meant."
     if window is not None and window < 1: raise ValueError(f"window={window!r} should be at least 1, or None for no window.")
     if softcap is not None and not softcap > 0: raise ValueError(f"softcap={softcap!r} should be above 0, or None for no cap.")
 
+# %% ../../../nbs/ops/decode/01_attention.ipynb #405ee1f3
+def _partial(scratch, q, p, c, parts): # -> largest scores, sums (cells,) and weighted sums of all parts
+    "Places for the partial results, in a scratch that was given or in one made here."
+    s, h, d = q.shape
+    accs, stats = scratch_for(s, h, d, p, c, q.device) if scratch is None else scratch
+    cells = s * h * parts
+    if accs.numel() < cells * d or stats.numel() < 2 * cells:
+        found, needed = f"{accs.numel()} and {stats.numel()}", f"{cells * d} and {2 * cells}"
+        raise ValueError(f"scratch holds {found} numbers, and this shape needs {needed}: make it by scratch_for{(s, h, d, p, c)}.")
+    return stats[:cells], stats[cells:2 * cells], accs
 
+
+def _size(n, least=16): return max(least, triton.next_power_of_2(n)) # of a block that holds n
+
+# %% ../../../nbs/ops/decode/01_attention.ipynb #1b647968
+def _launch(given, scale, window, softcap, scratch, cut): # given: the tensors of `decode_attention`, in its order
+    q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles = given
+    (s, h, d), (_, kv, p, _), c, (rows, per_tile) = q.shape, prompt_k.shape, own_k.shape[2], tiles.shape
+    prompt_parts, own_parts, rep = triton.cdiv(p, cut.prompt_chunk), triton.cdiv(c, cut.own_chunk), h // kv
+    parts, tile_m = prompt_parts + own_parts, min(cut.rows, _size(per_tile * rep))
+    blocks = triton.cdiv(per_tile * rep, tile_m)
+    partial, programs = _partial(scratch, q, p, c, parts), prompt_parts * rows * blocks * kv
+    strides = [n for x in (prompt_k, prompt_v, own_k, own_v) for n in x.stride()[:3]]
+    numbers = kv, rep, d, s, rows, per_tile, programs, prompt_parts, parts, cut.prompt_chunk, cut.own_chunk
+    rules = window or 0, scale, softcap or 1.0
+    how = dict(HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, BLOCKS=blocks, TILE_M=tile_m, OWN_M=_size(rep),
+               BLOCK=cut.block, WIDTH=_size(d), num_warps=cut.warps, num_stages=cut.stages)
+    _split[(programs + own_parts * s * kv,)](*given, *partial, *q.stride()[:2], *strides, *numbers, *rules, **how)
+    out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
+    _merge[(s * h,)](out, *partial, own_length, h, parts, d, GROUP=min(16, _size(parts, 1)), WIDTH=_size(d), num_warps=4)
+    return out
+
+# %% ../../../nbs/ops/decode/01_attention.ipynb #29c99526
 def decode_attention(q:Tensor, # (S, H, D) float32, bfloat16 or float16
                      prompt_k:Tensor, # (L, K, P, D), H a multiple of K; any strides but the last
                      prompt_v:Tensor, # as prompt_k
@@ -272,33 +322,16 @@ def decode_attention(q:Tensor, # (S, H, D) float32, bfloat16 or float16
                      lane:Tensor, # (S,) int64, the lane of each slot
                      prompt_length:Tensor, # (L,) int64, at most P
                      own_length:Tensor, # (S,) int64, at most C; 0: the slot is not in use
-                     tiles:Tensor, # (T, t) int32 from `decode_tiles`; every slot in use must stand in one tile, else its prompt is not read
+                     tiles:Tensor, # (T, t) int32 from `decode_tiles`; a slot in use that stands in none does not read its prompt
                      scale:float, # of the scores
                      window:int|None=None, # how far a query looks back, itself included
                      softcap:float|None=None, # c of c * tanh(score / c)
                      scratch:tuple|None=None, # from `scratch_for` this shape or a larger one; None: made here
                      launch:Launch|None=None, # None: `launch_for`
                      ) -> Tensor: # (S, H, D), 0 for slots not in use
-    "`decode_attention_naive` by two kernels; `runs_on` says where."
-    _check(q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles, window, softcap)
-    (s, h, d), (_, kv, p, _), c, (rows, per_tile) = q.shape, prompt_k.shape, own_k.shape[2], tiles.shape
-    cut = launch or launch_for(prompt_k, own_k)
-    prompt_parts, own_parts = triton.cdiv(p, cut.prompt_chunk), triton.cdiv(c, cut.own_chunk)
-    parts, rep, width = prompt_parts + own_parts, h // kv, max(16, triton.next_power_of_2(d))
-    accs, stats = scratch_for(s, h, d, p, c, q.device) if scratch is None else scratch
-    cells = s * h * parts
-    if accs.numel() < cells * d or stats.numel() < 2 * cells:
-        raise ValueError(f"scratch holds {accs.numel()} and {stats.numel()} numbers, and this shape needs {cells * d} and {2 * cells}: make it by scratch_for{(s, h, d, p, c)}.")
-    tops, totals = stats[:cells], stats[cells:2 * cells]
-    tile_m = min(cut.rows, max(16, triton.next_power_of_2(per_tile * rep)))
-    blocks = triton.cdiv(per_tile * rep, tile_m)
-    prompt_programs = prompt_parts * rows * blocks * kv
-    strides = [n for x in (prompt_k, prompt_v, own_k, own_v) for n in x.stride()[:3]]
-    _split[(prompt_programs + own_parts * s * kv,)](
-        q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles, tops, totals, accs, *q.stride()[:2], *strides,
-        kv, rep, d, s, rows, per_tile, prompt_programs, prompt_parts, parts, cut.prompt_chunk, cut.own_chunk, window or 0, scale, softcap or 1.0,
-        HAS_WINDOW=window is not None, HAS_CAP=softcap is not None, BLOCKS=blocks, TILE_M=tile_m, OWN_M=max(16, triton.next_power_of_2(rep)),
-        BLOCK=cut.block, WIDTH=width, num_warps=cut.warps, num_stages=cut.stages)
-    out = torch.empty(s, h, d, dtype=q.dtype, device=q.device)
-    _merge[(s * h,)](out, tops, totals, accs, own_length, h, parts, d, GROUP=min(16, triton.next_power_of_2(parts)), WIDTH=width, num_warps=4)
-    return out
+    "`decode_attention_naive` by two kernels."
+    given = q, prompt_k, prompt_v, own_k, own_v, lane, prompt_length, own_length, tiles
+    _check_shapes(*given)
+    _check_memory(*given)
+    _check_rules(window, softcap)
+    return _launch(given, scale, window, softcap, scratch, launch or launch_for(prompt_k, own_k))

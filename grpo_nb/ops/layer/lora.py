@@ -23,12 +23,13 @@ def lora_naive(x:Tensor, # (..., d)
     "`x @ weight.T + bias + scale * (x @ A.T) @ B.T`, one operation at a time."
     return F.linear(x, weight, bias) + F.linear(F.linear(x, A), B) * scale
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #93cb9287
+# %% ../../../nbs/ops/layer/01_lora.ipynb #f6fa753c
 def product_dtype(x:Tensor, # the input of a layer
                   ) -> torch.dtype:
     "The type in which a layer multiplies: autocast's where it is on, else that of its input."
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64 else x.dtype
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(kind): return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def prepare(A:Tensor, # (r, d), in its own type
@@ -40,10 +41,14 @@ def prepare(A:Tensor, # (r, d), in its own type
     A, B = A.detach(), B.detach()
     return A.to(dtype), (B if scale == 1 else B * scale).to(dtype)
 
+# %% ../../../nbs/ops/layer/01_lora.ipynb #ed5ca248
+def _cast(x, dtype): return None if x is None else x.to(dtype) # of a bias, which may be missing
+
 
 def _grad_product(a, b, dtype):
     "`a.T @ b` in `dtype`: a GPU rounds the sum once, to that type."
-    if a.is_cuda and a.dtype != dtype and dtype is torch.float32 and torch.version.hip is None: return torch.mm(a.t(), b, out_dtype=dtype)
+    once = a.is_cuda and a.dtype != dtype and dtype is torch.float32 and torch.version.hip is None
+    if once: return torch.mm(a.t(), b, out_dtype=dtype)
     return (a.t() @ b).to(dtype)
 
 # %% ../../../nbs/ops/layer/01_lora.ipynb #253a1ff6
@@ -69,21 +74,21 @@ def _back(dy, weight, thin, a):
     if _pays(dy, dy.shape[1], weight.shape[1]): return _beside(dy, thin) @ torch.cat((weight, a))
     return (dy @ weight).addmm_(thin, a)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #ebc19a0c
+# %% ../../../nbs/ops/layer/01_lora.ipynb #ece1b886
 def _adapter_grads(ctx, dy, thin, x, xa, needs_a, needs_b):
     "Gradients of A and B; `thin` is `dy @ (s B)`."
     d_a = _grad_product(thin, x, ctx.adapter) if needs_a else None
     d_b = _grad_product(dy, xa, ctx.adapter) if needs_b else None
     return d_a, d_b if d_b is None or ctx.scale == 1 else d_b.mul_(ctx.scale)
 
-
+# %% ../../../nbs/ops/layer/01_lora.ipynb #86000d91
 class LoraLinear(torch.autograd.Function):
     "A linear layer with its adapter: one product with the weight, two thin ones, nothing else."
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, a, b, scale): # a, b: from `prepare`
         flat = x.reshape(-1, x.shape[-1]).to(a.dtype)
         xa = flat @ a.t()
-        y = _out(flat, weight.to(a.dtype), None if bias is None else bias.to(a.dtype), xa, b)
+        y = _out(flat, weight.to(a.dtype), _cast(bias, a.dtype), xa, b)
         ctx.scale, ctx.adapter, ctx.x_dtype = scale, A.dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(flat, weight, a, b, xa)
@@ -102,7 +107,7 @@ class LoraLinear(torch.autograd.Function):
         if needs[2]: d_bias = dy.sum(0).to(ctx.bias_dtype)
         return d_x, d_w, d_bias, *_adapter_grads(ctx, dy, thin, x, xa, needs[3], needs[4]), None, None, None
 
-
+# %% ../../../nbs/ops/layer/01_lora.ipynb #9599a1e6
 class LoraAdd(torch.autograd.Function):
     "The adapter's part alone, added to the output of a layer of any kind."
     @staticmethod
@@ -124,7 +129,26 @@ class LoraAdd(torch.autograd.Function):
         d_x = (thin @ a).to(ctx.x_dtype).view(*dy.shape[:-1], -1) if needs[1] else None
         return dy, d_x, *_adapter_grads(ctx, d, thin, x, xa, needs[2], needs[3]), None, None, None
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #f23a1fa7
+# %% ../../../nbs/ops/layer/01_lora.ipynb #4df0b48e
+def _back_together(dys, weights, thin, a):
+    "The gradient of a shared input: `_back` of the first layer, and the others' products on top of it."
+    d_x = _back(dys[0], weights[0].to(a.dtype), thin, a)
+    for dy, w in zip(dys[1:], weights[1:]): d_x.addmm_(dy, w.to(a.dtype))
+    return d_x
+
+
+def _group_grads(ctx, dys, thin, x, xa):
+    "Gradients of the A and of the B; `thin` has the layers' `dy @ (s B)` side by side."
+    n = len(ctx.scales)
+    needs_a, needs_b = ctx.needs_input_grad[3 + 2 * n:3 + 3 * n], ctx.needs_input_grad[3 + 3 * n:3 + 4 * n]
+    d_a = _grad_product(thin, x, ctx.adapters[0][0]).split(ctx.ranks) if any(needs_a) else [None] * n
+    d_b = []
+    for dy, part, (_, kind), need, scale in zip(dys, xa.split(ctx.ranks, 1), ctx.adapters, needs_b, ctx.scales):
+        found = _grad_product(dy, part, kind) if need else None
+        d_b.append(found if found is None or scale == 1 else found.mul_(scale))
+    return *d_a, *d_b
+
+# %% ../../../nbs/ops/layer/01_lora.ipynb #c2d4852c
 class LoraGroup(torch.autograd.Function):
     "Several frozen linear layers with adapters, on one input."
     @staticmethod
@@ -133,9 +157,9 @@ class LoraGroup(torch.autograd.Function):
         weights, biases, A, B, b = (tensors[i * n:(i + 1) * n] for i in range(5))
         flat = x.reshape(-1, x.shape[-1]).to(a.dtype)
         xa, ranks = flat @ a.t(), [len(t) for t in A]
-        ys = [_out(flat, w.to(a.dtype), None if c is None else c.to(a.dtype), part, t)
-              for w, c, part, t in zip(weights, biases, xa.split(ranks, 1), b)]
-        ctx.scales, ctx.x_dtype, ctx.adapters, ctx.ranks = scales, x.dtype, [(p.dtype, q.dtype) for p, q in zip(A, B)], ranks
+        kinds, each = [(p.dtype, q.dtype) for p, q in zip(A, B)], zip(weights, biases, xa.split(ranks, 1), b)
+        ys = [_out(flat, w.to(a.dtype), _cast(c, a.dtype), part, t) for w, c, part, t in each]
+        ctx.scales, ctx.x_dtype, ctx.adapters, ctx.ranks = scales, x.dtype, kinds, ranks
         ctx.save_for_backward(flat, a, xa, *weights, *b)
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
@@ -143,23 +167,14 @@ class LoraGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         x, a, xa, *rest = ctx.saved_tensors
-        n, needs = len(ctx.scales), ctx.needs_input_grad
-        weights, b = rest[:n], rest[n:]
-        shape, dys = dys[0].shape[:-1], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        n, shape, dys = len(ctx.scales), dys[0].shape[:-1], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         thin = torch.empty_like(xa)
-        for dy, t, out in zip(dys, b, thin.split(ctx.ranks, 1)): torch.mm(dy, t, out=out)
-        d_x = None
-        if needs[0]:
-            d_x = _back(dys[0], weights[0].to(a.dtype), thin, a)
-            for dy, w in zip(dys[1:], weights[1:]): d_x.addmm_(dy, w.to(a.dtype))
-            d_x = d_x.to(ctx.x_dtype).view(*shape, -1)
-        d_a = _grad_product(thin, x, ctx.adapters[0][0]).split(ctx.ranks) if any(needs[3 + 2 * n:3 + 3 * n]) else [None] * n
-        d_b = [_grad_product(dy, part, kind[1]) if need else None
-               for dy, part, kind, need in zip(dys, xa.split(ctx.ranks, 1), ctx.adapters, needs[3 + 3 * n:3 + 4 * n])]
-        d_b = [g if g is None or s == 1 else g.mul_(s) for g, s in zip(d_b, ctx.scales)]
-        return d_x, None, None, *[None] * (2 * n), *d_a, *d_b, *[None] * n
+        for dy, t, out in zip(dys, rest[n:], thin.split(ctx.ranks, 1)): torch.mm(dy, t, out=out)
+        wanted = ctx.needs_input_grad[0]
+        d_x = _back_together(dys, rest[:n], thin, a).to(ctx.x_dtype).view(*shape, -1) if wanted else None
+        return d_x, None, None, *[None] * (2 * n), *_group_grads(ctx, dys, thin, x, xa), *[None] * n
 
-
+# %% ../../../nbs/ops/layer/01_lora.ipynb #1a35f60f
 def prepare_group(A:list, # of (r_i, d), of one type
                   B:list, # of (o_i, r_i)
                   scales:list, # of s_i

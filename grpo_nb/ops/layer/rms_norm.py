@@ -23,7 +23,7 @@ def rms_norm_naive(x:Tensor, # (..., d)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * (1 + weight.to(wide.dtype))).to(x.dtype) if offset else weight * normed.to(x.dtype)
 
-# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #e3b22a70
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #b11d7de5
 @triton.jit
 def _forward(x, weight, y, scale, rows, width, eps, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -39,7 +39,7 @@ def _forward(x, weight, y, scale, rows, width, eps, OFFSET: tl.constexpr, ROWS: 
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
     tl.store(scale + row, inverse, mask=row < rows)
 
-
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #d8803138
 @triton.jit
 def _backward(x, weight, scale, dy, dx, parts, rows, width, OFFSET: tl.constexpr, TRAINED: tl.constexpr, NEEDS_X: tl.constexpr,
               ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -61,31 +61,50 @@ def _backward(x, weight, scale, dy, dx, parts, rows, width, OFFSET: tl.constexpr
         if TRAINED: total += tl.sum(d * normed, 0)
     if TRAINED: tl.store(parts + tl.program_id(0) * width + column, total, mask=column < width)
 
-# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #2f8cefc6
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #39a41515
 def runs_on(device:torch.device, # where the tensors are
             ) -> bool: # True on a GPU, and on a CPU where Triton was imported under its interpreter
-    "Whether these kernels can run on tensors of `device`."
+    "Whether the kernels of this package can run on tensors of `device`."
     return device.type in ("cuda", "xpu") or (device.type == "cpu" and not isinstance(_forward, triton.runtime.JITFunction))
 
-
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #2f6aa2cf
 def _shape(width):
     "Rows a program takes, entries of a block, and warps."
     block = triton.next_power_of_2(width)
     return max(1, 4096 // block), block, 4 if block <= 4096 else 8 if block <= 8192 else 16
 
 
+def _normed(x, weight, eps, offset): # x (n, d) -> y (n, d), 1 / rms (n,)
+    "RMSNorm of whole rows by the forward kernel."
+    rows, block, warps = _shape(x.shape[1])
+    y = torch.empty_like(x, dtype=x.dtype if offset else torch.promote_types(x.dtype, weight.dtype))
+    scale, grid = torch.empty(len(x), dtype=torch.float32, device=x.device), (triton.cdiv(len(x), rows),)
+    if len(x): _forward[grid](x, weight, y, scale, *x.shape, eps, OFFSET=offset, ROWS=rows, BLOCK=block, num_warps=warps)
+    return y, scale
+
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #23abae8e
 PROGRAMS = 528 # of a backward that sums the weight's gradient: 4 for each processor of a large GPU
 
 
+def _slopes(x, weight, scale, dy, offset, needs_x, trained): # -> dx (n, d) or None, dw (programs, d) or None, to be summed
+    "Gradients of whole rows by the backward kernel."
+    rows, block, warps = _shape(x.shape[1])
+    programs = triton.cdiv(len(x), rows)
+    if trained: programs = min(programs, PROGRAMS)
+    dx = torch.empty_like(x) if needs_x else None
+    parts = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device) if trained else None
+    outs = dy if dx is None else dx, scale if parts is None else parts
+    how = dict(OFFSET=offset, TRAINED=trained, NEEDS_X=needs_x, ROWS=rows, BLOCK=block, num_warps=warps)
+    if len(x): _backward[(programs,)](x, weight, scale, dy, *outs, *x.shape, **how)
+    return dx, parts
+
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #3c067b5a
 class RMSNorm(torch.autograd.Function):
     "RMSNorm; keeps its input and one number a row."
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        rows, block, warps = _shape(flat.shape[1])
-        y = torch.empty_like(flat, dtype=x.dtype if offset else torch.promote_types(x.dtype, weight.dtype))
-        scale = torch.empty(len(flat), dtype=torch.float32, device=x.device)
-        if len(flat): _forward[(triton.cdiv(len(flat), rows),)](flat, weight, y, scale, *flat.shape, eps, OFFSET=offset, ROWS=rows, BLOCK=block, num_warps=warps)
+        y, scale = _normed(flat, weight, eps, offset)
         ctx.offset = offset
         ctx.save_for_backward(flat, weight, scale)
         return y.view(x.shape)
@@ -94,18 +113,11 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
-        rows, block, warps = _shape(x.shape[1])
         needs_x, trained = ctx.needs_input_grad[:2]
-        d = dy.reshape(x.shape).contiguous()
-        dx = torch.empty_like(x) if needs_x else None
-        programs = triton.cdiv(len(x), rows)
-        if trained: programs = min(programs, PROGRAMS)
-        parts = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device) if trained else None
-        if len(x): _backward[(programs,)](x, weight, scale, d, d if dx is None else dx, scale if parts is None else parts, *x.shape, OFFSET=ctx.offset,
-                                          TRAINED=trained, NEEDS_X=needs_x, ROWS=rows, BLOCK=block, num_warps=warps)
+        dx, parts = _slopes(x, weight, scale, dy.reshape(x.shape).contiguous(), ctx.offset, needs_x, trained)
         return None if dx is None else dx.view(dy.shape), parts.sum(0).to(weight.dtype) if trained else None, None, None
 
-
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #49a649be
 def rms_norm(x:Tensor, # (..., d) float32, bfloat16 or float16
              weight:Tensor, # (d,), frozen or trained
              eps:float, # ε
