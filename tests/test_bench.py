@@ -8,19 +8,20 @@ from trl import GRPOTrainer
 
 from grpo_nb.app import bench
 from grpo_nb.app import cli
+from grpo_nb.tasks import shapes
 
 torch.set_num_threads(1)
-SMALL = bench.Shape("qwen3-tiny", 4, 24, 8, 8, 12)
+SMALL = shapes.Shape("qwen3-tiny", 4, 24, 8, 8, 12)
 TINY = ("Qwen3", 64, 16, 32, 1, 2, 1)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch): monkeypatch.setitem(bench.MODELS, "qwen3-tiny", TINY)
+def tiny(monkeypatch): monkeypatch.setitem(shapes.MODELS, "qwen3-tiny", TINY)
 
 
 def trainer_of(shape, folder, dtype=torch.float32):
-    trainer = bench.make_trainer(bench.make_model(shape, "cpu", dtype), shape, str(folder), "cpu")
-    bench.hand_out(trainer, bench.make_batch(shape, 64, "cpu"))
+    trainer = bench.make_trainer(shapes.make_model(shape, "cpu", dtype), shape, str(folder), "cpu")
+    bench.hand_out(trainer, shapes.make_batch(shape, 64, "cpu"))
     return trainer
 
 
@@ -32,16 +33,16 @@ def trainer_of(shape, folder, dtype=torch.float32):
     (replace(SMALL, prompts=1, completions=6), None, 1),
 ])
 def test_four_micro_batches_where_nothing_else_is_said(shape, given, n):
-    assert bench.in_micro_batches(shape, given).micro_batches == n
+    assert shapes.in_micro_batches(shape, given).micro_batches == n
 
 
 def test_the_shapes_and_their_defaults():
-    for name, shape in bench.SHAPES.items():
-        cut = bench.in_micro_batches(shape)
-        assert cut.micro_batches == (1 if name.endswith("-in-1") else 4) and shape.model in bench.MODELS
-    assert {name for names in bench.DEFAULTS.values() for name in names} <= set(bench.SHAPES)
+    for name, shape in shapes.SHAPES.items():
+        cut = shapes.in_micro_batches(shape)
+        assert cut.micro_batches == (1 if name.endswith("-in-1") else 4) and shape.model in shapes.MODELS
+    assert {name for names in bench.DEFAULTS.values() for name in names} <= set(shapes.SHAPES)
     for name in ("qwen2.5-3b-4x256+8x512", "qwen2.5-3b-4x2048+8x310"):
-        shape = bench.SHAPES[name]
+        shape = shapes.SHAPES[name]
         assert (shape.beta, shape.lora, shape.checkpointing) == (0.04, 64, True) and name in bench.DEFAULTS["cuda"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_nb.app import bench
+from grpo_nb.tasks import shapes
 from grpo_nb.advice.memory import anatomy, estimate, load_of, read_config
 from grpo_nb.models.specs import DeviceSpec, published, this_device
 
@@ -54,8 +54,8 @@ def test_against_the_recorded_steps():
     for line in (Path(__file__).parent.parent / "benchmarks/results/h200.jsonl").read_text().splitlines():
         r = json.loads(line)
         if "shape" not in r: continue
-        shape = bench.SHAPES[r["shape"]]
-        kind, v, h, m, layers, heads, kv = bench.MODELS[shape.model]
+        shape = shapes.SHAPES[r["shape"]]
+        kind, v, h, m, layers, heads, kv = shapes.MODELS[shape.model]
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=v, hidden_size=h, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv, head_dim=128 if kind == "Qwen3" else h // heads, tie_word_embeddings=True,
