@@ -64,6 +64,18 @@ def frames(request):
     return sizes, lambda page: page.on("websocket", lambda ws: ws.on("framereceived", heard))
 
 
+def a_picture_stays(folder):
+    "Tomorrow, when no kernel knows this notebook's charts, the file still shows a picture of them."
+    with JupyterLab(folder) as lab, lab.browser(width=700) as page:
+        lab.open(page, "live.ipynb")
+        page.wait_for_timeout(3000)
+        assert page.locator(".grpo-nb-static svg").count() == 3 and page.locator(".grpo-nb-static").is_visible()
+        assert page.locator(".grpo-nb-static polyline").count() > 4
+        assert "learning_rate 1e-5 → 5e-6" in page.inner_text(".grpo-nb-static")
+        assert page.locator(".grpo-nb-static title").count() == 4
+        assert not page.get_by_text("Error displaying widget").is_visible()
+
+
 @pytest.mark.parametrize("silent", [10, 10_000])
 def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
     sizes, listen = frames
@@ -100,14 +112,7 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         check_marks(page, silent + 20)
         check_files(page, tmp_path, silent + 60)
         assert errors == []
-    with JupyterLab(tmp_path) as lab, lab.browser(width=700) as page: # tomorrow: no kernel knows this notebook's charts
-        lab.open(page, "live.ipynb")
-        page.wait_for_timeout(3000)
-        assert page.locator(".grpo-nb-static svg").count() == 3 and page.locator(".grpo-nb-static").is_visible()
-        assert page.locator(".grpo-nb-static polyline").count() > 4
-        assert "learning_rate 1e-5 → 5e-6" in page.inner_text(".grpo-nb-static")
-        assert page.locator(".grpo-nb-static title").count() == 4
-        assert not page.get_by_text("Error displaying widget").is_visible()
+    a_picture_stays(tmp_path)
 
 
 def test_the_pointer_shows_the_same_step_in_all_charts_and_the_switches_switch(tmp_path):

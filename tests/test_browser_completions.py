@@ -35,6 +35,72 @@ def choose(page, which, value):
     page.wait_for_timeout(500)
 
 
+def nothing_is_run(page):
+    "Hostile text stands in the cards as text: no tag, no formula, no link, and nothing wider than the view."
+    assert page.evaluate("window.owned") is None and page.locator(".jp-Notebook").is_visible()
+    texts = page.locator(".gnb-view pre.gnb-text").all_inner_texts()
+    assert any("<script>window.owned = 1</script>" in t for t in texts) and any("onerror=" in t for t in texts)
+    for tag in ("script", "img", "iframe", "svg", "a"):
+        assert page.locator(f".gnb-view .gnb-card {tag}").count() == 0, tag
+    assert page.locator(".gnb-view .gnb-card b").count() == page.locator(".gnb-view .gnb-head b").count()
+    assert page.locator(".gnb-view mjx-container, .gnb-view .MathJax").count() == 0
+    assert page.evaluate("document.querySelector('.gnb-view').scrollWidth <= document.querySelector('.gnb-view').clientWidth + 1")
+
+
+def a_long_text_opens(page):
+    "A long completion is folded until it is asked for."
+    long = page.locator(".gnb-view .gnb-card", has_text="WWWW").first
+    assert long.bounding_box()["height"] < 600
+    long.locator("summary").click()
+    assert long.bounding_box()["height"] > 2000
+
+
+def prompts_and_filters_choose(page):
+    "One prompt, another step beside it, and each filter."
+    choose(page, 0, "2 · prompt B")
+    assert page.locator(".gnb-view .gnb-card").count() == 4
+    choose(page, 3, "compare with 2")
+    assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"]
+    assert page.locator(".gnb-view del").all_inner_texts() == ["word2"]
+    choose(page, 0, "all prompts")
+    for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
+        choose(page, 1, show)
+        assert page.locator(".gnb-view .gnb-card").count() == cards, show
+    choose(page, 1, "best")
+    assert page.locator(".gnb-view .gnb-card .gnb-head b").first.inner_text() == "1"
+
+
+def search_and_slider_work(page):
+    "A search marks what it finds; the slider goes to an earlier step; what is not known is said."
+    search = page.locator(".gnb-view input[type=text]")
+    search.fill("ISOLATED")
+    search.press("Enter")
+    page.wait_for_timeout(500)
+    assert page.locator(".gnb-view .gnb-card").count() == 1 and page.locator(".gnb-view mark").first.inner_text() == "isolated"
+    search.fill("")
+    search.press("Enter")
+    choose(page, 1, "whole groups")
+    handle = page.locator(".gnb-view .noUi-handle")
+    handle.focus()
+    for _ in range(3): handle.press("ArrowLeft")
+    page.wait_for_timeout(600)
+    assert page.locator(".gnb-view .gnb-title .gnb-muted").first.inner_text() == "step 3"
+    choose(page, 2, "token log-probs")
+    notes = page.locator(".gnb-view .gnb-note")
+    assert "not known" in notes.nth(1).inner_text() + notes.nth(2).inner_text()
+
+
+def a_copy_stays(folder):
+    "Tomorrow, when no kernel knows the widget, the file still shows cards, and still runs nothing."
+    assert os.path.getsize(folder / "a.ipynb") < 400_000
+    with JupyterLab(folder) as lab, lab.browser(width=700) as page:
+        lab.open(page, "a.ipynb")
+        page.wait_for_selector(".gnb-copy .gnb-card", timeout=20_000)
+        assert page.locator(".gnb-copy").is_visible() and page.evaluate("window.owned") is None
+        assert not page.get_by_text("Error displaying widget").is_visible()
+        assert page.locator(".gnb-copy mjx-container").count() == 0
+
+
 def test_hostile_completions_are_only_text(tmp_path):
     with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
         errors = []
@@ -46,59 +112,14 @@ def test_hostile_completions_are_only_text(tmp_path):
         lab.wait_idle(page)
         # it follows the run
         page.wait_for_function("() => document.querySelector('.gnb-view .gnb-muted').textContent === 'step 6'", timeout=10_000)
-        assert page.evaluate("window.owned") is None and page.locator(".jp-Notebook").is_visible()
-        texts = page.locator(".gnb-view pre.gnb-text").all_inner_texts()
-        assert any("<script>window.owned = 1</script>" in t for t in texts) and any("onerror=" in t for t in texts)
-        for tag in ("script", "img", "iframe", "svg", "a", "b"):
-            assert page.locator(f".gnb-view .gnb-card {tag}").count() == (
-                0 if tag != "b" else page.locator(".gnb-view .gnb-head b").count()
-            ), tag
-        assert page.locator(".gnb-view mjx-container, .gnb-view .MathJax").count() == 0
-        assert page.evaluate(
-            "document.querySelector('.gnb-view').scrollWidth <= document.querySelector('.gnb-view').clientWidth + 1"
-        )
-        long = page.locator(".gnb-view .gnb-card", has_text="WWWW").first
-        assert long.bounding_box()["height"] < 600
-        long.locator("summary").click()
-        assert long.bounding_box()["height"] > 2000
+        nothing_is_run(page)
+        a_long_text_opens(page)
         assert not page.locator(".gnb-copy").first.is_visible(), "the copy is hidden while the widget is there"
-
-        choose(page, 0, "2 · prompt B")
-        assert page.locator(".gnb-view .gnb-card").count() == 4
-        choose(page, 3, "compare with 2")
-        assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"]
-        assert page.locator(".gnb-view del").all_inner_texts() == ["word2"]
-        choose(page, 0, "all prompts")
-        for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
-            choose(page, 1, show)
-            assert page.locator(".gnb-view .gnb-card").count() == cards, show
-        choose(page, 1, "best")
-        assert page.locator(".gnb-view .gnb-card .gnb-head b").first.inner_text() == "1"
-        search = page.locator(".gnb-view input[type=text]")
-        search.fill("ISOLATED")
-        search.press("Enter")
-        page.wait_for_timeout(500)
-        assert page.locator(".gnb-view .gnb-card").count() == 1 and page.locator(".gnb-view mark").first.inner_text() == "isolated"
-        search.fill("")
-        search.press("Enter")
-        choose(page, 1, "whole groups")
-        handle = page.locator(".gnb-view .noUi-handle")
-        handle.focus()
-        for _ in range(3): handle.press("ArrowLeft")
-        page.wait_for_timeout(600)
-        assert page.locator(".gnb-view .gnb-title .gnb-muted").first.inner_text() == "step 3"
-        choose(page, 2, "token log-probs")
-        notes = page.locator(".gnb-view .gnb-note")
-        assert "not known" in notes.nth(1).inner_text() + notes.nth(2).inner_text()
+        prompts_and_filters_choose(page)
+        search_and_slider_work(page)
         lab.save(page)
         assert errors == [] and page.evaluate("window.owned") is None
-    assert os.path.getsize(tmp_path / "a.ipynb") < 400_000
-    with JupyterLab(tmp_path) as lab, lab.browser(width=700) as page: # tomorrow: no kernel knows the widget
-        lab.open(page, "a.ipynb")
-        page.wait_for_selector(".gnb-copy .gnb-card", timeout=20_000)
-        assert page.locator(".gnb-copy").is_visible() and page.evaluate("window.owned") is None
-        assert not page.get_by_text("Error displaying widget").is_visible()
-        assert page.locator(".gnb-copy mjx-container").count() == 0
+    a_copy_stays(tmp_path)
 
 
 LAB = """from grpo_nb import rewards

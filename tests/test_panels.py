@@ -282,20 +282,26 @@ def test_static_form_names_every_row(folder):
 
 # ---- the studio, without a front end
 
+def waiting_for(s):
+    "A function that waits until a condition holds, and fails with what the studio shows."
+    def until(condition):
+        end = time.monotonic() + 90
+        while not condition():
+            assert time.monotonic() < end, (s.run.state, s.controls.problem)
+            time.sleep(0.02)
+    return until
+
+
 def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     "Every page is made, a run is started, paused, changed, resumed and stopped by its buttons."
     from grpo_nb import studio
     model, tokenizer, task = loaded
-    s = studio(
-        model,
-        tokenizer,
-        task.train,
-        {task.reward: 1.0, brief: 0.5},
-        dict(
-            output_dir=str(tmp_path), max_steps=500, num_generations=4, per_device_train_batch_size=8,
-            max_completion_length=4, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-3,
-        ),
+    settings = dict(
+        output_dir=str(tmp_path), max_steps=500, num_generations=4, per_device_train_batch_size=8,
+        max_completion_length=4, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-3,
     )
+    s = studio(model, tokenizer, task.train, {task.reward: 1.0, brief: 0.5}, settings)
+    until = waiting_for(s)
     for page in ("Settings", "Doctor", "Completions", "Lab", "Run"): s.open(page)
     s.settings.set(temperature=0)
     s.controls.press("start")
@@ -303,12 +309,6 @@ def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     s.settings.set(temperature=1)
     s.controls._start = lambda: s.start(background=True)
     s.controls.press("start")
-
-    def until(condition):
-        end = time.monotonic() + 90
-        while not condition():
-            assert time.monotonic() < end, (s.run.state, s.controls.problem)
-            time.sleep(0.02)
     until(lambda: s.run.step >= 2)
     s.controls.press("pause")
     until(lambda: s.run.state == "paused")
@@ -322,8 +322,7 @@ def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     until(lambda: s.run.step > at + 1)
     s.controls.press("stop")
     s.wait(60)
-    assert s.run.state == "stopped" and s.run.checkpoint
-    assert len(s.completions)
+    assert s.run.state == "stopped" and s.run.checkpoint and len(s.completions)
     assert any("learning_rate" in said for _, _, said in s.controls.notes)
     assert s.run.events.failures == 0
     html = s.static_html()

@@ -372,6 +372,35 @@ def test_half_precision_is_no_further_from_the_truth(trainers, stock, dtype):
     assert model is trainer.model and errors["ours"] < errors["trl"] * 1.25 + 1e-3, errors
 
 
+def sampled_elsewhere(folder, mode, case, accumulation):
+    "A trainer whose sampler is another program that reports log-probs, all but one."
+    trainer = grpo_trainer(
+        tiny(), folder, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        num_generations=4, num_iterations=2 if case == "weights change" else 1, loss_type="dapo",
+        top_entropy_quantile=0.5 if case == "entropy quantile" else 1.0, vllm_importance_sampling_mode=mode,
+        reward_weights=None,
+    )
+    trainer.reward_funcs = [lambda completions, **kw: [float(len(c) % 3) for c in completions]]
+    trainer.use_vllm, g = True, torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 67, (n,), generator=g).tolist() for n in (3, 7, 12, 1, 5, 9, 2, 4)]
+    said = [[-4.0 - 0.1 * k for k in range(len(row))] for row in ids]
+    said[1][2] = None # the sampler could not say
+    trainer._generate_single_turn = lambda *a, **k: (ids, said)
+    return trainer
+
+
+def accumulated(trainer, loss_of, out, accumulation): # -> the loss; gradients stay
+    "Forward and backward of all micro-batches of what was sampled."
+    trainer.model.zero_grad()
+    loss, rows = 0, 8 // accumulation
+    for i in range(accumulation):
+        part = {k: v if v.dim() == 0 else v[i * rows:(i + 1) * rows] for k, v in out.items()}
+        one = loss_of(trainer, trainer.model, part)
+        one.backward()
+        loss += one.item()
+    return loss
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("case", ["plain", "entropy quantile", "two micro-batches", "weights change"])
 def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case):
@@ -379,45 +408,21 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
     from trl import GRPOTrainer
 
     accumulation = 2 if case == "two micro-batches" else 1
+    inputs = [{"prompt": "w3 w4"}] * 4 + [{"prompt": "w5 w6 w7"}] * 4
     results = []
     for ours in (False, True):
-        trainer = grpo_trainer(
-            tiny(), tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
-            num_generations=4, num_iterations=2 if case == "weights change" else 1, loss_type="dapo",
-            top_entropy_quantile=0.5 if case == "entropy quantile" else 1.0, vllm_importance_sampling_mode=mode,
-            reward_weights=None,
-        )
-        trainer.reward_funcs = [lambda completions, **kw: [float(len(c) % 3) for c in completions]]
-        trainer.use_vllm, g = True, torch.Generator().manual_seed(0)
-        ids = [torch.randint(3, 67, (n,), generator=g).tolist() for n in (3, 7, 12, 1, 5, 9, 2, 4)]
-        said = [[-4.0 - 0.1 * k for k in range(len(row))] for row in ids]
-        said[1][2] = None # the sampler could not say
-        trainer._generate_single_turn = lambda *a, **k: (ids, said)
-        calls, logps_of = [], stock[GRPOTrainer][1]
-        def counted(self, model, *a, **k):
-            calls.append(torch.is_grad_enabled())
-            return logps_of(self, model, *a, **k)
-        generate, loss_of = GRPOTrainer._generate_and_score_completions, stock[GRPOTrainer][0]
-        inputs = [{"prompt": "w3 w4"}] * 4 + [{"prompt": "w5 w6 w7"}] * 4
+        trainer = sampled_elsewhere(tmp_path, mode, case, accumulation)
+        loss_of, logps_of = stock[GRPOTrainer]
+        generate = GRPOTrainer._generate_and_score_completions
         if ours: generate, loss_of = grpo.generate_and_score(generate), grpo.compute_loss(loss_of)
         try:
-            GRPOTrainer._get_per_token_logps_and_entropies = grpo.per_token_logps(counted) if ours else counted
+            GRPOTrainer._get_per_token_logps_and_entropies = grpo.per_token_logps(logps_of) if ours else logps_of
             trainer._metrics["train"].clear()
             out = generate(trainer, inputs)
-            trainer.model.zero_grad()
-            cut = [
-                {k: v if v.dim() == 0 else v[i * 8 // accumulation:(i + 1) * 8 // accumulation] for k, v in out.items()}
-                for i in range(accumulation)
-            ]
-            loss = 0
-            for part in cut:
-                one = loss_of(trainer, trainer.model, part)
-                one.backward()
-                loss += one.item()
+            loss = accumulated(trainer, loss_of, out, accumulation)
         finally: GRPOTrainer._get_per_token_logps_and_entropies = logps_of
-        results.append(
-            (loss, gradients(trainer.model), {k: list(v) for k, v in trainer._metrics["train"].items() if "sampling/" in k})
-        )
+        sampling = {k: list(v) for k, v in trainer._metrics["train"].items() if "sampling/" in k}
+        results.append((loss, gradients(trainer.model), sampling))
         if ours: assert ("old_per_token_logps" in out) == (case == "weights change")
     (a, ga, ma), (b, gb, mb) = results
     assert b == pytest.approx(a, rel=1e-5, abs=1e-6) and relative(gb, ga) < TOLERANCE

@@ -318,56 +318,60 @@ def caller():
     return model, tok
 
 
-@pytest.mark.parametrize("how", ["tools", "environment"])
-def test_a_tool_calling_loop(tmp_path, caller, how):
-    "Three turns: the calls that the model makes, what it is told, and what comes of it, with each engine."
-    import trl
-    if Version(trl.__version__) < Version("1.16"): pytest.skip("this TRL parses answers in another way")
-    found = {}
-    for engine in ("hf", "inplace"):
-        calls, seen = [], []
+def doubling(calls): # -> the tool as a function, and an environment that has it
+    def double(number: int) -> int:
+        """Double a number.
 
-        def double(number: int) -> int:
+        Args:
+            number: the number
+        """
+        calls.append(number)
+        return 2 * number
+
+    class Doubling:
+        "An environment with one tool."
+        def reset(self, **_): return None
+        def double(self, number: int) -> int:
             """Double a number.
 
             Args:
                 number: the number
             """
-            calls.append(number)
-            return 2 * number
+            return double(number)
+    return double, Doubling
 
-        class Doubling:
-            "An environment with one tool."
-            def reset(self, **_): return None
-            def double(self, number: int) -> int:
-                """Double a number.
 
-                Args:
-                    number: the number
-                """
-                return double(number)
+def three_turns(engine, how, folder, caller): # -> calls, completions with their ids, how often a tool was called
+    import trl
+    calls, seen = [], []
+    double, environment = doubling(calls)
 
-        def reward(completions, completion_ids, **_):
-            seen.extend(zip(completions, completion_ids))
-            return [float(i) for i in range(len(completions))]
+    def reward(completions, completion_ids, **_):
+        seen.extend(zip(completions, completion_ids))
+        return [float(i) for i in range(len(completions))]
 
-        args = trl.GRPOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=80,
-            bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, max_steps=1, save_strategy="no",
-            learning_rate=0.0, logging_steps=1, generation_kwargs=dict(do_sample=False),
-        )
-        args.engine = engine
-        extra = dict(tools=[double]) if how == "tools" else dict(environment_factory=Doubling)
-        with PatchSet(engine_patches(PATHS["grpo"])):
-            trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
-                                      train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
-            trainer.train()
-            assert (state_of(trainer).rollouts is not None) == (engine == "inplace")
-        found[engine] = (
-            sorted(calls),
-            seen,
-            [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log],
-        )
+    args = trl.GRPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=80,
+        bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, max_steps=1, save_strategy="no",
+        learning_rate=0.0, logging_steps=1, generation_kwargs=dict(do_sample=False),
+    )
+    args.engine = engine
+    extra = dict(tools=[double]) if how == "tools" else dict(environment_factory=environment)
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
+                                  train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
+        trainer.train()
+        assert (state_of(trainer).rollouts is not None) == (engine == "inplace")
+    frequency = [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log]
+    return sorted(calls), seen, frequency
+
+
+@pytest.mark.parametrize("how", ["tools", "environment"])
+def test_a_tool_calling_loop(tmp_path, caller, how):
+    "Three turns: the calls that the model makes, what it is told, and what comes of it, with each engine."
+    import trl
+    if Version(trl.__version__) < Version("1.16"): pytest.skip("this TRL parses answers in another way")
+    found = {engine: three_turns(engine, how, tmp_path, caller) for engine in ("hf", "inplace")}
     assert found["hf"] == found["inplace"]
     calls, seen, frequency = found["inplace"]
     assert calls == [1] * 4 + [2] * 8 + [4] * 4 and frequency == [2.0]

@@ -276,6 +276,14 @@ def by_hand(x, layers): # (S, K), [(W, bias, A, B, scale)] -> (S, N), one operat
     return torch.cat([x @ w.T + bias + (x @ a.T) @ b.T * scale for w, bias, a, b, scale in layers], 1)
 
 
+def joined(x, *layers): # what the engine hands over
+    parts = skinny_naive(x, [*(w for w, *_ in layers), torch.cat([a for _, _, a, _, _ in layers])], 2)
+    return parts, dict(
+        bias=torch.cat([b for _, b, *_ in layers]),
+        adapter=Adapter(tuple(b.T.contiguous() * s for *_, b, s in layers), sum(len(w) for w, *_ in layers)),
+    )
+
+
 @once
 def test_a_layer_in_four_products_is_the_layer_one_by_one():
     make, rows, d, heads, kv, D, m, r = Made(torch.float64), 5, 48, 4, 2, 16, 40, 3
@@ -288,13 +296,6 @@ def test_a_layer_in_four_products_is_the_layer_one_by_one():
     position, column = torch.tensor([3, 0, 19, 7, 7]), torch.tensor([0, 1, 2, 0, -1])
     x, h = make(rows, d), make(rows, d)
 
-    def joined(x, *layers): # what the engine hands over
-        parts = skinny_naive(x, [*(w for w, *_ in layers), torch.cat([a for _, _, a, _, _ in layers])], 2)
-        return parts, dict(
-            bias=torch.cat([b for _, b, *_ in layers]),
-            adapter=Adapter(tuple(b.T.contiguous() * s for *_, b, s in layers), sum(len(w) for w, *_ in layers)),
-        )
-
     own = torch.zeros(2, rows, kv, 3, D, dtype=torch.float64)
     parts, more = joined(h, q, k, v)
     found_q = heads_store_naive(parts, heads, kv, D, cos, sin, position, *own, column, norm=head_norms, **more)
@@ -306,10 +307,8 @@ def test_a_layer_in_four_products_is_the_layer_one_by_one():
     found = add_norm_naive(parts, found_x, norms[1], 1e-6, **more)
 
     y = by_hand(h, [q, k, v]).view(rows, -1, D)
-    y[:, :heads], y[:, heads:heads + kv] = (
-        rms_norm_naive(y[:, :heads], head_norms[0], 1e-6),
-        rms_norm_naive(y[:, heads:heads + kv], head_norms[1], 1e-6),
-    )
+    y[:, :heads] = rms_norm_naive(y[:, :heads], head_norms[0], 1e-6)
+    y[:, heads:heads + kv] = rms_norm_naive(y[:, heads:heads + kv], head_norms[1], 1e-6)
     turn(y[:, :heads + kv], cos[position][:, None], sin[position][:, None])
     want = x + by_hand(y[:, :heads].flatten(1), [o])
     inner = rms_norm_naive(want, norms[0], 1e-6)
