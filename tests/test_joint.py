@@ -16,8 +16,10 @@ from grpo_nb.trainers.state import state_of
 pytestmark = [pytest.mark.usefixtures("unpatched"), pytest.mark.filterwarnings("ignore")]
 head = test_preference.head # under TRL 1.15, its head as a line of PyTorch
 TOLERANCE = 1e-5
-LOOP = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, max_grad_norm=0.0, learning_rate=1e-2, optim="sgd", logging_steps=1,
-            lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True)
+LOOP = dict(
+    per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, max_grad_norm=0.0, learning_rate=1e-2,
+    optim="sgd", logging_steps=1, lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True,
+)
 
 
 class Watch(TrainerCallback):
@@ -73,7 +75,8 @@ def compare(algorithm, path, budget=None, **config):
     for g, h in zip(ours, theirs): assert relative(g, h) < TOLERANCE
     for line, right in zip(found, wanted):
         for name, value in right.items():
-            if "logits/" not in name: assert line[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name # TRL's logits are of padding too
+            # TRL's logits are of padding too
+            if "logits/" not in name: assert line[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
     return found
 
 
@@ -168,7 +171,7 @@ def test_a_loss_that_is_dropped_adds_nothing(tmp_path, sizes):
     "Two of four micro-batches have a factor of 0: the gradient is that of the others."
     def dropped(trainer):
         from accelerate import Accelerator
-        steps, count = trainer.accelerator, [0]
+        count = [0]
         backward = Accelerator.backward
 
         def sometimes(self, loss, **given):
