@@ -33,7 +33,7 @@ def prepare(trainer, accumulation, per_generation, iterations, batches, logps=No
 
 
 def optimiser_steps(trainer, sizes, lr=0.01, model=None, no_sync=False):
-    "Gradients and losses of optimiser steps of so many micro-batches each; between two, the largest gradient moves a weight by `lr`."
+    "Gradients and losses of optimiser steps of so many micro-batches; between two, the largest gradient moves a weight by `lr`."
     model, found = model or trainer.model, []
     trainer._metrics["train"].clear()
     trainer._current_train_step_time = 0.0
