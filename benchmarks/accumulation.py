@@ -3,9 +3,9 @@
     python benchmarks/accumulation.py
     python benchmarks/accumulation.py --device cuda --model qwen2.5-3b --lora 64 --prompts 16
 
-The rows of each case of `preference.py` and `supervised.py`, as one micro-batch and as four, stock and patched in turns: seconds of all forwards
-and backwards (on a CPU the process's own), medians. "cut" is what four micro-batches cost for each second that one costs. GRPO and RLOO are
-in `grpo-nb bench step`.
+The rows of each case of `preference.py` and `supervised.py`, as one micro-batch and as four, stock and patched in turns: seconds
+of all forwards and backwards (on a CPU the process's own), medians. "cut" is what four micro-batches cost for each second that one
+costs. GRPO and RLOO are in `grpo-nb bench step`.
 """
 import argparse
 import json
@@ -20,8 +20,9 @@ import preference
 import supervised
 import torch
 
-from grpo_nb.app.bench import MODELS, machine
+from grpo_nb.app.bench import machine
 from grpo_nb.patch.core import PatchSet
+from grpo_nb.tasks.shapes import MODELS
 
 CASES = {name: case for name, case in (preference.CASES | supervised.CASES).items() if name in ("dpo", "kto", "sft", "reward")}
 
@@ -73,7 +74,11 @@ def main() -> int:
     a = parser.parse_args()
     if a.device == "cpu": torch.set_num_threads(1)
     shape = replace(preference.SHAPE, model=a.model, prompts=a.prompts, lora=a.lora)
-    print(json.dumps(machine(a.device)), f"{shape}", f"{'':8} {'TRL 1x':>8} {'4x':>7} {'cut':>5} {'ours 1x':>8} {'4x':>7} {'cut':>5} {'TRL/ours at 4x':>15}", sep="\n")
+    print(
+        json.dumps(machine(a.device)), f"{shape}",
+        f"{'':8} {'TRL 1x':>8} {'4x':>7} {'cut':>5} {'ours 1x':>8} {'4x':>7} {'cut':>5} {'TRL/ours at 4x':>15}",
+        sep="\n",
+    )
     for name in a.algorithm:
         with redirect_stdout(sys.stderr): found = measure(CASES[name], shape, a.device, a.repeats)
         (t1, t4), (o1, o4) = ([found[kind, parts] for parts in (1, 4)] for kind in ("trl", "grpo_nb"))

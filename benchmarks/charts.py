@@ -1,6 +1,6 @@
 """How much the live charts send and how far they lag, in a real JupyterLab with Chromium.
 
-    python benchmarks/charts.py [--charts 6] [--rate 10] [--seconds 12] [--lengths 100,1000,10000]
+    PYTHONPATH=tests python benchmarks/charts.py [--charts 6] [--rate 10] [--seconds 12] [--lengths 100,1000,10000]
 
 Appends rows at a fixed rate to charts that already hold so many, and prints a table: bytes of an update on the wire (the whole
 websocket frame), updates a second, and the lag, which is the time from `append` in the kernel to the animation frame in which all
@@ -13,14 +13,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from browser import JupyterLab, available
 
 SHOW = """import contextvars, json, math, random, threading, time
 from grpo_nb.ui.charts.chart import CHARTS
 from grpo_nb.ui.charts.charts import LiveCharts
 rng = random.Random(0)
-names = [n for c in list(CHARTS.values())[:{charts}] for n in (*c.main[:1], c.band, *(l[0] for l in c.lines if "*" not in l[0]), *c.share[:1]) if n] + ["rewards/a/mean", "rewards/b/mean"]
+def metrics(c): return [*c.main[:1], c.band, *(l[0] for l in c.lines if "*" not in l[0]), *c.share[:1]]
+names = [n for c in list(CHARTS.values())[:{charts}] for n in metrics(c) if n] + ["rewards/a/mean", "rewards/b/mean"]
 def row(): return {{n: rng.random() for n in names}}
 charts = LiveCharts(list(CHARTS)[:{charts}]).show()
 for step in range(1, {length} + 1): charts.append(step, row())"""
@@ -74,9 +74,12 @@ def measure(charts, rate, seconds, length):
         lags.append((when - at[s]) / 1000)
     lags = lags[len(lags) // 10:] # the first second is the start
     lags.sort()
-    return dict(rows=length, charts=charts, rate=rate, updates_per_s=round(len(sizes) / seconds, 1), bytes_mean=round(statistics.mean(sizes)), bytes_max=max(sizes),
-                lag_median_s=round(statistics.median(lags), 3), lag_p95_s=round(lags[int(0.95 * len(lags))], 3), lag_max_s=round(lags[-1], 3),
-                frames_per_s=round(len(seen) / seconds, 1))
+    return dict(
+        rows=length, charts=charts, rate=rate, updates_per_s=round(len(sizes) / seconds, 1),
+        bytes_mean=round(statistics.mean(sizes)), bytes_max=max(sizes), lag_median_s=round(statistics.median(lags), 3),
+        lag_p95_s=round(lags[int(0.95 * len(lags))], 3), lag_max_s=round(lags[-1], 3),
+        frames_per_s=round(len(seen) / seconds, 1),
+    )
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ import ctypes
 import gc
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo_nb.ops.head.linear_logprob import add_product, has_triton, linear_logprob, tile_shape
 
 try: from trl.trainer.utils import _ChunkedLogProbFunction as TRL
@@ -28,7 +26,7 @@ SHAPES = {"cuda": [(16384, 2048, 151936), (16384, 1536, 151936), (8192, 4096, 15
 def inputs(n, hidden, vocab, device, dtype, trained):
     "Random hidden states and head, logits of standard deviation 3."
     g = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, device=device)
+    def draw(*shape): return torch.randn(*shape, generator=g, device=device)
     weight = torch.empty(vocab, hidden, dtype=dtype, device=device)
     for a in range(0, vocab, 16384): weight[a:a + 16384] = draw(len(weight[a:a + 16384]), hidden) * (3 / hidden**0.5)
     return (draw(n, hidden).to(dtype).requires_grad_(), weight.requires_grad_(trained),
@@ -38,7 +36,9 @@ def inputs(n, hidden, vocab, device, dtype, trained):
 def call(how, hidden, weight, target, entropy):
     "One implementation, by name."
     if how["backend"] == "trl":
-        return TRL.apply(hidden, weight, None, target, 1.0, how.get("vocabulary", 32768), None, 1.0, ("entropy",) if entropy else ())[:2]
+        return TRL.apply(
+            hidden, weight, None, target, 1.0, how.get("vocabulary", 32768), None, 1.0, ("entropy",) if entropy else ()
+        )[:2]
     chunk = (how.get("tokens"), how.get("vocabulary"))
     return linear_logprob(hidden, weight, target, entropy=entropy, backend=how["backend"], chunk_size=chunk)
 
@@ -67,7 +67,8 @@ def truth_of(mode, hidden, weight, target, grad):
 def high_water():
     "The process's peak resident bytes (Linux; 0 elsewhere)."
     path = Path("/proc/self/status")
-    return next((int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("VmHWM")), 0) if path.exists() else 0
+    if not path.exists(): return 0
+    return next((int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("VmHWM")), 0)
 
 
 def trim():
@@ -83,18 +84,30 @@ def timed(f, device, repeats, clear=()):
     f()
     for x in clear: x.grad = None
     if cuda:
-        gc.collect(); torch.cuda.empty_cache(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        gc.collect(); trim(); reset = Path("/proc/self/clear_refs")
+        gc.collect()
+        trim()
+        reset = Path("/proc/self/clear_refs")
         if reset.exists(): reset.write_text("5")                          # the process's peak starts again from here
         before = high_water()
     times = []
     for _ in range(repeats):
         if cuda:
             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            a.record(); f(); b.record(); b.synchronize(); times.append(a.elapsed_time(b))
-        else: a = clock(); f(); times.append((clock() - a) * 1e3)
+            a.record()
+            f()
+            b.record()
+            b.synchronize()
+            times.append(a.elapsed_time(b))
+        else:
+            a = clock()
+            f()
+            times.append((clock() - a) * 1e3)
     peak = torch.cuda.max_memory_allocated() if cuda else high_water()
     return statistics.median(times), max(times) - min(times), peak - before
 
@@ -109,8 +122,8 @@ def parts(shape, tile, dtype, repeats):
     hidden = hidden.detach()
     buffer, acc = torch.empty(tokens, entries, dtype=dtype, device="cuda"), torch.zeros(tokens, h, device="cuda")
     state, head, walks = torch.zeros(4, tokens, device="cuda"), Head(entropy=True, dtype=dtype), n * v / (tokens * entries)
-    logits = lambda: torch.mm(hidden, weight.t(), out=buffer)
-    many = lambda f: (lambda: [f() for _ in range(10)])
+    def logits(): return torch.mm(hidden, weight.t(), out=buffer)
+    def many(f): return lambda: [f() for _ in range(10)]
     def fold(acc_, launch=logit_stats.LAUNCH): return lambda: logit_stats.fold(buffer, None, target, state, acc_, 0, head, launch)
     logits()
     jobs = {"mm": logits, "fold_read": fold(None), "fold_write": fold(acc), "add_product": lambda: add_product(acc, buffer, weight)}
@@ -119,8 +132,12 @@ def parts(shape, tile, dtype, repeats):
         jobs |= {f"fold_read_{block}_{warps}": fold(None, launch), f"fold_write_{block}_{warps}": fold(acc, launch)}
     ms = {name: timed(many(f), "cuda", repeats)[0] / 10 for name, f in jobs.items()}
     out = {f"{name}_ms": round(t * walks, 2) for name, t in ms.items()}
-    out |= {"mm_tflops": round(2e-9 * tokens * h * entries / ms["mm"]), "add_tflops": round(2e-9 * tokens * h * entries / ms["add_product"]),
-            "fold_write_tb_s": round(4e-9 * tokens * entries / ms["fold_write"], 2), "fold_read_tb_s": round(2e-9 * tokens * entries / ms["fold_read"], 2)}
+    out |= {
+        "mm_tflops": round(2e-9 * tokens * h * entries / ms["mm"]),
+        "add_tflops": round(2e-9 * tokens * h * entries / ms["add_product"]),
+        "fold_write_tb_s": round(4e-9 * tokens * entries / ms["fold_write"], 2),
+        "fold_read_tb_s": round(2e-9 * tokens * entries / ms["fold_read"], 2),
+    }
     return {"kind": "parts", "shape": shape, "tile": tile, **out}
 
 
@@ -129,9 +146,15 @@ def variants(device, sweep, shape):
     rows = [{"backend": "naive"}, {"backend": "chunked"}]
     if TRL: rows.append({"backend": "trl"})
     if device == "cuda": rows.append({"backend": "triton"})
-    grid = {"cuda": ("triton", [(2048, 8192), (4096, 8192), (8192, 8192), (16384, 8192), (2048, 16384), (2816, 16384), (4096, 16384),
-                                (5632, 16384), (8192, 16384), (2048, 32768), (4096, 32768), (16384, 4096)]),
-            "cpu": ("chunked", [(64, 1024), (128, 2048), (256, 1024), (256, 4096), (512, 2048), (512, 8192), (1024, 4096), (64, 32768), (256, 32768), (2048, 1024)])}
+    large = [
+        (2048, 8192), (4096, 8192), (8192, 8192), (16384, 8192), (2048, 16384), (2816, 16384),
+        (4096, 16384), (5632, 16384), (8192, 16384), (2048, 32768), (4096, 32768), (16384, 4096),
+    ]
+    small = [
+        (64, 1024), (128, 2048), (256, 1024), (256, 4096), (512, 2048),
+        (512, 8192), (1024, 4096), (64, 32768), (256, 32768), (2048, 1024),
+    ]
+    grid = {"cuda": ("triton", large), "cpu": ("chunked", small)}
     if sweep: rows += [{"backend": grid[device][0], "tokens": t, "vocabulary": v} for t, v in grid[device][1] if t <= shape[0]]
     return rows
 
@@ -159,7 +182,11 @@ def one_mode(mode, shape, dtype, a):
     last = slice(-a.check_rows, None)
     few = [tensors[0].detach()[last].clone().requires_grad_(), tensors[1], tensors[2][last], tensors[3][last]]
     truth = truth_of(mode, *few)
-    chosen = [how for how in variants(a.device, a.sweep and mode != "no_grad", shape) if not a.backends or how["backend"] in a.backends.split(",")]
+    chosen = [
+        how
+        for how in variants(a.device, a.sweep and mode != "no_grad", shape)
+        if not a.backends or how["backend"] in a.backends.split(",")
+    ]
     return [measure(how, mode, shape, tensors, truth, few, a) for how in chosen]
 
 
@@ -177,16 +204,22 @@ def main():
     dtype = getattr(torch, a.dtype or ("bfloat16" if a.device == "cuda" else "float32"))
     a.repeats, table = a.repeats or (7 if a.device == "cuda" else 3), []
     machine = torch.cuda.get_device_name() if a.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(json.dumps({"kind": "machine", "device": machine, "torch": torch.__version__, "triton": has_triton(torch.device(a.device)), "trl": bool(TRL)}))
+    known = {"device": machine, "torch": torch.__version__, "triton": has_triton(torch.device(a.device)), "trl": bool(TRL)}
+    print(json.dumps({"kind": "machine", **known}))
     for shape in [tuple(map(int, s.split(","))) for s in a.shape] if a.shape else SHAPES[a.device]:
         for mode in a.modes.split(","): table += one_mode(mode, shape, dtype, a)
         if a.device == "cuda":
-            for tile in [tile_shape(torch.empty(0, device="cuda"), shape[2])] + ([(4096, 32768), (8192, 8192), (2048, 8192)] if a.sweep else []):
+            others = [(4096, 32768), (8192, 8192), (2048, 8192)] if a.sweep else []
+            for tile in [tile_shape(torch.empty(0, device="cuda"), shape[2]), *others]:
                 print(json.dumps(parts(shape, tile, dtype, a.repeats)), flush=True)
-    print(f"\n{'shape':>20} {'mode':>8} {'backend':>8} {'tile':>12} {'ms':>8} {'spread':>7} {'MiB':>7}  logprob entropy  hidden  weight")
+    print(f"\n{'shape':>20} {'mode':>8} {'backend':>8} {'tile':>12} {'ms':>8} {'spread':>7} {'MiB':>7}  "
+          "logprob entropy  hidden  weight")
     for c in table:
         tile = f"{c['tokens']}x{c['vocabulary']}" if "tokens" in c else ""
-        errors = " ".join(f"{c[k]:.1e}" if c.get(k) is not None else "      -" for k in ("error_logprob", "error_entropy", "error_hidden", "error_weight"))
+        errors = " ".join(
+            f"{c[k]:.1e}" if c.get(k) is not None else "      -"
+            for k in ("error_logprob", "error_entropy", "error_hidden", "error_weight")
+        )
         tail = c.get("failed") or f"{c['ms']:8.2f} {c['spread']:7.2f} {c['peak_bytes'] / 2**20:7.0f}  {errors}"
         print(f"{'x'.join(map(str, c['shape'])):>20} {c['mode']:>8} {c['backend']:>8} {tile:>12} {tail}")
 

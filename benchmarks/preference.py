@@ -5,9 +5,11 @@
 
 Random weights and random tokens of one seed. Positions are counted at the embedding, of the policy and of the reference. Peak
 memory on a CPU is what a step adds to the process, measured in a fork of it (one thread); seconds are the median of the
-measured steps, stock and patched in turns, on a CPU the process's own, which other work on the machine changes little. DPO, CPO and ORPO get pairs; KTO and BCO, whose data are judged one by one and
-shuffled, get a prompt a row, so that nothing is shared but what is saved by padding and logits. RLOO has the pairs as two groups of two, with log-probs of the
-sampling that are not the step's own, as in a second step on one batch. `CASES` holds what is measured: an algorithm is one entry.
+measured steps, stock and patched in turns, on a CPU the process's own, which other work on the machine changes little.
+
+DPO, CPO and ORPO get pairs; KTO and BCO, whose data are judged one by one and shuffled, get a prompt a row, so that nothing is
+shared but what is saved by padding and logits. RLOO has the pairs as two groups of two, with log-probs of the sampling that are not
+the step's own, as in a second step on one batch. `CASES` holds what is measured: an algorithm is one entry.
 """
 import argparse
 import gc
@@ -24,19 +26,18 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1") # before torch: a fork has no threads, and its memory is what is measured
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from grpo_nb.app.bench import MODELS, Shape, lengths, machine, make_model, peak_on_cpu
+from grpo_nb.app.bench import machine, peak_on_cpu
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.trainers import grpo, preference, seams
 from grpo_nb.step.forward import causal_lm
+from grpo_nb.tasks.shapes import MODELS, Shape, lengths, make_model
 
 disable_progress_bars()
 SHAPE = Shape("qwen3-tiny", prompts=2, prompt=512, completions=2, mean=128, longest=256) # pairs: two completions a prompt
@@ -44,10 +45,11 @@ PAIR = {"prompt": "<unk> ", "chosen": "<unk>", "rejected": "<unk>"}
 JUDGED = [{"prompt": "<unk> ", "completion": "<unk>", "label": label} for label in (True, False)]
 
 
-def rows(shape:Shape, vocabulary:int, paired=True, seed=0) -> tuple: # ids, mask, completion mask: (2n, T) long; chosen rows, then rejected ones
-    "Pairs of answers of different lengths to one prompt each (or every answer to a prompt of its own), padded on the right."
+def rows(shape:Shape, vocabulary:int, paired=True, seed=0) -> tuple: # ids, mask, completion mask: each (2n, T) long
+    "Answers of different lengths, chosen ones first: a pair to one prompt, or each to a prompt of its own; padded on the right."
     g = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(3, vocabulary, (shape.prompts * (1 if paired else 2), shape.prompt), generator=g).repeat(2 if paired else 1, 1)
+    own = 1 if paired else 2 # prompts for each pair of rows
+    prompts = torch.randint(3, vocabulary, (shape.prompts * own, shape.prompt), generator=g).repeat(2 // own, 1)
     sizes = lengths(len(prompts), shape.mean, shape.longest, seed)[:, None]
     ids = torch.cat([prompts, torch.randint(3, vocabulary, (len(prompts), shape.longest), generator=g)], 1)
     at = torch.arange(ids.shape[1])
@@ -68,7 +70,9 @@ def kto_batch(ids, mask, answer):
 def pair_batch(ids, mask, answer):
     labels = torch.where(answer != 0, ids, -100)
     parts = zip(("chosen", "rejected"), *(x.chunk(2) for x in (ids, mask, labels)))
-    return {f"{side}_{name}": value for side, *values in parts for name, value in zip(("input_ids", "attention_mask", "labels"), values)}
+    return {
+        f"{side}_{name}": value for side, *values in parts for name, value in zip(("input_ids", "attention_mask", "labels"), values)
+    }
 
 
 def bco_batch(ids, mask, answer):
@@ -83,10 +87,14 @@ def rloo_batch(ids, mask, answer):
 
 
 def with_old_logps(trainer, batch):
-    "The batch with log-probs of the sampling: the model's own and a little, in steps of 1/64, which sums of thousands hold exactly in fp32."
+    """The batch with log-probs of the sampling: the model's own and a little.
+
+    The little comes in steps of 1/64, which sums of thousands hold exactly in fp32."""
     ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-    with torch.no_grad(): logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
-    return {**batch, "old_logps": (logps * batch["completion_mask"]).sum(1) + (torch.linspace(-0.1, 0.1, len(ids), device=ids.device) * 64).round() / 64}
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
+    little = (torch.linspace(-0.1, 0.1, len(ids), device=ids.device) * 64).round() / 64
+    return {**batch, "old_logps": (logps * batch["completion_mask"]).sum(1) + little}
 
 
 def rewarded(shape, device, dtype):
@@ -121,8 +129,10 @@ CASES = {
     "cpo": preference_case("cpo", [PAIR] * 2, pair_batch),
     "orpo": preference_case("orpo", [PAIR] * 2, pair_batch),
     "bco": preference_case("bco", JUDGED, bco_batch, reference=True),
-    "rloo": Case("trl.trainer.rloo_trainer:RLOOTrainer", "trl.trainer.rloo_config:RLOOConfig", [{"prompt": "<unk>"}] * 2, rloo_batch, lambda: grpo.patches("rloo"),
-                 more=dict(num_generations=2, beta=0.0), build=rewarded, prepare=with_old_logps),
+    "rloo": Case(
+        "trl.trainer.rloo_trainer:RLOOTrainer", "trl.trainer.rloo_config:RLOOConfig", [{"prompt": "<unk>"}] * 2, rloo_batch,
+        lambda: grpo.patches("rloo"), more=dict(num_generations=2, beta=0.0), build=rewarded, prepare=with_old_logps,
+    ),
 }
 
 
@@ -142,15 +152,19 @@ def words():
 def make(case:Case, shape:Shape, folder, device):
     "The trainer, on the policy (and on a reference of other weights)."
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    args = load(case.config)(output_dir=folder, per_device_train_batch_size=2, bf16=device == "cuda", use_cpu=device == "cpu", report_to=[],
-                             gradient_checkpointing=shape.checkpointing, remove_unused_columns=False, **case.more or {})
+    args = load(case.config)(
+        output_dir=folder, per_device_train_batch_size=2, bf16=device == "cuda", use_cpu=device == "cpu", report_to=[],
+        gradient_checkpointing=shape.checkpointing, remove_unused_columns=False, **case.more or {},
+    )
     reference = {}
     if case.reference and not shape.lora:
         reference["ref_model"] = make_model(shape, device, dtype)
         with torch.no_grad():
             for p in reference["ref_model"].parameters(): p.mul_(0.98)
     models = case.build(shape, device, dtype) if case.build else {"model": make_model(shape, device, dtype)}
-    trainer = load(case.trainer)(**models, args=args, train_dataset=Dataset.from_list(case.data), processing_class=words(), **reference)
+    trainer = load(case.trainer)(
+        **models, args=args, train_dataset=Dataset.from_list(case.data), processing_class=words(), **reference
+    )
     if case.loss: trainer.compute_loss = partial(case.loss, trainer)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
@@ -163,7 +177,9 @@ def counted(trainer): # yields a list of the positions that each forward compute
     models = [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
     seen, handles = [], []
     for model in models:
-        handles.append(causal_lm(model).get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel())))
+        handles.append(
+            causal_lm(model).get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+        )
     try: yield seen
     finally:
         for handle in handles: handle.remove()
@@ -199,7 +215,9 @@ def measure(name, shape=SHAPE, device="cpu", repeats=3, max_tokens_per_pack=None
         for kind, on in kinds.items():
             trainer.model.zero_grad(set_to_none=True)
             gc.collect()
-            with on(): found[kind]["peak_bytes"] = peak_on_cpu(partial(step, trainer, batches[kind])) if device == "cpu" else _peak_on_gpu(trainer, batches[kind])
+            with on():
+                if device == "cpu": found[kind]["peak_bytes"] = peak_on_cpu(partial(step, trainer, batches[kind]))
+                else: found[kind]["peak_bytes"] = _peak_on_gpu(trainer, batches[kind])
         for _ in range(repeats):
             for kind, on in kinds.items():
                 with on():
@@ -220,16 +238,21 @@ def _peak_on_gpu(trainer, batch):
 
 
 def table(results) -> str:
-    head = (f"{'':6} {'TRL':7} {'loss':>10} {'ours':>10} {'gradient':>9} {'positions':>9} {'ours':>6} {'peak MiB':>9} {'ours':>6} {'less':>5} "
-            f"{'s':>6} {'ours':>6} {'ratio':>5}")
-    mib = lambda n: "-" if n is None else f"{n / 2**20:.0f}"
+    head = (
+        f"{'':6} {'TRL':7} {'loss':>10} {'ours':>10} {'gradient':>9} {'positions':>9} {'ours':>6} "
+        f"{'peak MiB':>9} {'ours':>6} {'less':>5} {'s':>6} {'ours':>6} {'ratio':>5}"
+    )
+    def mib(n): return "-" if n is None else f"{n / 2**20:.0f}"
     lines = [head]
     for r in results:
         a, b = r["trl"], r["grpo_nb"]
         less = f"{a['peak_bytes'] / b['peak_bytes']:.1f}x" if a["peak_bytes"] and b["peak_bytes"] else "-"
-        seconds = (f"{a['seconds']:6.2f} {b['seconds']:6.2f} {a['seconds'] / b['seconds']:5.2f}" if a["seconds"] else f"{'-':>6} {'-':>6} {'-':>5}")
-        lines.append(f"{r['algorithm']:6} {r['version']:7} {a['loss']:10.6f} {b['loss']:10.6f} {r['grad_rel_err']:9.1e} {a['positions']:9,} {b['positions']:6,} "
-                     f"{mib(a['peak_bytes']):>9} {mib(b['peak_bytes']):>6} {less:>5} {seconds}")
+        seconds = f"{'-':>6} {'-':>6} {'-':>5}"
+        if a["seconds"]: seconds = f"{a['seconds']:6.2f} {b['seconds']:6.2f} {a['seconds'] / b['seconds']:5.2f}"
+        lines.append(
+            f"{r['algorithm']:6} {r['version']:7} {a['loss']:10.6f} {b['loss']:10.6f} {r['grad_rel_err']:9.1e} "
+            f"{a['positions']:9,} {b['positions']:6,} {mib(a['peak_bytes']):>9} {mib(b['peak_bytes']):>6} {less:>5} {seconds}"
+        )
     return "\n".join(lines)
 
 

@@ -1,18 +1,18 @@
-"""One training step of stock TRL and of patched TRL for sft, reward, prm and xpo: as `benchmarks/preference.py`, whose table this is.
+"""One training step of stock TRL and of patched TRL for sft, reward, prm and xpo: the table of `benchmarks/preference.py`.
 
     python benchmarks/supervised.py
     PYTHONPATH=path/to/another/trl python benchmarks/supervised.py --algorithm reward prm --json
 
-sft and prm have rows without a common prompt, between a few tokens and the longest of the shape; half of a row is learned, and prm has
-a label every 32 tokens of that half. reward and xpo have the pairs of `preference.rows`.
+sft and prm have rows without a common prompt, between a few tokens and the longest of the shape; half of a row is learned, and prm
+has a label every 32 tokens of that half. reward and xpo have the pairs of `preference.rows`.
 """
 import sys
 
 import preference
 import torch
-from preference import SHAPE, Case, make_model, words
+from preference import SHAPE, Case, words
 
-from grpo_nb.app.bench import lengths
+from grpo_nb.tasks.shapes import lengths, make_model
 from grpo_nb.trainers import reward, sft, xpo
 
 
@@ -68,16 +68,23 @@ def xpo_models(shape, device, dtype):
 
 TRAINERS = "trl.trainer.{0}_trainer:{1}Trainer", "trl.trainer.{0}_config:{1}Config"
 SOON = "trl.experimental.{0}.{0}_trainer:{1}Trainer", "trl.experimental.{0}.{0}_config:{1}Config"
-of = lambda paths, *names: [path.format(*names) for path in paths]
+def of(paths, *names): return [path.format(*names) for path in paths]
 TEXT = [{"prompt": "<unk> ", "completion": "<unk>"}] * 2
 PAIRS = [{"chosen_ids": [3, 1], "rejected_ids": [4, 1]}] * 2
 STEPS = [{"input_ids": [3, 4], "labels": [-100, 1]}] * 2
 CASES = {
     "sft": Case(*of(TRAINERS, "sft", "SFT"), TEXT, sft_batch, sft.patches),
-    "reward": Case(*of(TRAINERS, "reward", "Reward"), PAIRS, reward_batch, lambda: reward.patches("reward"),
-                   build=head("AutoModelForSequenceClassification", 1)),
-    "prm": Case(*of(SOON, "prm", "PRM"), STEPS, prm_batch, lambda: reward.patches("prm"), build=head("AutoModelForTokenClassification", 2)),
-    "xpo": Case(*of(SOON, "xpo", "XPO"), [{"prompt": "<unk>"}] * 2, xpo_batch, xpo.patches, reference=True, build=xpo_models, loss=xpo_loss),
+    "reward": Case(
+        *of(TRAINERS, "reward", "Reward"), PAIRS, reward_batch,
+        lambda: reward.patches("reward"),
+        build=head("AutoModelForSequenceClassification", 1),
+    ),
+    "prm": Case(
+        *of(SOON, "prm", "PRM"), STEPS, prm_batch, lambda: reward.patches("prm"), build=head("AutoModelForTokenClassification", 2)
+    ),
+    "xpo": Case(
+        *of(SOON, "xpo", "XPO"), [{"prompt": "<unk>"}] * 2, xpo_batch, xpo.patches, reference=True, build=xpo_models, loss=xpo_loss
+    ),
 }
 
 if __name__ == "__main__":

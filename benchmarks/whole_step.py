@@ -4,13 +4,15 @@
     python benchmarks/whole_step.py --device cuda --shape qwen-8x512+8x512 --steps 3
     python benchmarks/whole_step.py --case grpo_nb/inplace trl/generate --json
 
-A case is who trains (`trl`: TRL as it comes; `grpo_nb`: patched) and who samples (`vllm-server`: a server of vLLM's own on a second GPU, which TRL's client feeds). All cases of a shape have the same model, prompts, seed and lengths: the end
-token lies outside the model's vocabulary, so every completion runs to its length. The first step is left out, of the others the median is printed. A part's time is
-its own: what is measured inside it is taken off.
+A case is who trains (`trl`: TRL as it comes; `grpo_nb`: patched) and who samples (`vllm-server`: a server of vLLM's own on a second
+GPU, which TRL's client feeds). All cases of a shape have the same model, prompts, seed and lengths: the end token lies outside the
+model's vocabulary, so every completion runs to its length. The first step is left out, of the others the median is printed. A
+part's time is its own: what is measured inside it is taken off.
 
-sampling: from token ids to token ids. sync: weights to another engine. log-probs: forwards without gradient before the loss. rewards. loss: forward and backward.
-optimiser. rest: tokenising, padding, logging, clipping. On a CPU the seconds are the process's processor time (`wall` stands beside the whole), on a GPU wall time with the
-device waited for. Memory: what the case adds to the process at its peak (CPU: resident; GPU: allocated, in all).
+sampling: from token ids to token ids. sync: weights to another engine. log-probs: forwards without gradient before the loss.
+rewards. loss: forward and backward. optimiser. rest: tokenising, padding, logging, clipping. On a CPU the seconds are the process's
+processor time (`wall` stands beside the whole), on a GPU wall time with the device waited for. Memory: what the case adds to the
+process at its peak (CPU: resident; GPU: allocated, in all).
 """
 import argparse
 import json
@@ -29,7 +31,6 @@ from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 CASES = ("trl/generate", "grpo_nb/hf", "grpo_nb/inplace", "trl/vllm", "grpo_nb/vllm", "trl/vllm-server", "grpo_nb/vllm-server")
@@ -107,15 +108,21 @@ def words(vocabulary):
     from tokenizers import Tokenizer, models
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, vocabulary)}, "<eos>": vocabulary}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {"<pad>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, vocabulary)}, "<eos>": vocabulary}, unk_token="<unk>"
+        )
+    )
     core.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
 
 
 def base_model(shape, device):
     "The shape's model with random weights of one seed and no adapter, and its vocabulary."
     import torch
-    from grpo_nb.app.bench import MODELS, make_model
+    from grpo_nb.tasks.shapes import MODELS, make_model
     from grpo_nb.tasks.tiny import make_model as tiny, make_tokenizer
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if shape.model == "quickstart": model = tiny(make_tokenizer(["1 2"])).to(device, dtype)
@@ -147,9 +154,14 @@ def free_port() -> int:
 def server(shape, folder, log): # -> its address
     "vLLM's own server of the model in a folder, as TRL starts it, on the second GPU."
     from trl.scripts.vllm_serve import ScriptArguments, build_command
-    given = ScriptArguments(model=f"{folder}/model", host="127.0.0.1", port=free_port(), gpu_memory_utilization=0.3, max_model_len=shape.prompt + shape.longest)
-    running = subprocess.Popen(build_command(given, ["--generation-config", "vllm"]), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                               env={**os.environ, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"})
+    given = ScriptArguments(
+        model=f"{folder}/model", host="127.0.0.1", port=free_port(),
+        gpu_memory_utilization=0.3, max_model_len=shape.prompt + shape.longest,
+    )
+    running = subprocess.Popen(
+        build_command(given, ["--generation-config", "vllm"]), stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "1", "VLLM_SERVER_DEV_MODE": "1"},
+    )
     try: yield f"http://127.0.0.1:{given.port}"
     finally: os.killpg(running.pid, signal.SIGKILL)
 
@@ -180,8 +192,11 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
     data = Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in row)} for row in draw])
     micro = MICRO.get(name, rows)
     more = {} if who == "trl" else dict(engine=engine)
-    if engine == "vllm": more |= dict(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=shape.prompt + shape.longest, vllm_gpu_memory_utilization=0.3,
-                                      vllm_enable_sleep_mode=device == "cuda")
+    if engine == "vllm":
+        more |= dict(
+            use_vllm=True, vllm_mode="colocate", vllm_max_model_length=shape.prompt + shape.longest,
+            vllm_gpu_memory_utilization=0.3, vllm_enable_sleep_mode=device == "cuda",
+        )
     if case == "trl/vllm-server": more |= dict(use_vllm=True, vllm_mode="server") # ours: the engine's name says it
     if engine == "vllm-server": more |= dict(vllm_server_base_url=address, vllm_server_timeout=240.0, vllm_group_port=free_port())
     if case in FROM_FOLDER: more["generation_kwargs"] = dict(ignore_eos=True) # vLLM refuses an end token outside the vocabulary
@@ -189,13 +204,18 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
         from grpo_nb.trainers import colocate
         asked = colocate.sampling_of
         colocate.sampling_of = lambda generation: replace(asked(generation), stop_token_ids=())
-    args = GRPOConfig(output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro, num_generations=shape.completions,
-                      max_completion_length=shape.longest, learning_rate=1e-5, beta=0.0, loss_type=shape.loss_type, bf16=device == "cuda", use_cpu=device == "cpu",
-                      gradient_checkpointing=shape.checkpointing, max_steps=steps, save_strategy="no", report_to=[], logging_steps=1, seed=0, disable_tqdm=True, **more)
+    args = GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
+        num_generations=shape.completions, max_completion_length=shape.longest, learning_rate=1e-5, beta=0.0,
+        loss_type=shape.loss_type, bf16=device == "cuda", use_cpu=device == "cpu",
+        gradient_checkpointing=shape.checkpointing, max_steps=steps, save_strategy="no", report_to=[], logging_steps=1,
+        seed=0, disable_tqdm=True, **more,
+    )
 
     def distinct(completions, **_): return [float(len(set(c.split()))) for c in completions]
     from grpo_nb.engines.vllm.start import plain_linear
-    with plain_linear(case == "trl/vllm" and device == "cpu"): # TRL cannot load weights into layers that vLLM's CPU build has packed
+    # TRL cannot load weights into layers that vLLM's CPU build has packed
+    with plain_linear(case == "trl/vllm" and device == "cpu"):
         trainer = GRPOTrainer(model=model, reward_funcs=distinct, args=args, train_dataset=data, processing_class=tokenizer)
     for shown in (PrinterCallback, ProgressCallback): trainer.remove_callback(shown)
     return trainer
@@ -203,7 +223,7 @@ def trainer_of(case, shape, name, device, folder, steps, address=None):
 
 def warm(case, device):
     "Whatever a first use of libraries costs, on a model of no size."
-    from grpo_nb.app.bench import Shape
+    from grpo_nb.tasks.shapes import Shape
     with tempfile.TemporaryDirectory() as folder:
         if "vllm" not in case: trainer_of(case, Shape("quickstart", 2, 4, 2, 2, 2, lora=2), "", device, folder, 1).train()
 
@@ -245,9 +265,15 @@ def measure(case, name, device, steps) -> dict:
     found = [{**dict.fromkeys(PARTS, 0.0), **step} for step in clock.steps[1:]]
     middle = {part: statistics.median(step[part] for step in found) for part in (*PARTS, "wall")}
     tokens = shape.prompts * shape.completions * shape.longest
-    return {"shape": name, "case": case, "seconds": round(statistics.median(sum(step[p] for p in PARTS) for step in found), 4), "wall": round(middle.pop("wall"), 4),
-            **{part: round(s, 4) for part, s in middle.items()}, "steps": len(found), "each": [round(sum(step.get(p, 0.0) for p in PARTS), 2) for step in clock.steps], "mean_length": logged.get("completions/mean_length"),
-            "logp_difference": logged.get("sampling/sampling_logp_difference/mean"), "tokens": tokens, "start_seconds": round(start, 2), "peak_bytes": peak}
+    return {
+        "shape": name, "case": case,
+        "seconds": round(statistics.median(sum(step[p] for p in PARTS) for step in found), 4),
+        "wall": round(middle.pop("wall"), 4), **{part: round(s, 4) for part, s in middle.items()}, "steps": len(found),
+        "each": [round(sum(step.get(p, 0.0) for p in PARTS), 2) for step in clock.steps],
+        "mean_length": logged.get("completions/mean_length"),
+        "logp_difference": logged.get("sampling/sampling_logp_difference/mean"), "tokens": tokens,
+        "start_seconds": round(start, 2), "peak_bytes": peak,
+    }
 
 
 def runs(case) -> str: # why not; empty where it runs
@@ -264,22 +290,36 @@ def runs(case) -> str: # why not; empty where it runs
 
 def twin(case, name, given) -> dict:
     "A case in a process of its own."
-    command = [sys.executable, __file__, "--device", given.device, "--steps", str(given.steps), "--shape", name, "--case", case, "--here"]
-    only = {"OMP_NUM_THREADS": "1"} if given.device == "cpu" else {"CUDA_VISIBLE_DEVICES": "0"} # one GPU trains, also where there are several
+    command = [
+        sys.executable, __file__, "--device", given.device, "--steps", str(given.steps), "--shape", name, "--case", case, "--here",
+    ]
+    # one GPU trains, also where there are several
+    only = {"OMP_NUM_THREADS": "1"} if given.device == "cpu" else {"CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **only})
     lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
-    if done.returncode or not lines: return {"shape": name, "case": case, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+    if done.returncode or not lines:
+        return {"shape": name, "case": case, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
     return json.loads(lines[-1])
 
 
 def table(results) -> str:
     "All results of a shape, with how much faster than stock TRL on `generate`."
     base = next((r["seconds"] for r in results if r["case"] == "trl/generate" and "seconds" in r), None)
-    lines = [f"{'shape':18} {'case':16} {'step s':>8} {'faster':>7} {'wall':>7} " + " ".join(f"{p:>9}" for p in PARTS) + f" {'peak MiB':>9}"]
+    lines = [
+        f"{'shape':18} {'case':16} {'step s':>8} {'faster':>7} {'wall':>7} "
+        + " ".join(f"{p:>9}" for p in PARTS)
+        + f" {'peak MiB':>9}"
+    ]
     for r in results:
-        if "failed" in r: lines.append(f"{r['shape']:18} {r['case']:16} failed: {r['failed']}"); continue
+        if "failed" in r:
+            lines.append(f"{r['shape']:18} {r['case']:16} failed: {r['failed']}")
+            continue
         faster = f"{base / r['seconds']:6.2f}x" if base else "      -"
-        lines.append(f"{r['shape']:18} {r['case']:16} {r['seconds']:8.3f} {faster} {r['wall']:7.2f} " + " ".join(f"{r[p]:9.3f}" for p in PARTS) + f" {r['peak_bytes'] / 2**20:9.0f}")
+        lines.append(
+            f"{r['shape']:18} {r['case']:16} {r['seconds']:8.3f} {faster} {r['wall']:7.2f} "
+            + " ".join(f"{r[p]:9.3f}" for p in PARTS)
+            + f" {r['peak_bytes'] / 2**20:9.0f}"
+        )
     return "\n".join(lines)
 
 

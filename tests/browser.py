@@ -55,19 +55,35 @@ class JupyterLab:
     def __enter__(self):
         home = self.folder / ".lab"
         settings = home / "settings" / "@jupyterlab"
-        self._setting(settings / "apputils-extension/themes.jupyterlab-settings", theme="JupyterLab Dark" if self.dark else "JupyterLab Light")
+        self._setting(
+            settings / "apputils-extension/themes.jupyterlab-settings", theme="JupyterLab Dark" if self.dark else "JupyterLab Light"
+        )
         self._setting(settings / "apputils-extension/notification.jupyterlab-settings", fetchNews="false", checkForUpdates=False)
         self._setting(settings / "notebook-extension/tracker.jupyterlab-settings", autoStartDefaultKernel=True)
-        env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-               "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "JUPYTER_DATA_DIR": str(home / "data"),
-               "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+        env = {
+            **os.environ,
+            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+            "JUPYTER_CONFIG_DIR": str(home / "config"),
+            "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+            "JUPYTER_DATA_DIR": str(home / "data"),
+            "IPYTHONDIR": str(home / "ipython"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        }
         for _ in range(3): # another process may take a free port before the server does
             self.port = free_port()
             self.url, self.log = f"http://127.0.0.1:{self.port}", open(self.folder / ".lab" / "server.log", "w")
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}", "--ServerApp.port_retries=0", "--ip=127.0.0.1",
-                 f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={self.folder}"], env=env, stdout=self.log, stderr=subprocess.STDOUT)
+                [
+                    sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}",
+                    "--ServerApp.port_retries=0", "--ip=127.0.0.1", f"--IdentityProvider.token={self.token}",
+                    f"--ServerApp.root_dir={self.folder}",
+                ],
+                env=env,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+            )
             if self._answers(): return self
             self.__exit__()
         raise RuntimeError("JupyterLab did not start:\n" + (home / "server.log").read_text()[-2000:])
@@ -94,10 +110,14 @@ class JupyterLab:
 
     def write(self, name, cells):
         "Write a notebook of code cells, given as text."
-        cell = lambda i, source: dict(cell_type="code", id=f"c{i}", metadata={}, source=source, outputs=[], execution_count=None)
-        kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python"))
+        def cell(i, source): return dict(cell_type="code", id=f"c{i}", metadata={}, source=source, outputs=[], execution_count=None)
+        kernel = dict(
+            kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python")
+        )
         path = self.folder / name
-        path.write_text(json.dumps(dict(cells=[cell(i, s) for i, s in enumerate(cells)], metadata=kernel, nbformat=4, nbformat_minor=5)))
+        path.write_text(
+            json.dumps(dict(cells=[cell(i, s) for i, s in enumerate(cells)], metadata=kernel, nbformat=4, nbformat_minor=5))
+        )
         return path
 
     @contextlib.contextmanager
@@ -118,7 +138,10 @@ class JupyterLab:
             accept = page.locator(".jp-Dialog .jp-mod-accept")
             if accept.count(): accept.first.click() # which kernel: the one proposed
             kernels = []
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}", timeout=5) as answer,
+            ):
                 kernels = json.load(answer) # a kernel that is just starting can make this an error 500
             if any(k["connections"] and k["execution_state"] == "idle" for k in kernels): break
             page.wait_for_timeout(250)
@@ -142,4 +165,5 @@ class JupyterLab:
         "Wait until the kernel has nothing to do and no cell waits."
         page.wait_for_timeout(400)
         page.wait_for_function("""() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'
-            && ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))""", timeout=timeout_s * 1000)
+            && ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))""",
+            timeout=timeout_s * 1000)

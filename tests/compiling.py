@@ -7,11 +7,15 @@ import pytest
 
 
 def compiled_kernel(kernel, signature, constants, aligned, capability, options):
-    "The kernel for a compute capability; `signature` by name, `constants` by name, `aligned` argument numbers that are multiples of 16."
+    "The kernel for a compute capability; `signature`, `constants` by name, `aligned` numbers of arguments that 16 divides."
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(
+        kernel, signature,
+        {(kernel.arg_names.index(n),): v for n, v in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

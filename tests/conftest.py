@@ -7,13 +7,18 @@ from importlib.metadata import version
 import pytest
 from hypothesis import HealthCheck, settings
 
-# TRL 1.15's own head has Triton kernels and nothing else (1.16 folds in torch on a CPU): without a GPU, they run in Triton's interpreter.
+# TRL 1.15's own head has Triton kernels and nothing else (1.16 folds in torch on a CPU): without a GPU, they run in Triton's
+# interpreter.
 if version("trl").startswith("1.15.") and not shutil.which("nvidia-smi"): os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
     parser.addoption("--shots", help="folder for the browser tests' screenshots")
-    parser.addoption("--fresh-draws", action="store_true", help="draw other examples each time; without it they follow from a test's source alone")
+    parser.addoption(
+        "--fresh-draws",
+        action="store_true",
+        help="draw other examples each time; without it they follow from a test's source alone",
+    )
 
 
 def pytest_configure(config):
@@ -22,9 +27,11 @@ def pytest_configure(config):
     settings.register_profile("fixed", derandomize=True, **common)
     settings.register_profile("fresh", print_blob=True, **common)
     settings.load_profile("fresh" if config.getoption("--fresh-draws") else "fixed")
-    # Newer releases of Hypothesis draw some numbers from the source of whatever modules are loaded, which depends on the tests that ran before
+    # Newer releases of Hypothesis draw some numbers from the source of whatever modules are loaded, which depends on the tests
+    # that ran before
     providers = sys.modules.get("hypothesis.internal.conjecture.providers")
-    if not config.getoption("--fresh-draws") and hasattr(providers, "is_local_module_file"): providers.is_local_module_file = lambda path: False
+    if not config.getoption("--fresh-draws") and hasattr(providers, "is_local_module_file"):
+        providers.is_local_module_file = lambda path: False
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -53,7 +53,8 @@ def compare(trainer, engine, n, seed, one=False):
     dist.all_gather_object(packs, found["packing/packs"])
     assert packs == [[1.0] * n] * 2 if one else packs[0] != packs[1], packs
     errors = [relative(ours, theirs)]
-    for name, value in metrics.items(): assert torch.allclose(torch.tensor(found[name]), torch.tensor(value), rtol=1e-4, atol=1e-5), name
+    for name, value in metrics.items():
+        assert torch.allclose(torch.tensor(found[name]), torch.tensor(value), rtol=1e-4, atol=1e-5), name
     halves, _ = run(trainer, engine, packed_loss, batches, scale=0.5)
     errors.append(relative({k: 2 * v for k, v in halves.items()}, theirs))
     GRPOTrainer._get_per_token_logps_and_entropies = packed_logps # TRL's own loss over our log-probs
@@ -68,8 +69,10 @@ def trained(model, loss, logps, folder):
     "The weights after two steps of training, generation and reference included."
     torch.manual_seed(0)
     GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies = loss, logps
-    trainer = grpo_trainer(model, folder, deepspeed=config, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=2, beta=0.04,
-                           gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, max_grad_norm=1.0)
+    trainer = grpo_trainer(
+        model, folder, deepspeed=config, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_steps=2,
+        beta=0.04, gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, max_grad_norm=1.0,
+    )
     trainer.reward_funcs = [lambda completions, **kw: [float(sum(map(ord, c)) % 7) for c in completions]]
     trainer.args.max_tokens_per_pack = 20 if trainer.accelerator.process_index == 0 else 45
     trainer.train()
@@ -86,7 +89,9 @@ if kind == "full":
         if reentrant: trainer.model.enable_input_require_grads()
         compare(trainer, engine, 2, 20, one=reentrant)
 elif kind == "lora":
-    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     trainer, engine = prepared(get_peft_model(tiny(), adapter))
     for n in (1, 2): compare(trainer, engine, n, 10 * n)
 else:
@@ -99,7 +104,14 @@ else:
     ours, packed = trained(models[1], packed_loss, packed_logps, folder)
     moved = {n: v - start[n] for n, v in theirs.items()}
     error = relative({n: v - start[n] for n, v in ours.items()}, moved)
-    print(error, [(a.get("loss"), b.get("loss"), a.get("grad_norm"), b.get("grad_norm"), a.get("kl"), b.get("kl")) for a, b in zip(stock, packed)], flush=True)
+    print(
+        error,
+        [
+            (a.get("loss"), b.get("loss"), a.get("grad_norm"), b.get("grad_norm"), a.get("kl"), b.get("kl"))
+            for a, b in zip(stock, packed)
+        ],
+        flush=True,
+    )
     assert max(v.abs().max() for v in moved.values()) > 1e-3 and error < 1e-4, error
 if dist.get_rank() == 0: print(f"ZeRO-{stage} {kind}: the same step", flush=True)
 dist.destroy_process_group()

@@ -26,7 +26,11 @@ def shard(model):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half) if kind == "fsdp2-bf16" else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half)
+        if kind == "fsdp2-bf16"
+        else MixedPrecisionPolicy()
+    )
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers: fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -47,7 +51,8 @@ def full(grads): return {k: v.full_tensor() if hasattr(v, "full_tensor") else v 
 def truth(batches):
     "The gradient in fp32 without wrappers, averaged over the ranks."
     plain = tiny().train()
-    for inputs in batches: grpo.compute_loss(stock_loss)(trainer, plain, copy.copy(inputs)).backward() # which is TRL's to 1e-6 in fp32
+    # which is TRL's to 1e-6 in fp32
+    for inputs in batches: grpo.compute_loss(stock_loss)(trainer, plain, copy.copy(inputs)).backward()
     for p in plain.parameters(): dist.all_reduce(p.grad.div_(2))
     return gradients(plain)
 
@@ -65,7 +70,7 @@ def agree(ours, theirs, batches):
 
 def mean_error(grads, exact):
     "Root mean square difference over the root mean square of the gradient."
-    flat = lambda d: torch.cat([d[n].float().flatten() for n in sorted(exact)])
+    def flat(d): return torch.cat([d[n].float().flatten() for n in sorted(exact)])
     return ((flat(grads) - flat(exact)).norm() / flat(exact).norm()).item()
 
 
@@ -109,7 +114,8 @@ if kind != "fsdp2-bf16": # windows, through the trainer's own training step
             prepare(trainer, *cut, batches, stock_logps, old=cut[2] > 1)
             runs.append(optimiser_steps(trainer, sizes, model=model, no_sync=True))
             UnpatchFastRL()
-        for (a, g), (b, h) in zip(runs[1][0], runs[0][0]): assert torch.allclose(a, b, atol=1e-5) and relative(full(g), full(h)) < 1e-5, relative(full(g), full(h))
+        for (a, g), (b, h) in zip(runs[1][0], runs[0][0]):
+            assert torch.allclose(a, b, atol=1e-5) and relative(full(g), full(h)) < 1e-5, relative(full(g), full(h))
         assert len(runs[1][1]["packing/packs"]) < len(runs[1][1]["entropy"])
     if rank == 0: print(f"{kind}: windows agree", flush=True)
 
@@ -121,7 +127,9 @@ if kind == "ddp": # rows without a gradient in one rank only, also in the second
         theirs, _ = run(stock_loss, [inputs])
         ours, _ = run(grpo.compute_loss(stock_loss), [inputs], fresh)
         assert relative(ours, theirs) < 1e-5, relative(ours, theirs)
-if kind == "ddp": # the other trainers' log-probs: one rank has a single pack, the other runs its packs again in the backward; both log something in between
+# the other trainers' log-probs: one rank has a single pack, the other runs its packs again in the backward; both log something
+# in between
+if kind == "ddp":
     fresh, plain = torch.nn.parallel.DistributedDataParallel(tiny()), tiny()
     for seed in range(3):
         inputs = micro_batch(seed=90 + 2 * seed + rank, completion=(4, 12), pad_inside=False)

@@ -1,5 +1,6 @@
-"""Run by torchrun in two processes: SFT and DPO, stock and patched, where one rank's pack takes fewer micro-batches than the other's: whole runs under
-DDP, and two optimiser steps under FSDP2."""
+"""Run by torchrun in two processes: SFT and DPO, stock and patched, one rank's pack with fewer micro-batches than the other's.
+
+Whole runs under DDP, and two optimiser steps under FSDP2."""
 import sys
 from itertools import islice
 

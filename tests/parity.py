@@ -8,8 +8,10 @@ import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from transformers import (Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen3Config, AutoModelForCausalLM)
+from transformers import (
+    Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, Phi3Config,
+    PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, AutoModelForCausalLM,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCAB = 67
@@ -23,8 +25,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+SHAPE = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
@@ -54,7 +58,7 @@ def tiny(family="qwen3", seed=0, **changes):
 def micro_batch(rows=8, groups=2, prompt=(1, 9), completion=(0, 12), seed=0, shuffled=True, full_mask_row=True, pad_inside=True):
     "What TRL hands to `compute_loss`: left-padded prompts, right-padded completions, ragged lengths."
     g = torch.Generator().manual_seed(seed)
-    pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))
+    def pick(low, high): return int(torch.randint(low, high + 1, (1,), generator=g))
     prompts = [torch.randint(3, VOCAB, (pick(*prompt),), generator=g) for _ in range(groups)]
     lengths = [completion[0], max(1, completion[0]), completion[1], *[pick(*completion) for _ in range(rows)]][:rows]
     order = torch.randperm(rows, generator=g).tolist() if shuffled else range(rows)
@@ -80,14 +84,18 @@ def grpo_trainer(model, tmp_path, cls=None, **config):
     "A trainer that is never trained: its loss is called on synthetic batches."
     from trl import GRPOConfig, GRPOTrainer
 
-    defaults = dict(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, bf16=False,
-                    use_cpu=True, report_to=[], gradient_checkpointing=False, temperature=0.9)
+    defaults = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12,
+        bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, temperature=0.9,
+    )
     data = Dataset.from_list([{"prompt": "w3 w4"}] * 8)
     if config.get("beta"): # TRL loads the reference from where the model came from
         model.save_pretrained(f"{tmp_path}/model")
         model.config._name_or_path = f"{tmp_path}/model"
-    trainer = (cls or GRPOTrainer)(model=model, reward_funcs=lambda completions, **kw: [0.0] * len(completions), processing_class=tokenizer(),
-                                   args=GRPOConfig(**{**defaults, **config}), train_dataset=data)
+    trainer = (cls or GRPOTrainer)(
+        model=model, reward_funcs=lambda completions, **kw: [0.0] * len(completions),
+        processing_class=tokenizer(), args=GRPOConfig(**{**defaults, **config}), train_dataset=data,
+    )
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train()
     return trainer
@@ -109,12 +117,13 @@ def loss_and_gradients(trainer, inputs, compute, scale=1.0):
 def by_tensor(a, b):
     """Largest difference of two gradients over the largest entry, tensor by tensor.
 
-    A tensor whose entries are all below a twentieth of the largest of the model is measured against that twentieth: in fp32 its error
-    comes from sums of the others' size. Against fp64, a key projection whose gradient is 0.0007 of the largest is off by 1.7e-7 of
-    the largest under stock TRL and by 2.5e-7 under ours; where each query sees one position, the true gradient is 0 and both hold rounding.
+    A tensor whose entries are all below a twentieth of the largest of the model is measured against that twentieth: in fp32 its
+    error comes from sums of the others' size. Against fp64, a key projection whose gradient is 0.0007 of the largest is off by
+    1.7e-7 of the largest under stock TRL and by 2.5e-7 under ours; where each query sees one position, the true gradient is 0 and
+    both hold rounding.
     """
     whole = max(v.abs().max().item() for v in b.values()) or 1.0
-    zero = lambda d, k, like: d[k] if k in d else torch.zeros_like(like)
+    def zero(d, k, like): return d[k] if k in d else torch.zeros_like(like)
     return {k: (zero(a, k, v) - v).abs().max().item() / max(v.abs().max().item(), whole / 20) for k, v in b.items()}
 
 
@@ -137,9 +146,11 @@ class PlainHead:
 
 
 class Doubles(TorchDispatchMode):
-    "What is asked for in float32 is made in float64: a model in float64 still asks for float32 at its norms, angles and softmaxes, and TRL at its head."
+    """What is asked for in float32 is made in float64.
+
+    A model in float64 still asks for float32 at its norms, angles and softmaxes, and TRL at its head."""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        wide = lambda x: torch.float64 if x is torch.float32 else x
+        def wide(x): return torch.float64 if x is torch.float32 else x
         return func(*tree_map(wide, args), **tree_map(wide, kwargs or {}))
 
 
@@ -154,7 +165,8 @@ def fp64(*models):
             stack.callback(model.float)
             model.double()
         torch.set_default_dtype(torch.float64)
-        if version("trl").startswith("1.15."): stack.enter_context(mock.patch("trl.trainer.utils._ChunkedLogProbFunction", PlainHead))
+        if version("trl").startswith("1.15."):
+            stack.enter_context(mock.patch("trl.trainer.utils._ChunkedLogProbFunction", PlainHead))
         stack.enter_context(Doubles())
         yield
 
@@ -170,7 +182,8 @@ def nudged(seed, *models):
         with torch.enable_grad(): yield
 
 
-def in_double(batch): return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+def in_double(batch):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
 DRAWS, LITTLE = 8, 2
@@ -178,8 +191,10 @@ DRAWS, LITTLE = 8, 2
 
 def shares(found, wanted, tolerance, metric, skip):
     "Name -> difference over what is allowed, of a loss, its gradients and its metrics (floats or lists of floats)."
-    off = lambda a, b, rel, abs_: 0.0 if a == b or a != a and b != b else abs(a - b) / max(rel * abs(b), abs_) # two NaN are equal
-    floats = lambda v: [float(x) for x in (v if isinstance(v, list | tuple) else [v])]
+    def off(a, b, rel, abs_):
+        if a == b or a != a and b != b: return 0.0 # two NaN are equal
+        return abs(a - b) / max(rel * abs(b), abs_)
+    def floats(v): return [float(x) for x in (v if isinstance(v, list | tuple) else [v])]
     out = {"the loss": off(float(found[0]), float(wanted[0]), tolerance, tolerance)}
     out |= {k: d / tolerance for k, d in by_tensor(found[1], wanted[1]).items()}
     for name in wanted[2].keys() - set(skip):
@@ -189,17 +204,18 @@ def shares(found, wanted, tolerance, metric, skip):
 
 
 def assert_same(ours, theirs, stock, *models, tolerance=1e-5, metric=(1e-4, 1e-5), skip=()):
-    """Loss, gradients and metrics of ours are stock TRL's, to 1e-5; where they are not, ours are as near the truth as TRL's own fp32 is.
+    """Loss, gradients and metrics of ours are stock TRL's, to 1e-5, or else as near the truth as TRL's own fp32 is.
 
-    The truth is TRL's own code in fp64. TRL's own error is the worst of nine: with the weights as they are, and eight times with every
-    weight moved by a unit in its last place at most. One alone says little: where a gradient is 1 - exp(x) with x near 0, it is off by
-    the last bit of a log-prob over x, and that bit falls well or badly (43 of 8,000 batches were beyond 1e-5; TRL was nearer the truth
-    in 15 of them, by 9 times at most, and ours in 28, by 30 times at most). Ours may be off by 1e-5, or by twice the worst of those nine:
-    twice, for ours is one more draw, summed in another order; of the 396 batches beyond 3e-6, it came to 1.75 times the worst at most.
+    The truth is TRL's own code in fp64. TRL's own error is the worst of nine: with the weights as they are, and eight times
+    with every weight moved by a unit in its last place at most. One alone says little: where a gradient is 1 - exp(x) with x
+    near 0, it is off by the last bit of a log-prob over x, and that bit falls well or badly (43 of 8,000 batches were beyond
+    1e-5; TRL was nearer the truth in 15 of them, by 9 times at most, and ours in 28, by 30 times at most). Ours may be off by
+    1e-5, or by twice the worst of those nine: twice, for ours is one more draw, summed in another order; of the 396 batches
+    beyond 3e-6, it came to 1.75 times the worst at most.
     """
     # stock: a function that is given what to do to a batch, and runs TRL's own code on it -> (loss, gradients, metrics)
     # models: all whose weights take part, those of the reference and of a judge too
-    against = lambda found, wanted: shares(found, wanted, tolerance, metric, skip)
+    def against(found, wanted): return shares(found, wanted, tolerance, metric, skip)
     beyond = [k for k, v in against(ours, theirs).items() if not v < 1]
     if not beyond: return
     with fp64(*models): truth = stock(in_double)

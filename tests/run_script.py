@@ -56,8 +56,12 @@ assert first == second
 
 # what was asked of all, of the first and of the other process holds for both, after the same step
 first, second = everywhere((told, run.settings, run.requested))
-assert first == second == ([(1, "temperature", 0.8), (3, "learning_rate", 1e-3), (4, "max_completion_length", 3)],
-                           {**run.settings, "temperature": 0.8, "learning_rate": 1e-3, "max_completion_length": 3}, {}), (first, second)
+wanted = (
+    [(1, "temperature", 0.8), (3, "learning_rate", 1e-3), (4, "max_completion_length", 3)],
+    {**run.settings, "temperature": 0.8, "learning_rate": 1e-3, "max_completion_length": 3},
+    {},
+)
+assert first == second == wanted, (first, second)
 
 # a checkpoint and a pause asked of the first process, and a stop asked of the other one
 _, run = make("b", 500)
@@ -66,9 +70,13 @@ if rank == 0:
     run.events.subscribe(lambda e: threading.Timer(0.5, run.resume).start(), events.RunPaused)
 at(run, 4, lambda: rank == 1 and run.stop())
 kinds = []
-run.events.subscribe(lambda e: kinds.append((type(e).__name__, e.step)), events.RunPaused, events.RunResumed, events.CheckpointSaved, events.RunStopped)
+run.events.subscribe(
+    lambda e: kinds.append((type(e).__name__, e.step)), events.RunPaused,
+    events.RunResumed, events.CheckpointSaved, events.RunStopped,
+)
 run.start(background=False)
 first, second = everywhere((run.state, run.step, kinds))
-assert first == second == ("stopped", 4, [("CheckpointSaved", 2), ("RunPaused", 2), ("RunResumed", 2), ("CheckpointSaved", 4), ("RunStopped", 4)]), (first, second)
+wanted = [("CheckpointSaved", 2), ("RunPaused", 2), ("RunResumed", 2), ("CheckpointSaved", 4), ("RunStopped", 4)]
+assert first == second == ("stopped", 4, wanted), (first, second)
 if rank == 0: print("the processes agree", flush=True)
 dist.destroy_process_group()

@@ -40,17 +40,22 @@ def test_advantages_equal_trl(tmp_path):
 def test_unscorable_rewards():
     nan = float("nan")
     r = torch.tensor([0.0, 1.0, nan, 1.0, nan, nan, nan, nan])
-    for scale in SCALES: assert torch.isfinite(group_advantage(r, 4, scale)).all() and (group_advantage(r, 4, scale)[[2, 4, 5, 6, 7]] == 0).all()
+    for scale in SCALES:
+        assert torch.isfinite(group_advantage(r, 4, scale)).all() and (group_advantage(r, 4, scale)[[2, 4, 5, 6, 7]] == 0).all()
     assert torch.isfinite(leave_one_out(r, 4)).all()
     both = torch.stack([r, torch.full((8,), nan)], 1)
     assert torch.equal(combine_rewards(both, torch.ones(2)).isnan(), r.isnan())
     assert torch.isfinite(normalize_then_sum(both, torch.ones(2), 4)).all()
 
 
-@pytest.mark.parametrize("call", [lambda: group_advantage(torch.zeros(5), 2), lambda: group_advantage(torch.zeros(4), 2, "groups"),
-                                  lambda: log_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "tokens"),
-                                  lambda: kl(torch.zeros(1), torch.zeros(1), "k4"), lambda: aggregate("gpro", torch.zeros(1, 1), torch.ones(1, 1), None),
-                                  lambda: sampling_correction(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "token")])
+@pytest.mark.parametrize("call", [
+    lambda: group_advantage(torch.zeros(5), 2),
+    lambda: group_advantage(torch.zeros(4), 2, "groups"),
+    lambda: log_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "tokens"),
+    lambda: kl(torch.zeros(1), torch.zeros(1), "k4"),
+    lambda: aggregate("gpro", torch.zeros(1, 1), torch.ones(1, 1), None),
+    lambda: sampling_correction(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "token"),
+])
 def test_bad_input_names_what_would_be_right(call):
     with pytest.raises(ValueError): call()
 
@@ -61,7 +66,9 @@ def test_on_policy(seed):
     "Right after sampling the ratio is exactly 1, and k3 of a policy with itself is exactly 0."
     g = torch.Generator().manual_seed(seed)
     logps, mask = -torch.rand(3, 5, generator=g) * 9, (torch.rand(3, 5, generator=g) > 0.3).float()
-    for level in LEVELS: assert (log_ratio(logps, (logps * mask).sum(1, keepdim=True) if level == "sequence_sum" else logps, mask, level).exp() == 1).all()
+    for level in LEVELS:
+        old = (logps * mask).sum(1, keepdim=True) if level == "sequence_sum" else logps
+        assert (log_ratio(logps, old, mask, level).exp() == 1).all()
     other = -torch.rand(3, 5, generator=g) * 9
     assert (kl(logps, other) >= 0).all() and (kl(logps, logps) == 0).all() and (kl(logps, other, "k2") >= 0).all()
     for mode in SAMPLING_MODES: assert (sampling_correction(logps, logps, mask, mode, 0.5, 2.0) == 1).all()
@@ -69,7 +76,7 @@ def test_on_policy(seed):
 
 
 def test_long_sums_cancel():
-    "RLOO's ratio of a thousand tokens is exact where fp32 holds the old sum (numbers near 9,000 lie 1e-3 apart): nothing is lost on the way."
+    "RLOO's ratio of a thousand tokens is exact where fp32 holds the old sum, near 9,000, where numbers lie 1e-3 apart."
     g = torch.Generator().manual_seed(3)
     logps, mask = -torch.rand(4, 1024, generator=g) * 18, torch.ones(4, 1024)
     offset = torch.tensor([[-0.125], [0.0], [0.0625], [0.125]]) # which such sums hold exactly
@@ -80,12 +87,14 @@ def test_long_sums_cancel():
 
 def inputs_for(loss_type, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    def draw(*shape): return torch.randn(*shape, generator=g, dtype=dtype)
     logps = -draw(4, 6).abs()
-    near = lambda: logps + 0.1 * draw(4, 6)
+    def near(): return logps + 0.1 * draw(4, 6)
     mask = torch.ones(4, 6, dtype=dtype)
     mask[1, 3:], mask[3] = 0, 0
-    settings = LossSettings(loss_type=loss_type, beta=0.04, delta=1.5, off_policy_mask_threshold=2.0, epsilon_high=2.0 if loss_type == "cispo" else 0.2)
+    settings = LossSettings(
+        loss_type=loss_type, beta=0.04, delta=1.5, off_policy_mask_threshold=2.0, epsilon_high=2.0 if loss_type == "cispo" else 0.2
+    )
     advantages, old = draw(4, 1), near()
     if loss_type == "rloo": old = (old * mask).sum(1, keepdim=True)
     return LossInputs(logps.requires_grad_(), mask, advantages, old, near(), near(), entropies=draw(4, 6).abs()), settings
@@ -103,7 +112,7 @@ def test_gradients_agree_with_finite_differences(loss_type, level):
     from dataclasses import replace
 
     s = replace(s, importance_sampling_level=level, off_policy_mask_threshold=None)
-    f = lambda logps: policy_loss(replace(given_, logps=logps), s, DENOMINATORS)[0]
+    def f(logps): return policy_loss(replace(given_, logps=logps), s, DENOMINATORS)[0]
     assert torch.autograd.gradcheck(f, (given_.logps.detach().clone().requires_grad_(),), eps=1e-7, atol=1e-6)
 
 
@@ -127,7 +136,7 @@ def test_packs_sum_to_the_batch(loss_type):
 
     given_, s = inputs_for(loss_type)
     whole, stats = policy_loss(given_, s, DENOMINATORS)
-    cut = lambda rows: replace(given_, **{f.name: v[rows] for f in fields(given_) if (v := getattr(given_, f.name)) is not None})
+    def cut(rows): return replace(given_, **{f.name: v[rows] for f in fields(given_) if (v := getattr(given_, f.name)) is not None})
     parts = [policy_loss(cut(rows), s, DENOMINATORS) for rows in ([0, 3], [2, 1])]
     assert torch.isclose(sum(loss for loss, _ in parts), whole)
     for name in stats: assert torch.isclose((parts[0][1][name] + parts[1][1][name]).mean(), stats[name].mean())

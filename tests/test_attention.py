@@ -19,16 +19,23 @@ BASE = dict(vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_laye
             max_position_embeddings=64, pad_token_id=0)
 GEMMA = BASE | dict(head_dim=8, sliding_window=3, query_pre_attn_scalar=4)
 FAMILIES = dict(
-    llama=t.LlamaConfig(**BASE), qwen2=t.Qwen2Config(**BASE), qwen3=t.Qwen3Config(**BASE, head_dim=8),
+    llama=t.LlamaConfig(**BASE),
+    qwen2=t.Qwen2Config(**BASE),
+    qwen3=t.Qwen3Config(**BASE, head_dim=8),
     qwen2_window=t.Qwen2Config(**BASE, use_sliding_window=True, sliding_window=3, max_window_layers=1),
     qwen3_window=t.Qwen3Config(**BASE, head_dim=8, use_sliding_window=True, sliding_window=3, max_window_layers=1),
-    mistral=t.MistralConfig(**BASE, sliding_window=3), gemma2=t.Gemma2Config(**GEMMA, attn_logit_softcapping=1.),
+    mistral=t.MistralConfig(**BASE, sliding_window=3),
+    gemma2=t.Gemma2Config(**GEMMA, attn_logit_softcapping=1.0),
     gemma3=t.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"]),
     mixtral=t.MixtralConfig(**BASE, sliding_window=4, num_local_experts=4),
     qwen3_moe=t.Qwen3MoeConfig(**BASE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    phi3=t.Phi3Config(**BASE, sliding_window=4), phi3_full=t.Phi3Config(**BASE),
-    gpt_oss=t.GptOssConfig(**BASE, head_dim=8, sliding_window=3, num_local_experts=4, layer_types=["sliding_attention", "full_attention"],
-                           rope_parameters={"rope_type": "default", "rope_theta": 10000.}),
+    phi3=t.Phi3Config(**BASE, sliding_window=4),
+    phi3_full=t.Phi3Config(**BASE),
+    gpt_oss=t.GptOssConfig(
+        **BASE, head_dim=8, sliding_window=3, num_local_experts=4,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 )
 
 
@@ -50,7 +57,9 @@ def differences(model, batch, made, kind):
     worst, biggest = 0., max([float(w.abs().max()) for w in wanted.values()], default=1.)
     for pack in made.packs():
         with use_tree_attention(model):
-            logits = model(pack.input_ids, attention_mask=masks_for(model.config, pack, kind), position_ids=pack.position_ids, use_cache=False).logits[0]
+            logits = model(
+                pack.input_ids, attention_mask=masks_for(model.config, pack, kind), position_ids=pack.position_ids, use_cache=False
+            ).logits[0]
         assert torch.isfinite(logits).all()
         assert logits.shape[0] == len(pack)
         theirs = torch.cat([wanted[row] for row in pack.rows.tolist()])
@@ -80,7 +89,8 @@ def test_gradients_are_those_of_the_rows(name): # FlexAttention has no backward 
     batch = _batch()
     weights = torch.rand(batch.completion_ids.shape, generator=torch.Generator().manual_seed(1))
     def gradients(loss):
-        model.zero_grad(); loss.backward()
+        model.zero_grad()
+        loss.backward()
         return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     loss = 0
     for row, (p, c) in truth(batch).items():
@@ -90,7 +100,9 @@ def test_gradients_are_those_of_the_rows(name): # FlexAttention has no backward 
     loss = 0
     with use_tree_attention(model):
         for pack in plan(batch, 30).packs():
-            logits = model(pack.input_ids, attention_mask=masks_for(model.config, pack), position_ids=pack.position_ids, use_cache=False).logits[0]
+            logits = model(
+                pack.input_ids, attention_mask=masks_for(model.config, pack), position_ids=pack.position_ids, use_cache=False
+            ).logits[0]
             logps = logits[pack.predict].log_softmax(-1).gather(1, pack.target[:, None])[:, 0]
             loss = loss + (logps * pack.gather(weights)).sum()
         ours = gradients(loss)
@@ -101,7 +113,10 @@ def test_gradients_are_those_of_the_rows(name): # FlexAttention has no backward 
 
 def _batch():
     from test_packing import padded
-    return padded([[3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7]], [[1, 0, 2, 4], [5], [6, 7, 8, 9, 10, 11, 12], [], [0, 0, 3]])
+    return padded(
+        [[3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [8, 9], [3, 4, 5, 6, 7]],
+        [[1, 0, 2, 4], [5], [6, 7, 8, 9, 10, 11, 12], [], [0, 0, 3]],
+    )
 
 
 @quick
@@ -139,7 +154,9 @@ def test_padding_alone():
     assert torch.equal(intervals(pack)[0], torch.arange(16, dtype=torch.int32))
     for kind in ("dense", "flex"):
         with torch.no_grad(), use_tree_attention(tiny("llama")):
-            out = tiny("llama")(pack.input_ids, attention_mask=masks_for(FAMILIES["llama"], pack, kind), position_ids=pack.position_ids).logits
+            out = tiny("llama")(
+                pack.input_ids, attention_mask=masks_for(FAMILIES["llama"], pack, kind), position_ids=pack.position_ids
+            ).logits
         assert torch.isfinite(out).all()
 
 
@@ -178,13 +195,23 @@ REFUSED = dict(
     opt=(t.OPTConfig(**SMALL, ffn_dim=32, num_attention_heads=4, word_embed_proj_dim=32), "no rotary"),
     bloom=(t.BloomConfig(vocab_size=16, hidden_size=32, n_layer=1, n_head=4), "no rotary"),
     mamba=(t.MambaConfig(**SMALL, state_size=4), "linear_attention|state"),
-    jamba=(t.JambaConfig(**SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, use_mamba_kernels=False,
-                         mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1), "state|layers of type"),
-    qwen3_next=(t.Qwen3NextConfig(**BASE, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
-                                  shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"]), "linear_attention"),
+    jamba=(
+        t.JambaConfig(
+            **SMALL, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            use_mamba_kernels=False, mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1,
+        ),
+        "state|layers of type",
+    ),
+    qwen3_next=(
+        t.Qwen3NextConfig(
+            **BASE, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
+            shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"],
+        ),
+        "linear_attention",
+    ),
     lfm2=(t.Lfm2Config(**BASE, layer_types=["conv", "full_attention"]), "conv|state"),
     bidirectional=(t.Gemma3TextConfig(**GEMMA, use_bidirectional_attention=True), "later tokens"),
-    dynamic=(t.LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "factor": 2., "rope_theta": 10000.}), "dynamic"),
+    dynamic=(t.LlamaConfig(**BASE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}), "dynamic"),
 )
 
 
@@ -212,8 +239,10 @@ def test_dropout_counts_in_training_only():
 
 def test_adapters():
     import peft
-    base = lambda: t.AutoModelForCausalLM.from_config(FAMILIES["llama"])
-    lora = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+    def base(): return t.AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    lora = peft.get_peft_model(
+        base(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
     assert why_not_tree(lora.train()) is None and probe(lora) < 1e-5
     dropped = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=.1, task_type="CAUSAL_LM"))
     assert "lora_dropout" in why_not_tree(dropped.train()).words and why_not_tree(dropped.eval()) is None
@@ -222,8 +251,13 @@ def test_adapters():
 
 
 def test_longrope_below_and_above_its_length():
-    config = t.Phi3Config(**BASE | dict(max_position_embeddings=64, original_max_position_embeddings=32), rope_parameters={
-        "rope_type": "longrope", "rope_theta": 10000., "short_factor": [1.] * 4, "long_factor": [2.] * 4, "original_max_position_embeddings": 32})
+    config = t.Phi3Config(
+        **BASE | dict(max_position_embeddings=64, original_max_position_embeddings=32),
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4, "original_max_position_embeddings": 32,
+        },
+    )
     model = t.AutoModelForCausalLM.from_config(config).eval()
     assert why_not_tree(model, 32) is None and why_not_tree(model, 33).kind is Obstacle.ROTARY_LENGTH
 
@@ -239,18 +273,24 @@ def test_compiled_flex_attention_on_a_gpu(name):
     "One compiled kernel for packs of several lengths; values and gradients of the dense form."
     from grpo_nb.packs.batch import RolloutBatch
     torch.manual_seed(0)
-    config = type(FAMILIES[name])(**FAMILIES[name].to_dict() | dict(hidden_size=256, head_dim=64, sliding_window=150, max_position_embeddings=2048))
+    config = type(FAMILIES[name])(
+        **FAMILIES[name].to_dict() | dict(hidden_size=256, head_dim=64, sliding_window=150, max_position_embeddings=2048)
+    )
     model = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").cuda().eval()
     for longest in (60, 200, 300, 500):
         real = torch.randint(1, longest + 1, (8, 1))
-        batch = RolloutBatch(torch.randint(1, 16, (2, 100)).repeat_interleave(4, 0), torch.ones(8, 100), torch.randint(1, 16, (8, longest)),
-                             torch.arange(longest) < real)
+        batch = RolloutBatch(
+            torch.randint(1, 16, (2, 100)).repeat_interleave(4, 0), torch.ones(8, 100),
+            torch.randint(1, 16, (8, longest)), torch.arange(longest) < real,
+        )
         (pack,) = plan(batch, 100_000).packs("cuda")
         results = {}
         for kind in ("dense", "flex"):
             model.zero_grad()
             with use_tree_attention(model):
-                logits = model(pack.input_ids, attention_mask=masks_for(config, pack, kind), position_ids=pack.position_ids, use_cache=False).logits[0]
+                logits = model(
+                    pack.input_ids, attention_mask=masks_for(config, pack, kind), position_ids=pack.position_ids, use_cache=False
+                ).logits[0]
                 logits[pack.predict].log_softmax(-1).gather(1, pack.target[:, None]).sum().backward()
             results[kind] = logits[pack.predict], model.model.embed_tokens.weight.grad.clone()
         for a, b in zip(results["dense"], results["flex"]):

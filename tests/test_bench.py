@@ -8,34 +8,41 @@ from trl import GRPOTrainer
 
 from grpo_nb.app import bench
 from grpo_nb.app import cli
+from grpo_nb.tasks import shapes
 
 torch.set_num_threads(1)
-SMALL = bench.Shape("qwen3-tiny", 4, 24, 8, 8, 12)
+SMALL = shapes.Shape("qwen3-tiny", 4, 24, 8, 8, 12)
 TINY = ("Qwen3", 64, 16, 32, 1, 2, 1)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch): monkeypatch.setitem(bench.MODELS, "qwen3-tiny", TINY)
+def tiny(monkeypatch): monkeypatch.setitem(shapes.MODELS, "qwen3-tiny", TINY)
 
 
 def trainer_of(shape, folder, dtype=torch.float32):
-    trainer = bench.make_trainer(bench.make_model(shape, "cpu", dtype), shape, str(folder), "cpu")
-    bench.hand_out(trainer, bench.make_batch(shape, 64, "cpu"))
+    trainer = bench.make_trainer(shapes.make_model(shape, "cpu", dtype), shape, str(folder), "cpu")
+    bench.hand_out(trainer, shapes.make_batch(shape, 64, "cpu"))
     return trainer
 
 
-@pytest.mark.parametrize("shape, given, n", [(SMALL, None, 4), (SMALL, 2, 2), (replace(SMALL, micro_batches=1), None, 1),
-                                             (replace(SMALL, micro_batches=1), 8, 8), (replace(SMALL, prompts=1, completions=6), None, 1)])
-def test_four_micro_batches_where_nothing_else_is_said(shape, given, n): assert bench.in_micro_batches(shape, given).micro_batches == n
+@pytest.mark.parametrize("shape, given, n", [
+    (SMALL, None, 4),
+    (SMALL, 2, 2),
+    (replace(SMALL, micro_batches=1), None, 1),
+    (replace(SMALL, micro_batches=1), 8, 8),
+    (replace(SMALL, prompts=1, completions=6), None, 1),
+])
+def test_four_micro_batches_where_nothing_else_is_said(shape, given, n):
+    assert shapes.in_micro_batches(shape, given).micro_batches == n
 
 
 def test_the_shapes_and_their_defaults():
-    for name, shape in bench.SHAPES.items():
-        cut = bench.in_micro_batches(shape)
-        assert cut.micro_batches == (1 if name.endswith("-in-1") else 4) and shape.model in bench.MODELS
-    assert {name for names in bench.DEFAULTS.values() for name in names} <= set(bench.SHAPES)
+    for name, shape in shapes.SHAPES.items():
+        cut = shapes.in_micro_batches(shape)
+        assert cut.micro_batches == (1 if name.endswith("-in-1") else 4) and shape.model in shapes.MODELS
+    assert {name for names in bench.DEFAULTS.values() for name in names} <= set(shapes.SHAPES)
     for name in ("qwen2.5-3b-4x256+8x512", "qwen2.5-3b-4x2048+8x310"):
-        shape = bench.SHAPES[name]
+        shape = shapes.SHAPES[name]
         assert (shape.beta, shape.lora, shape.checkpointing) == (0.04, 64, True) and name in bench.DEFAULTS["cuda"]
 
 
@@ -46,7 +53,8 @@ def test_trl_cuts_and_shuffles(tmp_path):
     for on in bench.SIDES.values():
         with on(): bench.optimiser_step(trainer)
         seen.append(trainer._buffered_inputs)
-        assert len(seen[-1]) == 4 and all(micro["ref_per_token_logps"].shape == micro["completion_ids"].shape == (8, 12) for micro in seen[-1])
+        assert len(seen[-1]) == 4
+        assert all(micro["ref_per_token_logps"].shape == micro["completion_ids"].shape == (8, 12) for micro in seen[-1])
     for theirs, ours in zip(*seen): assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     rows = torch.cat([micro["completion_ids"] for micro in seen[0]])
     assert len(rows.unique(dim=0)) == 32 and min(len(micro["prompt_ids"].unique(dim=0)) for micro in seen[0]) > 1
@@ -64,7 +72,8 @@ def test_a_step_is_the_trainers_own_on_each_micro_batch(tmp_path, monkeypatch):
     before = [p.clone() for p in trainer.model.parameters()]
     for _ in range(2): bench.optimiser_step(trainer)
     assert calls == 2 * [(0, False, 4), (1, False, 4), (2, False, 4), (3, True, 4)]
-    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters())) and all(p.grad is None for p in trainer.model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters()))
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -94,7 +103,9 @@ def test_figures_and_their_table():
     assert theirs["positions"] == 32 * (24 + 12) > ours["positions"] > 0 and min(r["cpu_seconds"] for r in results) > 0
     assert ours["speedup"] == pytest.approx(theirs["cpu_seconds"] / ours["cpu_seconds"], rel=0.05)
     head, *lines, last = bench.report(results).splitlines()
-    assert {len(line) for line in lines} == {len(head)} and all("4 x 8 rows" in line for line in lines) and "cut" in head and "CPU s" in head
+    assert {len(line) for line in lines} == {len(head)}
+    assert all("4 x 8 rows" in line for line in lines) and "cut" in head
+    assert "CPU s" in head
     assert json.loads(last) == ours and len(bench.report(results, True).splitlines()) == 2
 
 

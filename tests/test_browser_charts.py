@@ -1,4 +1,4 @@
-"""The charts in a real JupyterLab: they draw live with their marks, survive a reload, save files, and leave a picture without a kernel."""
+"""The charts in a real JupyterLab: they draw live with their marks, survive a reload, save files, leave a picture behind."""
 import json
 
 import pytest
@@ -11,8 +11,9 @@ from grpo_nb.ui.charts.charts import LiveCharts
 bus = Bus()
 charts = LiveCharts().attach(bus).show()"""
 TRAIN = """import contextvars, threading, time
-def metrics(step): return {"reward": 0.5 + step % 7 / 20, "reward_std": 0.2, "rewards/a/mean": 0.4, "rewards/b/mean": 0.1, "completion_length": 120.0 + step % 5,
-                           "completions/max_length": 256.0, "completions/clipped_ratio": 0.1}
+def metrics(step):
+    return {"reward": 0.5 + step % 7 / 20, "reward_std": 0.2, "rewards/a/mean": 0.4, "rewards/b/mean": 0.1,
+            "completion_length": 120.0 + step % 5, "completions/max_length": 256.0, "completions/clipped_ratio": 0.1}
 def train():
     for step in range(1, SILENT + 1): charts.append(step, metrics(step))
     for step in range(SILENT + 1, SILENT + 61):
@@ -63,6 +64,18 @@ def frames(request):
     return sizes, lambda page: page.on("websocket", lambda ws: ws.on("framereceived", heard))
 
 
+def a_picture_stays(folder):
+    "Tomorrow, when no kernel knows this notebook's charts, the file still shows a picture of them."
+    with JupyterLab(folder) as lab, lab.browser(width=700) as page:
+        lab.open(page, "live.ipynb")
+        page.wait_for_timeout(3000)
+        assert page.locator(".grpo-nb-static svg").count() == 3 and page.locator(".grpo-nb-static").is_visible()
+        assert page.locator(".grpo-nb-static polyline").count() > 4
+        assert "learning_rate 1e-5 → 5e-6" in page.inner_text(".grpo-nb-static")
+        assert page.locator(".grpo-nb-static title").count() == 4
+        assert not page.get_by_text("Error displaying widget").is_visible()
+
+
 @pytest.mark.parametrize("silent", [10, 10_000])
 def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
     sizes, listen = frames
@@ -71,12 +84,19 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         page.on("pageerror", lambda error: errors.append(str(error)))
         listen(page)
         lab.write("live.ipynb", [SHOW, TRAIN.replace("SILENT", str(silent))])
-        lab.open(page, "live.ipynb"); lab.run_all(page)
+        lab.open(page, "live.ipynb")
+        lab.run_all(page)
         page.wait_for_selector(".grpo-nb .main-svg", timeout=60_000)
         page.wait_for_timeout(1500)
-        first = step_shown(page); page.wait_for_timeout(1500); second = step_shown(page)
+        first = step_shown(page)
+        page.wait_for_timeout(1500)
+        second = step_shown(page)
         assert silent < first < second
-        page.wait_for_function("n => document.querySelector('.grpo-nb-step').textContent.replace(',', '') === 'step ' + n", arg=silent + 60, timeout=20_000)
+        page.wait_for_function(
+            "n => document.querySelector('.grpo-nb-step').textContent.replace(',', '') === 'step ' + n",
+            arg=silent + 60,
+            timeout=20_000,
+        )
         cards = page.eval_on_selector_all(".grpo-nb-plot", POINTS)
         assert len(cards) == 3 and min(cards[0], cards[2]) >= min(silent, 900) and max(cards) <= 2100 and cards[1] == 0
         assert page.inner_text(".grpo-nb-card:nth-child(2) .grpo-nb-empty") == "not logged"
@@ -92,31 +112,37 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         check_marks(page, silent + 20)
         check_files(page, tmp_path, silent + 60)
         assert errors == []
-    with JupyterLab(tmp_path) as lab, lab.browser(width=700) as page: # tomorrow: no kernel knows this notebook's charts
-        lab.open(page, "live.ipynb")
-        page.wait_for_timeout(3000)
-        assert page.locator(".grpo-nb-static svg").count() == 3 and page.locator(".grpo-nb-static").is_visible()
-        assert page.locator(".grpo-nb-static polyline").count() > 4
-        assert "learning_rate 1e-5 → 5e-6" in page.inner_text(".grpo-nb-static") and page.locator(".grpo-nb-static title").count() == 4
-        assert not page.get_by_text("Error displaying widget").is_visible()
+    a_picture_stays(tmp_path)
 
 
 def test_the_pointer_shows_the_same_step_in_all_charts_and_the_switches_switch(tmp_path):
     with JupyterLab(tmp_path) as lab, lab.browser(width=1280) as page:
-        lab.write("hover.ipynb", [SHOW + "\nfor step in range(1, 51): charts.append(step, {'reward': step / 50, 'kl': 0.1 + step, 'completion_length': 9.0})"])
-        lab.open(page, "hover.ipynb"); lab.run_all(page)
+        fill = "for step in range(1, 51): charts.append(step, {'reward': step / 50, 'kl': 0.1 + step, 'completion_length': 9.0})"
+        lab.write("hover.ipynb", [SHOW + "\n" + fill])
+        lab.open(page, "hover.ipynb")
+        lab.run_all(page)
         page.wait_for_function("document.querySelectorAll('.grpo-nb .main-svg').length >= 3", timeout=60_000)
         page.wait_for_timeout(1000)
         box = page.locator(".grpo-nb-plot").first.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        page.wait_for_function("document.querySelectorAll('.grpo-nb-plot .hoverlayer .spikeline, .grpo-nb-plot .hoverlayer .legend').length >= 3", timeout=10_000)
-        titles = page.eval_on_selector_all(".grpo-nb-plot", "els => els.map(e => e.querySelector('.hoverlayer')?.textContent.match(/step \\d+/)?.[0])")
+        page.wait_for_function(
+            "document.querySelectorAll('.grpo-nb-plot .hoverlayer .spikeline, .grpo-nb-plot .hoverlayer .legend').length >= 3",
+            timeout=10_000,
+        )
+        titles = page.eval_on_selector_all(
+            ".grpo-nb-plot", "els => els.map(e => e.querySelector('.hoverlayer')?.textContent.match(/step \\d+/)?.[0])"
+        )
         assert len(titles) == 3 and titles[0] and len(set(titles)) == 1
         kind = "els => els.map(e => e._fullLayout.yaxis.type)"
         traces = "els => els.map(e => e.data.length)"
-        assert page.eval_on_selector_all(".grpo-nb-plot", kind) == ["linear"] * 3 and page.eval_on_selector_all(".grpo-nb-plot", traces) == [2, 2, 2]
-        page.get_by_label("log scale").check(); page.get_by_label("smooth").uncheck()
-        page.wait_for_function("[...document.querySelectorAll('.grpo-nb-plot')].every(e => e._fullLayout.yaxis.type === 'log' && e.data.length === 1)", timeout=10_000)
+        assert page.eval_on_selector_all(".grpo-nb-plot", kind) == ["linear"] * 3
+        assert page.eval_on_selector_all(".grpo-nb-plot", traces) == [2, 2, 2]
+        page.get_by_label("log scale").check()
+        page.get_by_label("smooth").uncheck()
+        page.wait_for_function(
+            "[...document.querySelectorAll('.grpo-nb-plot')].every(e => e._fullLayout.yaxis.type === 'log' && e.data.length === 1)",
+            timeout=10_000,
+        )
 
 
 def test_charts_that_have_no_row_yet_say_so(tmp_path):

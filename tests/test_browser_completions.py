@@ -1,4 +1,4 @@
-"""Completions and the reward lab in a real JupyterLab: hostile text stays text, sliders and filters work, a copy stays in the file."""
+"""Completions and the reward lab in a real JupyterLab: hostile text stays text, sliders and filters work, a copy stays."""
 import os
 
 import pytest
@@ -6,9 +6,12 @@ from browser import JupyterLab, available
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(available()), reason=available() or "a browser is there")]
 
-HOSTILE = r"""HOSTILE = ["<script>window.owned = 1</script>", "<img src=x onerror='window.owned = 1'>", "</pre></div></article><style>body{display:none}</style>",
-    "</script><script>window.owned = 1</script>", "<svg onload='window.owned=1'><foreignObject><iframe srcdoc='<script>parent.owned=1</script>'>",
-    "\x1b[31mred\x1b[0m \x00\x07\b", "\u202egnp.exe \u2066isolated \u200bzero", "# heading\n**bold** $x^2$ \\(y\\) [link](javascript:window.owned=1)",
+HOSTILE = r"""HOSTILE = [
+    "<script>window.owned = 1</script>", "<img src=x onerror='window.owned = 1'>",
+    "</pre></div></article><style>body{display:none}</style>", "</script><script>window.owned = 1</script>",
+    "<svg onload='window.owned=1'><foreignObject><iframe srcdoc='<script>parent.owned=1</script>'>",
+    "\x1b[31mred\x1b[0m \x00\x07\b", "\u202egnp.exe \u2066isolated \u200bzero",
+    "# heading\n**bold** $x^2$ \\(y\\) [link](javascript:window.owned=1)",
     "W" * 100_000, "&lt;script&gt; &#60;b&#62; {{7*7}} ${window.owned=1} `x`", "<details open ontoggle='window.owned=1'>", ""]"""
 STORE = """from grpo_nb.ground.events import Bus, CompletionsLogged
 from grpo_nb.ui.completions.completions import CompletionBrowser
@@ -16,8 +19,11 @@ bus = Bus()
 browser = CompletionBrowser(bus, interval=0.3)
 def log(step):
     n = len(HOSTILE)
-    bus.emit(CompletionsLogged(step=step, prompts=["<b>prompt</b> A"] * n + ["prompt B"] * 4, completions=HOSTILE + ["same", "same", f"word{step} end", "other"],
-        rewards={"<i>correct</i>": [float(i % 3 == 0) for i in range(n)] + [1.0] * 4, "format": [-0.5] * n + [0.0] * 4}, advantages=[0.5] * n + [0.0] * 4,
+    bus.emit(CompletionsLogged(
+        step=step, prompts=["<b>prompt</b> A"] * n + ["prompt B"] * 4,
+        completions=HOSTILE + ["same", "same", f"word{step} end", "other"],
+        rewards={"<i>correct</i>": [float(i % 3 == 0) for i in range(n)] + [1.0] * 4, "format": [-0.5] * n + [0.0] * 4},
+        advantages=[0.5] * n + [0.0] * 4,
         lengths=[10 * i + 1 for i in range(n)] + [5] * 4, cut_off=[i == 8 for i in range(n)] + [False] * 4))
 for step in range(1, 6): log(step)"""
 CARDS = "els => els.length"
@@ -29,57 +35,91 @@ def choose(page, which, value):
     page.wait_for_timeout(500)
 
 
-def test_hostile_completions_are_only_text(tmp_path):
-    with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
-        errors = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        lab.write("a.ipynb", [HOSTILE + "\n" + STORE, "browser", "log(6)"])
-        lab.open(page, "a.ipynb"); lab.run_all(page)
-        page.wait_for_selector(".gnb-view .gnb-card", timeout=60_000)
-        lab.wait_idle(page)
-        page.wait_for_function("() => document.querySelector('.gnb-view .gnb-muted').textContent === 'step 6'", timeout=10_000) # it follows the run
-        assert page.evaluate("window.owned") is None and page.locator(".jp-Notebook").is_visible()
-        texts = page.locator(".gnb-view pre.gnb-text").all_inner_texts()
-        assert any("<script>window.owned = 1</script>" in t for t in texts) and any("onerror=" in t for t in texts)
-        for tag in ("script", "img", "iframe", "svg", "a", "b"): assert page.locator(f".gnb-view .gnb-card {tag}").count() == (0 if tag != "b" else page.locator(".gnb-view .gnb-head b").count()), tag
-        assert page.locator(".gnb-view mjx-container, .gnb-view .MathJax").count() == 0
-        assert page.evaluate("document.querySelector('.gnb-view').scrollWidth <= document.querySelector('.gnb-view').clientWidth + 1")
-        long = page.locator(".gnb-view .gnb-card", has_text="WWWW").first
-        assert long.bounding_box()["height"] < 600
-        long.locator("summary").click()
-        assert long.bounding_box()["height"] > 2000
-        assert not page.locator(".gnb-copy").first.is_visible(), "the copy is hidden while the widget is there"
+def nothing_is_run(page):
+    "Hostile text stands in the cards as text: no tag, no formula, no link, and nothing wider than the view."
+    assert page.evaluate("window.owned") is None and page.locator(".jp-Notebook").is_visible()
+    texts = page.locator(".gnb-view pre.gnb-text").all_inner_texts()
+    assert any("<script>window.owned = 1</script>" in t for t in texts) and any("onerror=" in t for t in texts)
+    for tag in ("script", "img", "iframe", "svg", "a"):
+        assert page.locator(f".gnb-view .gnb-card {tag}").count() == 0, tag
+    assert page.locator(".gnb-view .gnb-card b").count() == page.locator(".gnb-view .gnb-head b").count()
+    assert page.locator(".gnb-view mjx-container, .gnb-view .MathJax").count() == 0
+    assert page.evaluate("document.querySelector('.gnb-view').scrollWidth <= document.querySelector('.gnb-view').clientWidth + 1")
 
-        choose(page, 0, "2 · prompt B")
-        assert page.locator(".gnb-view .gnb-card").count() == 4
-        choose(page, 3, "compare with 2")
-        assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"] and page.locator(".gnb-view del").all_inner_texts() == ["word2"]
-        choose(page, 0, "all prompts")
-        for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
-            choose(page, 1, show)
-            assert page.locator(".gnb-view .gnb-card").count() == cards, show
-        choose(page, 1, "best")
-        assert page.locator(".gnb-view .gnb-card .gnb-head b").first.inner_text() == "1"
-        search = page.locator(".gnb-view input[type=text]")
-        search.fill("ISOLATED"); search.press("Enter"); page.wait_for_timeout(500)
-        assert page.locator(".gnb-view .gnb-card").count() == 1 and page.locator(".gnb-view mark").first.inner_text() == "isolated"
-        search.fill(""); search.press("Enter"); choose(page, 1, "whole groups")
-        handle = page.locator(".gnb-view .noUi-handle")
-        handle.focus()
-        for _ in range(3): handle.press("ArrowLeft")
-        page.wait_for_timeout(600)
-        assert page.locator(".gnb-view .gnb-title .gnb-muted").first.inner_text() == "step 3"
-        choose(page, 2, "token log-probs")
-        assert "not known" in page.locator(".gnb-view .gnb-note").nth(1).inner_text() + page.locator(".gnb-view .gnb-note").nth(2).inner_text()
-        lab.save(page)
-        assert errors == [] and page.evaluate("window.owned") is None
-    assert os.path.getsize(tmp_path / "a.ipynb") < 400_000
-    with JupyterLab(tmp_path) as lab, lab.browser(width=700) as page: # tomorrow: no kernel knows the widget
+
+def a_long_text_opens(page):
+    "A long completion is folded until it is asked for."
+    long = page.locator(".gnb-view .gnb-card", has_text="WWWW").first
+    assert long.bounding_box()["height"] < 600
+    long.locator("summary").click()
+    assert long.bounding_box()["height"] > 2000
+
+
+def prompts_and_filters_choose(page):
+    "One prompt, another step beside it, and each filter."
+    choose(page, 0, "2 · prompt B")
+    assert page.locator(".gnb-view .gnb-card").count() == 4
+    choose(page, 3, "compare with 2")
+    assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"]
+    assert page.locator(".gnb-view del").all_inner_texts() == ["word2"]
+    choose(page, 0, "all prompts")
+    for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
+        choose(page, 1, show)
+        assert page.locator(".gnb-view .gnb-card").count() == cards, show
+    choose(page, 1, "best")
+    assert page.locator(".gnb-view .gnb-card .gnb-head b").first.inner_text() == "1"
+
+
+def search_and_slider_work(page):
+    "A search marks what it finds; the slider goes to an earlier step; what is not known is said."
+    search = page.locator(".gnb-view input[type=text]")
+    search.fill("ISOLATED")
+    search.press("Enter")
+    page.wait_for_timeout(500)
+    assert page.locator(".gnb-view .gnb-card").count() == 1 and page.locator(".gnb-view mark").first.inner_text() == "isolated"
+    search.fill("")
+    search.press("Enter")
+    choose(page, 1, "whole groups")
+    handle = page.locator(".gnb-view .noUi-handle")
+    handle.focus()
+    for _ in range(3): handle.press("ArrowLeft")
+    page.wait_for_timeout(600)
+    assert page.locator(".gnb-view .gnb-title .gnb-muted").first.inner_text() == "step 3"
+    choose(page, 2, "token log-probs")
+    notes = page.locator(".gnb-view .gnb-note")
+    assert "not known" in notes.nth(1).inner_text() + notes.nth(2).inner_text()
+
+
+def a_copy_stays(folder):
+    "Tomorrow, when no kernel knows the widget, the file still shows cards, and still runs nothing."
+    assert os.path.getsize(folder / "a.ipynb") < 400_000
+    with JupyterLab(folder) as lab, lab.browser(width=700) as page:
         lab.open(page, "a.ipynb")
         page.wait_for_selector(".gnb-copy .gnb-card", timeout=20_000)
         assert page.locator(".gnb-copy").is_visible() and page.evaluate("window.owned") is None
         assert not page.get_by_text("Error displaying widget").is_visible()
         assert page.locator(".gnb-copy mjx-container").count() == 0
+
+
+def test_hostile_completions_are_only_text(tmp_path):
+    with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        lab.write("a.ipynb", [HOSTILE + "\n" + STORE, "browser", "log(6)"])
+        lab.open(page, "a.ipynb")
+        lab.run_all(page)
+        page.wait_for_selector(".gnb-view .gnb-card", timeout=60_000)
+        lab.wait_idle(page)
+        # it follows the run
+        page.wait_for_function("() => document.querySelector('.gnb-view .gnb-muted').textContent === 'step 6'", timeout=10_000)
+        nothing_is_run(page)
+        a_long_text_opens(page)
+        assert not page.locator(".gnb-copy").first.is_visible(), "the copy is hidden while the widget is there"
+        prompts_and_filters_choose(page)
+        search_and_slider_work(page)
+        lab.save(page)
+        assert errors == [] and page.evaluate("window.owned") is None
+    a_copy_stays(tmp_path)
 
 
 LAB = """from grpo_nb import rewards
@@ -109,7 +149,10 @@ def test_the_reward_lab(tmp_path):
     with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        lab.write("lab.ipynb", [LAB, "lab", "def brittle(completions, **columns): return [1.0 / max(1, len(c.split())) for c in completions]"])
+        lab.write(
+            "lab.ipynb",
+            [LAB, "lab", "def brittle(completions, **columns): return [1.0 / max(1, len(c.split())) for c in completions]"],
+        )
         lab.open(page, "lab.ipynb")
         for _ in range(2): page.keyboard.press("Shift+Enter")
         page.wait_for_selector(".gnb-view textarea", timeout=60_000)
@@ -117,14 +160,18 @@ def test_the_reward_lab(tmp_path):
         page.locator(".gnb-view textarea").fill(TYPED)
         page.locator(".gnb-view").get_by_text("Score", exact=True).click()
         page.wait_for_selector(".gnb-view .gnb-even", timeout=20_000)
-        assert "ZeroDivisionError" in page.inner_text(".gnb-view") and "<script>window.owned = 1</script>" in page.inner_text(".gnb-view")
+        assert "ZeroDivisionError" in page.inner_text(".gnb-view")
+        assert "<script>window.owned = 1</script>" in page.inner_text(".gnb-view")
         assert page.evaluate("window.owned") is None and page.locator(".gnb-view img, .gnb-view script").count() == 0
         page.keyboard.press("Escape")
         lab.run_all(page) # the last cell defines `brittle` anew
-        page.wait_for_selector(".gnb-view textarea", timeout=20_000); lab.wait_idle(page)
+        page.wait_for_selector(".gnb-view textarea", timeout=20_000)
+        lab.wait_idle(page)
         page.locator(".gnb-view textarea").fill(TYPED)
         page.locator(".gnb-view").get_by_text("Score", exact=True).click()
-        page.wait_for_function("() => document.querySelector('.gnb-view').innerText.includes('brittle was defined anew')", timeout=20_000)
+        page.wait_for_function(
+            "() => document.querySelector('.gnb-view').innerText.includes('brittle was defined anew')", timeout=20_000
+        )
         assert "ZeroDivisionError" not in page.inner_text(".gnb-view")
         page.locator(".gnb-view").get_by_text("Probe", exact=True).click()
         page.wait_for_selector(".gnb-view .gnb-dot", timeout=30_000)

@@ -18,10 +18,13 @@ def test_quickstart_draws_live(tmp_path, request):
     cells = ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
     with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
         lab.write("quickstart.ipynb", cells)
-        lab.open(page, "quickstart.ipynb"); lab.run_all(page)
+        lab.open(page, "quickstart.ipynb")
+        lab.run_all(page)
         page.wait_for_selector(".grpo-nb .main-svg", timeout=300_000)
         page.locator(".grpo-nb").scroll_into_view_if_needed()
-        page.wait_for_function("() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=120_000)
+        page.wait_for_function(
+            "() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=120_000
+        )
         first = step_shown(page)
         page.screenshot(path=shots / "quickstart_running.png")
         page.wait_for_timeout(3000)

@@ -68,16 +68,20 @@ def test_rows_arrive_whole_and_in_order():
 
 def test_a_lost_message_is_noticed_and_everything_comes_again():
     charts, front = LiveCharts(), FrontEnd()
-    charts.append(1, VALUES); front.receive(*charts._update())
-    charts.append(2, VALUES); charts._update() # lost on the way
-    charts.append(3, VALUES); assert not front.receive(*charts._update())
+    charts.append(1, VALUES)
+    front.receive(*charts._update())
+    charts.append(2, VALUES)
+    charts._update() # lost on the way
+    charts.append(3, VALUES)
+    assert not front.receive(*charts._update())
     charts._asked({"kind": "sync"})
     assert front.receive(*charts._update()) and len(front.rows) == 3
 
 
 def test_a_metric_that_comes_later_is_a_new_version_and_nan_before():
     charts, front = LiveCharts(), FrontEnd()
-    charts.append(1, {"reward": 1.0}); front.receive(*charts._update())
+    charts.append(1, {"reward": 1.0})
+    front.receive(*charts._update())
     charts.append(2, {"reward": 1.0, "kl": 0.5})
     message, data = charts._update()
     assert message["kind"] == "all" and front.receive(message, data)
@@ -102,11 +106,14 @@ def test_a_burst_is_made_up_for_but_not_over_and_over(monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     charts, front, whole = LiveCharts(), FrontEnd(), 0
-    charts.append(0, VALUES); front.receive(*charts._update())
+    charts.append(0, VALUES)
+    front.receive(*charts._update())
     for step in range(1, 60_001): # 100 rows a second for ten minutes
-        charts.append(step, VALUES); clock[0] += 0.01
+        charts.append(step, VALUES)
+        clock[0] += 0.01
         if step % 34 == 0:
-            update = charts._update(); whole += update[0]["kind"] == "all"
+            update = charts._update()
+            whole += update[0]["kind"] == "all"
             assert front.receive(*update)
     assert 3 <= whole <= 9, "the wait doubles each time"
     assert len(front.rows) < 60_001
@@ -117,7 +124,9 @@ def test_a_burst_is_made_up_for_but_not_over_and_over(monkeypatch):
 def test_at_most_ten_updates_a_second_and_append_does_not_wait():
     charts = live(LiveCharts())
     start = time.monotonic()
-    for step in range(300): charts.append(step, VALUES); time.sleep(0.004)
+    for step in range(300):
+        charts.append(step, VALUES)
+        time.sleep(0.004)
     def arrived():
         front = FrontEnd()
         assert all(front.receive(*update) for update in list(charts._widget.sent))
@@ -131,9 +140,11 @@ def test_append_from_many_threads_loses_nothing():
     def work(k):
         for i in range(200): charts.append(k * 1000 + i, {"reward": float(i), f"rewards/{k}/mean": 1.0})
     threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
-    [t.start() for t in threads]; [t.join() for t in threads]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
     assert len(charts.history) == 1200 and charts.failures == 0
-    charts.flush(); time.sleep(0.1)
+    charts.flush()
+    time.sleep(0.1)
     front = FrontEnd()
     assert all(front.receive(*update) for update in charts._widget.sent) and front.at == 1200
 
@@ -141,8 +152,11 @@ def test_append_from_many_threads_loses_nothing():
 def test_a_failing_view_never_reaches_the_run(capsys):
     said.clear()
     charts = live(LiveCharts(interval=0.001), fail=True)
-    for step in range(30): charts.append(step, VALUES); charts._send()
-    charts.append(30, object()); charts.append(31, {"reward": "high", "kl": None})
+    for step in range(30):
+        charts.append(step, VALUES)
+        charts._send()
+    charts.append(30, object())
+    charts.append(31, {"reward": "high", "kl": None})
     assert len(charts.history) == 31 and charts.failures >= 10
     assert capsys.readouterr().out.count("could not reach the notebook") == 1
 
@@ -162,7 +176,8 @@ def test_listens_to_a_bus_and_says_why_there_is_no_kl():
     run.events.emit(RunFinished(step=1, metrics={}))
     assert lines == ["step 1/20  reward 0.25  completion_length 12"]
     assert charts.panels()[1].empty == "no KL: beta is 0"
-    charts.close(); run.events.emit(StepLogged(step=2, metrics={"reward": 1.0}))
+    charts.close()
+    run.events.emit(StepLogged(step=2, metrics={"reward": 1.0}))
     assert len(charts) == 1 and run.events.failures == 0
 
 
@@ -179,7 +194,9 @@ def test_which_lines_a_chart_has():
     lines = series(CHARTS["reward"], ["reward", "reward_std", "rewards/a/b/mean", "rewards/c/std", "rewards/d/mean"])
     assert [(s["role"], s["label"]) for s in lines] == [("thin", "a/b"), ("thin", "d"), ("main", "mean")]
     assert lines[-1]["band"] == "reward_std" and lines[-1]["colour"] == MAIN
-    assert [s["metric"] for s in series(CHARTS["length"], ["completions/mean_length", "completion_length"])] == ["completion_length"]
+    assert [s["metric"] for s in series(CHARTS["length"], ["completions/mean_length", "completion_length"])] == [
+        "completion_length"
+    ]
     assert len(series(CHARTS["reward"], [f"rewards/{i}/mean" for i in range(50)])) == 8
 
 
@@ -191,8 +208,10 @@ def test_bad_arguments_are_named():
 
 def test_files(tmp_path):
     charts = LiveCharts(charts=("reward", Chart("Mine </script><b>", ("mine",))))
-    for step in range(1, 30): charts.append(step, {"reward": 0.5, "rewards/</script><script>x()</script>/mean": 1.0, "rewards/b/mean": 0.0, "mine": step})
-    charts.to_svg(tmp_path / "a.svg"); ET.parse(tmp_path / "a.svg")
+    for step in range(1, 30):
+        charts.append(step, {"reward": 0.5, "rewards/</script><script>x()</script>/mean": 1.0, "rewards/b/mean": 0.0, "mine": step})
+    charts.to_svg(tmp_path / "a.svg")
+    ET.parse(tmp_path / "a.svg")
     page = charts.to_html(tmp_path / "a.html", title="a & <b>").read_text()
     assert page.count("</script>") == 3 and "<script>x()" not in page
     charts.to_csv(tmp_path / "a.csv")
@@ -248,15 +267,20 @@ def test_the_picture_alone_is_renewed_while_the_run_goes_on():
 
 
 def test_a_script_gets_text_and_needs_no_widget_library(tmp_path):
-    code = ("import sys; from grpo_nb.ui.charts.charts import LiveCharts\nc = LiveCharts().show(); c.append(1, {'reward': 0.5, 'loss': 1})\n"
-            "assert c.mode == 'text' and not {'ipywidgets', 'anywidget', 'torch', 'IPython'} & set(sys.modules)")
+    code = (
+        "import sys; from grpo_nb.ui.charts.charts import LiveCharts\n"
+        "c = LiveCharts().show(); c.append(1, {'reward': 0.5, 'loss': 1})\n"
+        "assert c.mode == 'text' and not {'ipywidgets', 'anywidget', 'torch', 'IPython'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "step 1  reward 0.5\n"
 
 
-NOTEBOOK = ["from grpo_nb.ui.charts.charts import LiveCharts\ncharts = LiveCharts()\ncharts",
-            "import threading, contextvars\n"
-            "def train():\n    for step in range(1, 31): charts.append(step, {'reward': step / 30, 'kl': 0.1, 'completion_length': 9.0})\n"
-            "t = threading.Thread(target=contextvars.copy_context().run, args=(train,)); t.start(); t.join()"]
+NOTEBOOK = [
+    "from grpo_nb.ui.charts.charts import LiveCharts\ncharts = LiveCharts()\ncharts",
+    "import threading, contextvars\n"
+    "def train():\n    for step in range(1, 31): charts.append(step, {'reward': step / 30, 'kl': 0.1, 'completion_length': 9.0})\n"
+    "t = threading.Thread(target=contextvars.copy_context().run, args=(train,)); t.start(); t.join()",
+]
 
 
 def test_nbconvert_leaves_the_final_charts():
@@ -298,8 +322,11 @@ def test_ticks_lie_inside(low, width):
 
 def test_marks_arrive_one_by_one_and_come_again_with_everything():
     charts = live(LiveCharts())
-    charts.append(1, VALUES); charts._send()
-    charts.mark(1, "learning_rate 1e-5 → 5e-6"); charts.mark(1, "paused", "pause"); charts._send()
+    charts.append(1, VALUES)
+    charts._send()
+    charts.mark(1, "learning_rate 1e-5 → 5e-6")
+    charts.mark(1, "paused", "pause")
+    charts._send()
     sent = [m for m, _ in charts._widget.sent if m["kind"] == "mark"]
     assert [(m["i"], m["mark"]) for m in sent] == [(0, [1, "learning_rate 1e-5 → 5e-6", "change"]), (1, [1, "paused", "pause"])]
     assert all(len(json.dumps(m)) < 600 for m in sent) and charts._new_marks() == []
@@ -318,8 +345,14 @@ def test_what_a_run_does_is_marked():
     bus, charts = Bus(), LiveCharts()
     charts.attach(bus)
     for step in range(1, 11): bus.emit(StepLogged(step=step, metrics=VALUES))
-    bus.emit(SettingChanged(step=4, name="beta", old=0.0, new=0.04)); bus.emit(RunPaused(step=6)); bus.emit(CheckpointSaved(step=8, path="a/b/checkpoint-8"))
-    assert [(m.step, m.text, m.kind) for m in charts.marks] == [(4, "beta 0 → 0.04", "change"), (6, "paused", "pause"), (8, "checkpoint-8 saved", "saved")]
+    bus.emit(SettingChanged(step=4, name="beta", old=0.0, new=0.04))
+    bus.emit(RunPaused(step=6))
+    bus.emit(CheckpointSaved(step=8, path="a/b/checkpoint-8"))
+    assert [(m.step, m.text, m.kind) for m in charts.marks] == [
+        (4, "beta 0 → 0.04", "change"),
+        (6, "paused", "pause"),
+        (8, "checkpoint-8 saved", "saved"),
+    ]
     picture = charts.to_svg()
     assert picture.count("step 4: beta 0 → 0.04") == 3 and "Changed after step 4: beta 0 → 0.04" in charts.static_html()
     ET.fromstring(picture)
@@ -331,7 +364,9 @@ def test_what_a_run_does_is_marked():
 
 def test_charts_that_come_late_take_what_there_is():
     history = [dict(step=s, name=n, value=float(s)) for s in (1, 2, 3) for n in ("reward", "kl")]
-    run = SimpleNamespace(events=Bus(), history=history, total_steps=9, changes=[dict(step=2, name="temperature", old=1.0, new=0.7)])
+    run = SimpleNamespace(
+        events=Bus(), history=history, total_steps=9, changes=[dict(step=2, name="temperature", old=1.0, new=0.7)]
+    )
     charts = LiveCharts().attach(run)
     run.events.emit(StepLogged(step=4, metrics={"reward": 4.0}))
     assert [(r["step"], r["reward"]) for r in charts.history] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
@@ -340,7 +375,11 @@ def test_charts_that_come_late_take_what_there_is():
 
 def test_all_charts_and_many_rewards_stay_under_a_kilobyte():
     charts = LiveCharts("all")
-    row = {**VALUES, **{f"rewards/{i}/mean": 1.0 for i in range(200)}, **{n: 1.0 for c in CHARTS.values() for n in (*c.main[:1], *(l[0] for l in c.lines))}}
+    row = {
+        **VALUES,
+        **{f"rewards/{i}/mean": 1.0 for i in range(200)},
+        **{n: 1.0 for c in CHARTS.values() for n in (*c.main[:1], *(l[0] for l in c.lines))},
+    }
     for step in range(3): charts.append(step, row)
     charts._update()
     for step in range(3, 10): charts.append(step, row)

@@ -10,7 +10,9 @@ from grpo_nb import UnpatchFastRL, tasks
 from grpo_nb.app import cli
 from grpo_nb.app import demo
 
-RESULT = dict(task="sort_digits", accuracy_before=0.3, accuracy_after=0.95, steps=100, seconds=20.1, reward_first10=0.4, reward_last10=0.9)
+RESULT = dict(
+    task="sort_digits", accuracy_before=0.3, accuracy_after=0.95, steps=100, seconds=20.1, reward_first10=0.4, reward_last10=0.9
+)
 
 
 def call(capsys, *argv):
@@ -105,8 +107,10 @@ def test_a_short_demo(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_learns(seed):
-    done = subprocess.run([sys.executable, "-c", "from grpo_nb.app.cli import main; raise SystemExit(main())", "demo", "--json", "--seed", str(seed)],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from grpo_nb.app.cli import main; raise SystemExit(main())", "demo", "--json", "--seed", str(seed)],
+        capture_output=True, text=True, check=True,
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(RESULT) and found["accuracy_before"] <= 0.5 and found["accuracy_after"] >= 0.9
 

@@ -1,4 +1,4 @@
-"""Decode attention: the plain form against attention slot by slot, tiles, the kernels under Triton's interpreter, and what the compiler makes of them."""
+"""Decode attention: the plain form against attention slot by slot, tiles, kernels under Triton's interpreter, what is compiled."""
 import os
 import re
 import subprocess
@@ -12,7 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("triton")
 from grpo_nb.ops.decode import attention as M
-from grpo_nb.ops.decode.attention import Launch, decode_attention, decode_attention_naive, decode_tiles, scratch_for, slots_per_tile, tile_count
+from grpo_nb.ops.decode.attention import (
+    Launch, decode_attention, decode_attention_naive, decode_tiles, scratch_for, slots_per_tile, tile_count,
+)
 from grpo_nb.ops.layer.rms_norm import runs_on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,13 +24,17 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 
 class Case:
     "Keys and values as slices of larger tensors; what must not be read is NaN."
-    def __init__(self, lanes, prompts, owns, heads=4, kv=2, width=16, room=(None, None), dtype=torch.float32, seed=0, extra_lanes=0):
+    def __init__(
+        self, lanes, prompts, owns, heads=4, kv=2, width=16, room=(None, None), dtype=torch.float32, seed=0, extra_lanes=0
+    ):
         g = torch.Generator().manual_seed(seed)
-        make = lambda *shape: torch.randn(shape, generator=g).to(dtype)
+        def make(*shape): return torch.randn(shape, generator=g).to(dtype)
         p, c = room[0] or max(prompts), room[1] or max(max(owns), 1)
         s, n = len(lanes), len(prompts)
         self.q = make(s, heads + 2, width)[:, 1:-1]
-        prompt, own = (torch.full((2, 2, a, kv, b, width), torch.nan, dtype=dtype) for a, b in ((n + extra_lanes, p + 3), (s + 2, c + 5)))
+        prompt, own = (
+            torch.full((2, 2, a, kv, b, width), torch.nan, dtype=dtype) for a, b in ((n + extra_lanes, p + 3), (s + 2, c + 5))
+        )
         for i, length in enumerate(prompts): prompt[1, :, i, :, :length] = make(2, kv, length, width)
         for i, length in enumerate(owns): own[1, :, i, :, :length] = make(2, kv, length, width)
         self.prompt, self.own = prompt[1, :, :, :, :p], own[1, :, :s, :, :c]
@@ -41,7 +47,9 @@ class Case:
 
     def tiles(self, per_tile=None):
         per_tile = per_tile or slots_per_tile(self.rep)
-        return torch.tensor(decode_tiles(self.lanes, per_tile, tile_count(len(self.lanes), len(self.prompt_length), per_tile)), dtype=torch.int32)
+        return torch.tensor(
+            decode_tiles(self.lanes, per_tile, tile_count(len(self.lanes), len(self.prompt_length), per_tile)), dtype=torch.int32
+        )
 
     def naive(self, dtype=None, **k):
         wide = [x.to(dtype) if dtype and x.is_floating_point() else x for x in self.given]
@@ -57,14 +65,20 @@ def one_by_one(case, window=None, softcap=None):
     for s, (lane, m) in enumerate(zip(case.lane.tolist(), case.own_length.tolist())):
         if not m: continue
         n = int(case.prompt_length[lane])
-        keys, values = (torch.cat([a[lane, :, :n], b[s, :, :m]], 1).repeat_interleave(case.rep, 0) for a, b in zip(case.prompt, case.own))
+        keys, values = (
+            torch.cat([a[lane, :, :n], b[s, :, :m]], 1).repeat_interleave(case.rep, 0) for a, b in zip(case.prompt, case.own)
+        )
         if window is not None: keys, values = keys[:, -window:], values[:, -window:]
         if softcap is None: out[s] = scaled_dot_product_attention(case.q[s, :, None], keys, values, scale=case.scale)[:, 0]
-        else: out[s] = ((torch.tanh(case.q[s, :, None] @ keys.transpose(1, 2) * case.scale / softcap) * softcap).softmax(-1) @ values)[:, 0]
+        else:
+            out[s] = (
+                (torch.tanh(case.q[s, :, None] @ keys.transpose(1, 2) * case.scale / softcap) * softcap).softmax(-1) @ values
+            )[:, 0]
     return out
 
 
-GROUPS = dict(lanes=[0, 0, 2, 0, -1, 2, 0, 3], prompts=[9, 4, 70, 1], owns=[3, 40, 1, 33, 0, 7, 100, 64]) # lane 1 has no slot, slot 4 is free
+# lane 1 has no slot, slot 4 is free
+GROUPS = dict(lanes=[0, 0, 2, 0, -1, 2, 0, 3], prompts=[9, 4, 70, 1], owns=[3, 40, 1, 33, 0, 7, 100, 64])
 RULES = [{}, dict(window=5), dict(window=48), dict(softcap=0.5), dict(window=37, softcap=2.0)]
 
 
@@ -106,8 +120,9 @@ def test_slots_of_a_tile():
 
 
 SHAPES = {
-    "each head its own keys": dict(heads=3, kv=3, width=64), "two": dict(heads=4, kv=2, width=80), "six": dict(heads=12, kv=2, width=64),
-    "eight": dict(heads=8, kv=1, width=128), "narrow": dict(heads=6, kv=1, width=6), "wide": dict(heads=2, kv=1, width=256),
+    "each head its own keys": dict(heads=3, kv=3, width=64), "two": dict(heads=4, kv=2, width=80),
+    "six": dict(heads=12, kv=2, width=64), "eight": dict(heads=8, kv=1, width=128), "narrow": dict(heads=6, kv=1, width=6),
+    "wide": dict(heads=2, kv=1, width=256),
 }
 SLACK = {torch.float32: 3e-6, torch.float16: 1e-3}
 
@@ -115,7 +130,7 @@ SLACK = {torch.float32: 3e-6, torch.float16: 1e-3}
 def close(case, ours, **rules):
     "No further from float64 than the same operations one by one in the same type."
     truth, theirs = case.naive(torch.float64, **rules), case.naive(**rules)
-    error = lambda x: float((x.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+    def error(x): return float((x.double() - truth).norm() / truth.norm().clamp(min=1e-30))
     assert ours.dtype == case.q.dtype and ours.isfinite().all() and error(ours) <= error(theirs) + SLACK[ours.dtype]
     assert not ours[case.own_length == 0].any()
 
@@ -129,7 +144,11 @@ def test_shapes(shape, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("rules,launch", [*((rules, Launch(64, 64)) for rules in RULES), (RULES[4], Launch(64, 128, rows=32, block=64)), (RULES[4], Launch(128, 64, rows=16, block=16))], ids=str)
+@pytest.mark.parametrize("rules,launch", [
+    *((rules, Launch(64, 64)) for rules in RULES),
+    (RULES[4], Launch(64, 128, rows=32, block=64)),
+    (RULES[4], Launch(128, 64, rows=16, block=16)),
+], ids=str)
 def test_windows_and_caps(rules, launch):
     case = Case(**GROUPS, heads=6, kv=1)
     close(case, case.kernel(launch=launch, **rules), **rules)
@@ -156,8 +175,10 @@ def test_few_slots(lanes):
 def test_a_scratch_serves_many_steps_and_smaller_shapes():
     scratch = tuple(x.fill_(torch.nan) for x in scratch_for(8, 6, 64, 130, 130, "cpu"))
     long, short = Case(**GROUPS, heads=6, width=64, room=(130, 130)), Case([0, 1], [3, 5], [2, 1], heads=4, width=16)
-    for case, rules in ((long, {}), (short, {}), (long, dict(window=3))): close(case, case.kernel(scratch=scratch, **rules), **rules)
-    with pytest.raises(ValueError, match=re.escape("make it by scratch_for(8, 6, 64, 130, 130)")): long.kernel(scratch=scratch_for(2, 4, 16, 64, 64, "cpu"))
+    for case, rules in ((long, {}), (short, {}), (long, dict(window=3))):
+        close(case, case.kernel(scratch=scratch, **rules), **rules)
+    with pytest.raises(ValueError, match=re.escape("make it by scratch_for(8, 6, 64, 130, 130)")):
+        long.kernel(scratch=scratch_for(2, 4, 16, 64, 64, "cpu"))
 
 
 @interpreted
@@ -165,7 +186,8 @@ def test_a_slot_that_ended_after_the_tiles_were_made():
     case = Case(**GROUPS)
     tiles = case.tiles()
     case.own_length[torch.tensor([0, 7])] = 0 # the first of its tile, and a whole tile
-    for rules in ({}, dict(window=8)): close(case, decode_attention(*case.given, tiles, case.scale, launch=Launch(64, 64), **rules), **rules)
+    for rules in ({}, dict(window=8)):
+        close(case, decode_attention(*case.given, tiles, case.scale, launch=Launch(64, 64), **rules), **rules)
 
 
 @interpreted
@@ -179,10 +201,17 @@ def test_large_scores():
 @interpreted
 def test_bad_input_is_named():
     case, tiles = Case(**GROUPS), Case(**GROUPS).tiles()
-    call = lambda tiles=tiles, scale=1.0, **change: decode_attention(*{**dict(zip("q pk pv ok ov lane pl ol".split(), case.given)), **change}.values(), tiles, scale)
-    for change, message in [(dict(pv=case.prompt[1][..., :8]), "prompt_v="), (dict(q=case.q[:, :3]), "3 heads"), (dict(q=case.q.half()), "prompt_k is torch.float32"),
-                            (dict(ol=case.own_length[:3]), "own_length="), (dict(tiles=tiles[0]), "tiles="), (dict(lane=case.lane.repeat(2)[::2]), "lane must be contiguous"),
-                            (dict(ok=case.own[0].transpose(2, 3).contiguous().transpose(2, 3)), "own_k must have its last dimension contiguous")]:
+    def call(tiles=tiles, scale=1.0, **change):
+        return decode_attention(*{**dict(zip("q pk pv ok ov lane pl ol".split(), case.given)), **change}.values(), tiles, scale)
+    for change, message in [
+        (dict(pv=case.prompt[1][..., :8]), "prompt_v="),
+        (dict(q=case.q[:, :3]), "3 heads"),
+        (dict(q=case.q.half()), "prompt_k is torch.float32"),
+        (dict(ol=case.own_length[:3]), "own_length="),
+        (dict(tiles=tiles[0]), "tiles="),
+        (dict(lane=case.lane.repeat(2)[::2]), "lane must be contiguous"),
+        (dict(ok=case.own[0].transpose(2, 3).contiguous().transpose(2, 3)), "own_k must have its last dimension contiguous"),
+    ]:
         with pytest.raises(ValueError, match=message): call(**change)
     for rules in (dict(window=0), dict(softcap=0.0)):
         with pytest.raises(ValueError, match=f"{next(iter(rules))}="): case.kernel(**rules)
@@ -192,7 +221,9 @@ def test_bad_input_is_named():
 def test_kernels_under_the_interpreter():
     assert not runs_on(torch.device("cpu"))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -205,17 +236,36 @@ def build(kernel, types, constants, capability, warps, stages):
 
 
 MACHINES = [("bf16", 90, 128, False), ("fp16", 75, 64, True)]
-MORE = [(kind, capability, width, rules) for kind, capability in (("bf16", 90), ("fp16", 90), ("fp32", 90), ("bf16", 89), ("fp16", 75), ("fp32", 75))
-        for width in (64, 80, 128, 256) for rules in (False, True)]
+MORE = [
+    (kind, capability, width, rules)
+    for kind, capability in (("bf16", 90), ("fp16", 90), ("fp32", 90), ("bf16", 89), ("fp16", 75), ("fp32", 75))
+    for width in (64, 80, 128, 256)
+    for rules in (False, True)
+]
 
 
 def compile_split(kind, capability, width, rules, tmp_path):
     fast = kind != "fp32" and capability >= 80
-    cut = Launch(128, 128, warps=8, stages=2) if fast and width > 128 else Launch(128, 128) if fast else Launch(128, 128, rows=16, block=16)
-    types = {n: "i32+" if re.search("_(slot|lane|head|step)$|^width$|_chunk$", n) else "i32" for n in M._split.arg_names if not n.isupper()}
-    types |= {n: "*" + kind for n in ("q", "prompt_k", "prompt_v", "own_k", "own_v")} | {n: "*i64" for n in ("lane", "prompt_length", "own_length")}
+    cut = (
+        Launch(128, 128, warps=8, stages=2)
+        if fast and width > 128
+        else Launch(128, 128)
+        if fast
+        else Launch(128, 128, rows=16, block=16)
+    )
+    types = {
+        n: "i32+" if re.search("_(slot|lane|head|step)$|^width$|_chunk$", n) else "i32"
+        for n in M._split.arg_names
+        if not n.isupper()
+    }
+    types |= {n: "*" + kind for n in ("q", "prompt_k", "prompt_v", "own_k", "own_v")} | {
+        n: "*i64" for n in ("lane", "prompt_length", "own_length")
+    }
     types |= {n: "*fp32" for n in ("tops", "totals", "accs")} | {"tiles": "*i32", "scale": "fp32", "cap": "fp32"}
-    constants = dict(HAS_WINDOW=rules, HAS_CAP=rules, BLOCKS=-(-60 // cut.rows), TILE_M=cut.rows, OWN_M=16, BLOCK=cut.block, WIDTH=1 << (width - 1).bit_length())
+    constants = dict(
+        HAS_WINDOW=rules, HAS_CAP=rules, BLOCKS=-(-60 // cut.rows), TILE_M=cut.rows,
+        OWN_M=16, BLOCK=cut.block, WIDTH=1 << (width - 1).bit_length(),
+    )
     built = build(M._split, types, constants, capability, cut.warps, cut.stages)
     room = {75: 64, 89: 99, 90: 227}[capability]
     registers, stack = resources(built, tmp_path)
@@ -231,7 +281,8 @@ def test_it_compiles(kind, capability, width, rules, tmp_path): compile_split(ki
 @compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("kind,capability,width,rules", MORE)
-def test_it_compiles_in_every_type(kind, capability, width, rules, tmp_path): compile_split(kind, capability, width, rules, tmp_path)
+def test_it_compiles_in_every_type(kind, capability, width, rules, tmp_path):
+    compile_split(kind, capability, width, rules, tmp_path)
 
 
 @compiled
@@ -252,7 +303,7 @@ def test_on_a_gpu(shape, dtype, rules):
     ours = decode_attention(*given, case.tiles().cuda(), case.scale, **rules)
     truth = case.naive(torch.float64, **rules)
     theirs = decode_attention_naive(*given, case.scale, **rules)
-    error = lambda x: float((x.cpu().double() - truth).norm() / truth.norm())
+    def error(x): return float((x.cpu().double() - truth).norm() / truth.norm())
     assert error(ours) <= 1.1 * error(theirs) + {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
 
 
@@ -262,7 +313,7 @@ def test_in_a_graph():
     case = Case(**GROUPS, width=64, dtype=torch.float16)
     given, tiles = [x.cuda() for x in case.given], case.tiles().cuda()
     scratch = scratch_for(8, 4, 64, 128, 128, "cuda")
-    call = lambda: decode_attention(*given, tiles, case.scale, scratch=scratch)
+    def call(): return decode_attention(*given, tiles, case.scale, scratch=scratch)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): out = call()

@@ -19,7 +19,10 @@ from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.advice.live import RULES, Thinned, trend, wilson
 
 torch.set_num_threads(1)
-GOOD = dict(max_completion_length=6, per_device_train_batch_size=8, num_generations=8, learning_rate=1e-4, max_steps=10, gradient_checkpointing=False)
+GOOD = dict(
+    max_completion_length=6, per_device_train_batch_size=8, num_generations=8,
+    learning_rate=1e-4, max_steps=10, gradient_checkpointing=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,11 @@ def world():
 
 
 def examine(world, reward=None, config=None, **kwargs):
-    return doctor(world.model, world.tokenizer, reward or world.task.reward, world.task.train, {**GOOD, **(config or {})}, **{"prompts": 2, "clock": lambda: 0.0, **kwargs}) # a busy machine is not late
+    # a busy machine is not late
+    return doctor(
+        world.model, world.tokenizer, reward or world.task.reward, world.task.train,
+        {**GOOD, **(config or {})}, **{"prompts": 2, "clock": lambda: 0.0, **kwargs},
+    )
 
 
 def rules(report, *severities): return {d.rule for d in report.findings if not severities or d.severity in severities}
@@ -73,14 +80,16 @@ def test_prompts_longer_than_the_context(world):
 
 def test_the_classic(world):
     report = examine(world, lambda completions, **_: [0.0] * len(completions), {"max_completion_length": 1})
-    assert report["zero_because_cut_off"].severity == "error" and report["zero_because_cut_off"].change == {"max_completion_length": 2}
+    assert report["zero_because_cut_off"].severity == "error"
+    assert report["zero_because_cut_off"].change == {"max_completion_length": 2}
     assert "eos_never" in rules(report)
     with pytest.raises(DoctorError, match="zero_because_cut_off"): report.raise_for_errors()
 
 
 def test_zero_spread(world):
-    assert examine(world, lambda completions, **_: [0.0] * len(completions), {"max_completion_length": 24})["zero_spread"].severity == "error"
-    assert examine(world, lambda completions, **_: [1.0] * len(completions), {"max_completion_length": 24})["zero_spread"].severity == "warning"
+    for reward, severity in ((0.0, "error"), (1.0, "warning")):
+        found = examine(world, lambda completions, **_: [reward] * len(completions), {"max_completion_length": 24})
+        assert found["zero_spread"].severity == severity
 
 
 @pytest.mark.parametrize("value,word", [(float("nan"), "NaN"), ("high", "not a number"), (1 / 1e-320, "infinite")])
@@ -146,11 +155,17 @@ def test_nothing_changes(world):
     torch.manual_seed(5)
     random.seed(5)
     before = torch.get_rng_state(), random.getstate()
-    def rolls(completions, **_): random.random(); torch.rand(1); return [random.random() for _ in completions]
+    def rolls(completions, **_):
+        random.random()
+        torch.rand(1)
+        return [random.random() for _ in completions]
     examine(world, rolls)
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
-    assert modes == [m.training for m in model.modules()] and generation == model.generation_config.to_dict() and config == model.config.to_dict()
-    assert tokenizer.padding_side == "right" and rows == world.task.train.to_list() and attributes == set(model.get_base_model().__dict__)
+    assert modes == [m.training for m in model.modules()]
+    assert generation == model.generation_config.to_dict()
+    assert config == model.config.to_dict()
+    assert tokenizer.padding_side == "right" and rows == world.task.train.to_list()
+    assert attributes == set(model.get_base_model().__dict__)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
     tokenizer.padding_side = "left"
     model.generation_config.temperature = None
@@ -158,14 +173,22 @@ def test_nothing_changes(world):
 
 def test_the_time_is_kept(world):
     now = [0.0]
-    def clock(): now[0] += 7.0; return now[0] # each look at the clock takes seven seconds
+    def clock():
+        now[0] += 7.0
+        return now[0] # each look at the clock takes seven seconds
     report = examine(world, chance_reward, {"max_completion_length": 24}, prompts=8, seconds=100, clock=clock)
     assert now[0] < 130 and report.unreached and "the time was up" in str(report)
     assert rules(report, "good") # what needs no sampling was done all the same
 
 
 def test_report():
-    report = Report([Diagnosis("a", "info", "<b>&"), Diagnosis("b", "error", "bad", "fix", {"beta": 0.0, "epsilon": 0.1}), Diagnosis("c", "warning", "w", "f", {"beta": 0.5})])
+    report = Report(
+        [
+            Diagnosis("a", "info", "<b>&"),
+            Diagnosis("b", "error", "bad", "fix", {"beta": 0.0, "epsilon": 0.1}),
+            Diagnosis("c", "warning", "w", "f", {"beta": 0.5}),
+        ]
+    )
     assert [d.rule for d in report.findings] == ["b", "c", "a"]
     assert "<b>&" not in report.html and "&lt;b&gt;&amp;" in report.html and "doctor: 1 error" in str(report)
     assert report.apply({"beta": 1.0}) == {"beta": 0.0, "epsilon": 0.1} # the worse finding decides
@@ -178,8 +201,8 @@ def test_report():
 
 def test_main(world, tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    write = lambda **fields: path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in fields.items()))
-    run = lambda: main(SimpleNamespace(config=path, prompts=1, seconds=60))
+    def write(**fields): return path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in fields.items()))
+    def run(): return main(SimpleNamespace(config=path, prompts=1, seconds=60))
     assert run() == 2 and "cannot be read" in capsys.readouterr().err
     write(model_name_or_path="m", dataset_name="d", num_generation=4)
     assert run() == 2 and "num_generations" in capsys.readouterr().err
@@ -188,8 +211,10 @@ def test_main(world, tmp_path, capsys):
     world.model.get_base_model().save_pretrained(tmp_path / "model")
     world.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data.json").write_text("\n".join(json.dumps({"prompt": f"{i} + 1 =", "answer": "2"}) for i in range(4)))
-    fields = dict(model_name_or_path=str(tmp_path / "model"), dataset_name=str(tmp_path / "data.json"), reward_funcs=["correctness"], use_peft=True,
-                  num_generations=4, per_device_train_batch_size=4, max_completion_length=2, max_steps=2)
+    fields = dict(
+        model_name_or_path=str(tmp_path / "model"), dataset_name=str(tmp_path / "data.json"), reward_funcs=["correctness"],
+        use_peft=True, num_generations=4, per_device_train_batch_size=4, max_completion_length=2, max_steps=2,
+    )
     write(**fields)
     assert run() == 1 and "zero_because_cut_off" in capsys.readouterr().out
 
@@ -203,7 +228,8 @@ def stream(*logs, completions=()):
     bus.subscribe(heard.append, Finding)
     watcher = watch(bus)
     for step, metrics in enumerate(logs, 1): bus.emit(StepLogged(step=step, metrics=metrics))
-    for step, rewards in enumerate(completions, 1): bus.emit(CompletionsLogged(step=step, prompts=[], completions=[], rewards=rewards, advantages=[]))
+    for step, rewards in enumerate(completions, 1):
+        bus.emit(CompletionsLogged(step=step, prompts=[], completions=[], rewards=rewards, advantages=[]))
     assert not bus.failures
     return watcher, heard
 
@@ -294,8 +320,13 @@ def test_held_out(world):
     assert watcher.verdict().answer == "worse"
     with pytest.raises(ValueError, match="held_out=None"): watcher.measure()
     with pytest.raises(TypeError, match="neither"): watch("run")
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda m: m), model=world.model, processing_class=world.tokenizer,
-                              args=SimpleNamespace(max_completion_length=6), state=SimpleNamespace(log_history=[{"step": 3, "reward": 0.2}, {"train_runtime": 1.0}]))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda m: m),
+        model=world.model,
+        processing_class=world.tokenizer,
+        args=SimpleNamespace(max_completion_length=6),
+        state=SimpleNamespace(log_history=[{"step": 3, "reward": 0.2}, {"train_runtime": 1.0}]),
+    )
     run = SimpleNamespace(events=Bus(), trainer=trainer, state="ready", step=0)
     watcher = watch(run, held_out=world.task.test)
     assert watcher.accuracy[0].n == 8 and watcher.step == 3
@@ -317,8 +348,21 @@ number = st.floats(allow_nan=True, allow_infinity=True)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.dictionaries(st.sampled_from(["reward", "kl", "entropy", "loss", "grad_norm", "reward_std", "frac_reward_zero_std", "completions/mean_length",
-                                                 "completions/clipped_ratio", "eval_reward"]), number, max_size=6), max_size=90))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(
+                [
+                    "reward", "kl", "entropy", "loss", "grad_norm", "reward_std", "frac_reward_zero_std",
+                    "completions/mean_length", "completions/clipped_ratio", "eval_reward",
+                ]
+            ),
+            number,
+            max_size=6,
+        ),
+        max_size=90,
+    )
+)
 def test_any_numbers(logs):
     watcher, _ = stream(*logs)
     assert watcher.verdict().text

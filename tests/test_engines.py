@@ -1,4 +1,4 @@
-"""Engines: the same tokens as Hugging Face, the same distribution, the weights of this moment, and everything as it was afterwards."""
+"""Engines: the same tokens as Hugging Face, the same distribution, the weights of this moment, everything as it was afterwards."""
 import threading
 from contextlib import contextmanager
 from functools import cache
@@ -22,9 +22,13 @@ from grpo_nb.step.read import HeadSettings, LogProbs
 from grpo_nb.tasks.tiny import make_tokenizer
 
 VOCABULARY, ENDS = 96, (1, 5, 7)
-SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
+SHAPE = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4
+)
 FAMILIES = {
     "qwen2": ("Qwen2", {}),
     "qwen2 windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
@@ -33,8 +37,14 @@ FAMILIES = {
     "llama": ("Llama", dict(rope_parameters=LLAMA3, num_key_value_heads=4)),
     "mistral": ("Mistral", dict(sliding_window=6, head_dim=16)),
     "gemma2": ("Gemma2", dict(head_dim=8, sliding_window=6)),
-    "gemma2 capped": ("Gemma2", dict(head_dim=8, sliding_window=6, attn="eager", attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
-    "gemma3": ("Gemma3Text", dict(head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma2 capped": (
+        "Gemma2",
+        dict(head_dim=8, sliding_window=6, attn="eager", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        dict(head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
     "phi3": ("Phi3", dict(sliding_window=None)),
     "phi3 partial": ("Phi3", dict(partial_rotary_factor=0.5, sliding_window=7)),
 }
@@ -95,7 +105,10 @@ def test_greedy_is_hugging_face(family):
     for room in ({}, dict(slots=3), dict(cache_tokens=80), dict(slots=5, prefill_tokens=4)):
         found = InPlace(model, **room).generate(prompts, 3, greedy(20))
         assert found.completions == [expected[i] for i in found.owner], (family, room)
-        assert all((c[-1] in ENDS) == (why == "eos") and (why == "eos" or len(c) == 20) for c, why in zip(found.completions, found.finished))
+        assert all(
+            (c[-1] in ENDS) == (why == "eos") and (why == "eos" or len(c) == 20)
+            for c, why in zip(found.completions, found.finished)
+        )
 
 
 def test_groups_of_any_size_and_limits_of_each_row():
@@ -132,8 +145,17 @@ def test_stop_strings(tokenizer):
 
 # The distribution
 
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7), dict(top_k=5), dict(top_p=0.6), dict(min_p=0.2), dict(repetition_penalty=1.3),
-                                      dict(temperature=1.4, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=0.8), dict(top_p=1e-9), dict(top_k=10_000)])
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(temperature=0.7),
+    dict(top_k=5),
+    dict(top_p=0.6),
+    dict(min_p=0.2),
+    dict(repetition_penalty=1.3),
+    dict(temperature=1.4, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=0.8),
+    dict(top_p=1e-9),
+    dict(top_k=10_000),
+])
 def test_sampling_logits_are_those_of_the_processors(settings):
     model, g = made("qwen3"), torch.Generator().manual_seed(3)
     logits, ids = torch.randn(6, VOCABULARY, generator=g) * 3, torch.randint(0, VOCABULARY, (6, 10), generator=g)
@@ -169,7 +191,8 @@ def test_chi_square(settings):
 def test_a_seed_is_a_completion_whatever_the_batch():
     model, prompts = made("qwen3"), prompts_of(5, 9, 3)
     whole = InPlace(model).generate(prompts, 2, Sampling(max_tokens=12, seeds=[1, 2, 3, 4, 5, 6]))
-    assert InPlace(model, slots=2).generate(prompts, 2, Sampling(max_tokens=12, seeds=[1, 2, 3, 4, 5, 6])).completions == whole.completions
+    six = Sampling(max_tokens=12, seeds=[1, 2, 3, 4, 5, 6])
+    assert InPlace(model, slots=2).generate(prompts, 2, six).completions == whole.completions
     assert InPlace(model).generate([prompts[1]], 1, Sampling(max_tokens=12, seeds=[4])).completions == [whole.completions[3]]
     assert InPlace(model).generate([prompts[1]], 1, Sampling(max_tokens=5, seeds=[4])).completions == [whole.completions[3][:5]]
     assert whole.completions[0] != whole.completions[1]
@@ -197,7 +220,9 @@ def test_never_a_token_of_probability_zero():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logps_are_the_training_steps(family, temperature):
     model, prompts = adapted(family), prompts_of(5, 9, 3)
-    found = InPlace(model, slots=4).generate(prompts, 3, Sampling(temperature=temperature, max_tokens=10, stop_token_ids=ENDS, seed=1))
+    found = InPlace(model, slots=4).generate(
+        prompts, 3, Sampling(temperature=temperature, max_tokens=10, stop_token_ids=ENDS, seed=1)
+    )
     batch = found.batch(0)
     assert isinstance(batch, RolloutBatch)
     install(model)
@@ -214,8 +239,12 @@ def test_a_change_of_weights_is_in_the_next_token(what):
     model, prompts = adapted(), prompts_of(5, 9)
     engine = InPlace(model)
     before = engine.generate(prompts, 1, greedy(12)).completions
-    name = dict(adapter="layers.1.mlp.down_proj.lora_B.default.weight", weight="layers.0.self_attn.q_proj.base_layer.weight", head="lm_head",
-                norm="layers.1.input_layernorm.weight", embedding="embed_tokens.weight", replaced="layers.2.self_attn.o_proj.base_layer.weight")[what]
+    name = dict(
+        adapter="layers.1.mlp.down_proj.lora_B.default.weight",
+        weight="layers.0.self_attn.q_proj.base_layer.weight", head="lm_head",
+        norm="layers.1.input_layernorm.weight", embedding="embed_tokens.weight",
+        replaced="layers.2.self_attn.o_proj.base_layer.weight",
+    )[what]
     changed = [p for n, p in model.named_parameters() if name in n]
     assert changed
     with torch.no_grad():
@@ -245,7 +274,10 @@ def test_adapters_come_and_go():
     assert engine.generate(prompts, 1, greedy(10)).completions == plain
 
 
-@pytest.mark.parametrize("options", [dict(use_dora=True), dict(lora_dropout=0.5), dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(use_rslora=True)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(use_dora=True), dict(lora_dropout=0.5), dict(modules_to_save=["lm_head"]), dict(bias="all"), dict(use_rslora=True)],
+)
 def test_adapters_of_other_kinds(options):
     "In training mode: dropout stays out of sampling."
     model, prompts = adapted("qwen2", **options).train(), prompts_of(5, 9)
@@ -299,8 +331,12 @@ def test_modes_are_restored(training, make):
     base, config = model.get_base_model(), model.config
     config.use_cache = False
     base.model.layers[1].training = not training # one module is otherwise
-    state = lambda: ([(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()], config.use_cache, base.generation_config.to_dict(),
-                     config._attn_implementation, [set(vars(m)) for m in model.modules()], [p.requires_grad for p in model.parameters()], torch.is_grad_enabled())
+    def state():
+        return (
+            [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()], config.use_cache,
+            base.generation_config.to_dict(), config._attn_implementation, [set(vars(m)) for m in model.modules()],
+            [p.requires_grad for p in model.parameters()], torch.is_grad_enabled(),
+        )
     before = state()
     make(model).generate(prompts_of(5, 4), 2, Sampling(max_tokens=4))
     assert state() == before
@@ -316,7 +352,9 @@ def interrupts(engine):
     thread = threading.Thread(target=work)
     thread.start()
     try: yield
-    finally: over.set(); thread.join()
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_interrupt_and_again():
@@ -358,26 +396,41 @@ def test_interrupt_of_hugging_face():
 def test_a_cache_too_small_says_so_before_anything_runs(monkeypatch):
     engine = InPlace(made("qwen3"), cache_tokens=20)
     monkeypatch.setattr(inplace, "prefill", lambda *a: pytest.fail("something ran"))
-    with pytest.raises(EngineError, match=r"20 tokens.*needs 25: a prompt of 9 and 16.*cache_tokens=25"): engine.generate(prompts_of(5, 9), 4, Sampling(max_tokens=16))
+    with pytest.raises(EngineError, match=r"20 tokens.*needs 25: a prompt of 9 and 16.*cache_tokens=25"):
+        engine.generate(prompts_of(5, 9), 4, Sampling(max_tokens=16))
 
 
-@pytest.mark.parametrize("wrong,words", [(dict(temperature=0), "temperature=0 should be"), (dict(top_p=0), "top_p=0"), (dict(top_k=-1), "top_k=-1"), (dict(min_p=2), "min_p=2"),
-                                         (dict(max_tokens=0), "max_tokens=0"), (dict(repetition_penalty=0), "repetition_penalty"), (dict(stop=[""]), "stop=''"),
-                                         (dict(seeds=[1.5]), "seed=1.5")])
+@pytest.mark.parametrize("wrong,words", [
+    (dict(temperature=0), "temperature=0 should be"),
+    (dict(top_p=0), "top_p=0"),
+    (dict(top_k=-1), "top_k=-1"),
+    (dict(min_p=2), "min_p=2"),
+    (dict(max_tokens=0), "max_tokens=0"),
+    (dict(repetition_penalty=0), "repetition_penalty"),
+    (dict(stop=[""]), "stop=''"),
+    (dict(seeds=[1.5]), "seed=1.5"),
+])
 def test_wrong_sampling(wrong, words):
     with pytest.raises(ValueError, match=words): Sampling(**wrong)
 
 
-@pytest.mark.parametrize("prompts,n,sampling,words", [([], 1, Sampling(), "prompts is empty"), ([[]], 1, Sampling(), r"prompts\[0\] is empty"), ([[3]], 0, Sampling(), "n=0"),
-                                                      ([[3]], [1, 2], Sampling(), "n has 2 entries"), ([[3]], 2, Sampling(max_tokens=[3]), "max_tokens has 1"),
-                                                      ([[3]], 2, Sampling(seeds=[1]), "seeds has 1")])
+@pytest.mark.parametrize("prompts,n,sampling,words", [
+    ([], 1, Sampling(), "prompts is empty"),
+    ([[]], 1, Sampling(), r"prompts\[0\] is empty"),
+    ([[3]], 0, Sampling(), "n=0"),
+    ([[3]], [1, 2], Sampling(), "n has 2 entries"),
+    ([[3]], 2, Sampling(max_tokens=[3]), "max_tokens has 1"),
+    ([[3]], 2, Sampling(seeds=[1]), "seeds has 1"),
+])
 def test_wrong_requests(prompts, n, sampling, words):
     for engine in (InPlace(made("qwen3")), HuggingFace(made("qwen3"))):
         with pytest.raises(ValueError, match=words): engine.generate(prompts, n, sampling)
 
 
 def test_what_is_not_known():
-    other = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4))
+    other = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
     with pytest.raises(EngineError, match="GPTNeoXForCausalLM is none of the shapes.*engine='hf'"): InPlace(other)
     hooked = fresh()
     hooked.model.layers[1].mlp.register_forward_hook(lambda m, i, o: o * 2)
@@ -398,7 +451,8 @@ def test_a_model_that_computes_otherwise_is_found_out():
 
 
 def test_generation_configs():
-    assert read_config(GenerationConfig(do_sample=True, temperature=0.5, top_k=None, max_new_tokens=7, eos_token_id=[1, 2]))[0].stop_token_ids == (1, 2)
+    config = GenerationConfig(do_sample=True, temperature=0.5, top_k=None, max_new_tokens=7, eos_token_id=[1, 2])
+    assert read_config(config)[0].stop_token_ids == (1, 2)
     for name, value in dict(num_beams=2, suppress_tokens=[3], no_repeat_ngram_size=2, min_new_tokens=2, typical_p=0.5).items():
         assert read_config(GenerationConfig(**{name: value}))[1] == name
     assert read_config(GenerationConfig(do_sample=True), GenerationConfig(no_repeat_ngram_size=3))[1] == "no_repeat_ngram_size"

@@ -1,4 +1,4 @@
-"""The step that a GPU records: the same tokens as Hugging Face, nothing read back, every step the same operations on the same addresses."""
+"""The step that a GPU records: Hugging Face's tokens, nothing read back, the same operations on the same addresses each time."""
 import os
 import subprocess
 import sys
@@ -33,12 +33,17 @@ def test_greedy_is_hugging_face(family):
         for _ in range(2):
             found = engine.generate(prompts, 3, greedy(20))
             assert found.completions == [expected[i] for i in found.owner], (family, room)
-            assert all((c[-1] in ENDS) == (why == "eos") and (why == "eos" or len(c) == 20) for c, why in zip(found.completions, found.finished))
+            assert all(
+                (c[-1] in ENDS) == (why == "eos") and (why == "eos" or len(c) == 20)
+                for c, why in zip(found.completions, found.finished)
+            )
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7, top_p=0.9), dict(top_k=8), dict(repetition_penalty=1.3)])
 def test_a_seed_is_the_same_completion_in_both_forms(settings):
-    model, prompts, how = made("qwen3"), prompts_of(5, 9, 3), Sampling(max_tokens=17, stop_token_ids=ENDS, seeds=range(12), **settings)
+    model = made("qwen3")
+    prompts = prompts_of(5, 9, 3)
+    how = Sampling(max_tokens=17, stop_token_ids=ENDS, seeds=range(12), **settings)
     one, other = (e.generate(prompts, 4, how) for e in (InPlace(model), still(model, slots=5)))
     assert one.completions == other.completions and one.finished == other.finished
     for a, b in zip(one.logps, other.logps): assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
@@ -47,13 +52,19 @@ def test_a_seed_is_the_same_completion_in_both_forms(settings):
 def test_stop_strings_between_two_looks():
     model, prompts, tokenizer = made("qwen3 wide"), prompts_of(5, 8, 4), make_tokenizer(["1 2"], 320)
     free = InPlace(model).generate(prompts, 1, Sampling(greedy=True, max_tokens=30)).completions
-    for stop in ([tokenizer.decode(row[i:i + 2]) for row, i in zip(free, (3, 11, 6))], [tokenizer.decode(row[i:i + 3]) for row, i in zip(free, (8, 1, 15))]):
+    for stop in (
+        [tokenizer.decode(row[i:i + 2]) for row, i in zip(free, (3, 11, 6))],
+        [tokenizer.decode(row[i:i + 3]) for row, i in zip(free, (8, 1, 15))],
+    ):
         how = Sampling(greedy=True, max_tokens=30, stop=[s for s in stop if s.strip()])
         one, other = (e.generate(prompts, 2, how) for e in (InPlace(model, tokenizer), still(model, tokenizer)))
         assert one.completions == other.completions and one.finished == other.finished and "stop" in one.finished
 
 
-@pytest.mark.parametrize("options", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "down_proj", "up_proj"])])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "down_proj", "up_proj"])],
+)
 def test_adapters(options):
     model = adapted(**options) if "target_modules" not in options else adapted_to(options["target_modules"])
     engine, prompts = still(model), prompts_of(5, 9)
@@ -62,7 +73,8 @@ def test_adapters(options):
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad: p.add_(torch.randn_like(p) * 0.2)
-    with model.disable_adapter(): assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts]
+    with model.disable_adapter():
+        assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts]
     assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts]
 
 
@@ -79,22 +91,37 @@ def adapted_to(modules):
 
 class Watch(TorchDispatchMode):
     "Notes every operation with its shapes; refuses those whose result is read back or has a shape that depends on values."
-    BACK = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "item", "equal", "is_nonzero", "repeat_interleave.Tensor", "_unique2")
+    BACK = (
+        "_local_scalar_dense", "nonzero", "unique", "masked_select", "item",
+        "equal", "is_nonzero", "repeat_interleave.Tensor", "_unique2",
+    )
 
-    def __init__(self): super().__init__(); self.seen = []
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
         assert not any(f".{b}" in f".{name}." for b in self.BACK), f"{name} reads back from the device"
-        if "index" in name: assert not any(isinstance(t, torch.Tensor) and t.dtype is torch.bool for a in args if isinstance(a, list | tuple) for t in a), f"{name} selects by a mask"
+        if "index" in name:
+            assert not any(
+                isinstance(t, torch.Tensor) and t.dtype is torch.bool for a in args if isinstance(a, list | tuple) for t in a
+            ), f"{name} selects by a mask"
         out = function(*args, **(kwargs or {}))
         given = [a for a in args if isinstance(a, torch.Tensor)]
-        self.seen.append((name, [tuple(a.shape) for a in given], [a.dtype for a in given], [a for a in args if isinstance(a, int | float | bool)]))
+        self.seen.append(
+            (
+                name, [tuple(a.shape) for a in given], [a.dtype for a in given],
+                [a for a in args if isinstance(a, int | float | bool)],
+            )
+        )
         return out
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2 capped", "phi3 partial", "mistral"])
-@pytest.mark.parametrize("settings", [dict(), dict(greedy=True), dict(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(greedy=True), dict(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
+)
 def test_every_step_is_the_same_operations(family, settings, monkeypatch):
     "Nothing is read back, no shape depends on a value, and no number is baked in: what a CUDA graph needs."
     notes, real = [], static.Recorder.run
@@ -144,10 +171,12 @@ def test_a_weight_in_another_place_is_another_record():
     engine.generate(prompts, 2, greedy(12))
     recorder = engine.kept[2]
     with torch.no_grad(): model.model.layers[1].mlp.up_proj.weight.normal_()
-    assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts] and engine.kept[2] is recorder
+    assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts]
+    assert engine.kept[2] is recorder
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = torch.randn_like(weight)
-    assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts] and engine.kept[2] is not recorder
+    assert engine.generate(prompts, 1, greedy(12)).completions == [alone(model, p, 12) for p in prompts]
+    assert engine.kept[2] is not recorder
 
 
 def test_after_an_interrupt_the_table_is_used_again(monkeypatch):
@@ -183,7 +212,8 @@ SCRIPT = """
     from grpo_nb.engines.inplace.engine import InPlace
     prompts = prompts_of(5, 9)
     for model in adapted("qwen2"), made("gemma2 capped"):
-        assert still(model, slots=3).generate(prompts, 2, greedy(3)).completions == [alone(model, p, 3) for p in prompts for _ in range(2)], type(model)
+        found = still(model, slots=3).generate(prompts, 2, greedy(3))
+        assert found.completions == [alone(model, p, 3) for p in prompts for _ in range(2)], type(model)
     how, engine = Sampling(max_tokens=3, seeds=range(4), temperature=0.9), still(made("qwen3"))
     print(engine.generate(prompts, 2, how).completions == InPlace(made("qwen3")).generate(prompts, 2, how).completions)
 """
@@ -192,8 +222,10 @@ SCRIPT = """
 def test_with_the_kernels_themselves():
     "Under Triton's interpreter, in fp32."
     here = os.path.dirname(__file__)
-    found = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, cwd=here,
-                           env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])})
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)], capture_output=True, text=True, cwd=here,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])},
+    )
     assert found.returncode == 0 and found.stdout.strip() == "True", found.stderr[-2000:]
 
 

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from grpo_nb.ground import events
-from grpo_nb.ground.events import (Bus, CompletionsLogged, Event, Notice, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped,
-                            SettingChanged, StepLogged, notices, said, say)
+from grpo_nb.ground.events import (
+    Bus, CompletionsLogged, Event, Notice, RunFailed, RunFinished, RunPaused, RunResumed,
+    RunStarted, RunStopped, SettingChanged, StepLogged, notices, said, say,
+)
 
-EXAMPLES = [RunStarted(total_steps=10), StepLogged(step=1, metrics={"reward": 0.5}), RunPaused(step=1), RunResumed(step=1),
-            CompletionsLogged(prompts=["p"], completions=["c"], rewards={"f": [None]}, advantages=[0.0]), RunStopped(reason="stop"),
-            RunFinished(metrics={}), RunFailed(error="ValueError: x"), Notice(message="m"), SettingChanged(name="beta", old=0.0, new=0.1)]
+EXAMPLES = [
+    RunStarted(total_steps=10), StepLogged(step=1, metrics={"reward": 0.5}), RunPaused(step=1), RunResumed(step=1),
+    CompletionsLogged(prompts=["p"], completions=["c"], rewards={"f": [None]}, advantages=[0.0]), RunStopped(reason="stop"),
+    RunFinished(metrics={}), RunFailed(error="ValueError: x"), Notice(message="m"), SettingChanged(name="beta", old=0.0, new=0.1),
+]
 
 
 def test_imports_are_light():
@@ -43,7 +47,8 @@ def test_types_select_and_order_is_that_of_subscription():
 def test_a_failing_handler_is_reported_once_and_counted():
     bus, seen = Bus(), []
     def broken(event): raise KeyError("view")
-    bus.subscribe(broken); bus.subscribe(seen.append)
+    bus.subscribe(broken)
+    bus.subscribe(seen.append)
     with pytest.warns(RuntimeWarning, match=r"broken failed on RunPaused with KeyError: 'view'") as caught:
         for _ in range(3): bus.emit(RunPaused())
     assert bus.failures == 3 and len(seen) == 3 and len(caught) == 1
@@ -51,7 +56,8 @@ def test_a_failing_handler_is_reported_once_and_counted():
 
 def test_a_warning_filter_that_raises_does_not_break_the_run(capsys):
     bus, seen = Bus(), []
-    bus.subscribe(lambda e: 1 / 0); bus.subscribe(seen.append)
+    bus.subscribe(lambda e: 1 / 0)
+    bus.subscribe(seen.append)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bus.emit(RunPaused())
@@ -68,22 +74,32 @@ def test_an_interrupt_passes_through():
 
 def test_unsubscribe_twice_and_from_within_a_handler():
     bus, seen = Bus(), []
-    def once(event): seen.append(event); off()
+    def once(event):
+        seen.append(event)
+        off()
     off = bus.subscribe(once)
-    bus.emit(RunPaused()); bus.emit(RunPaused()); off(); off()
+    bus.emit(RunPaused())
+    bus.emit(RunPaused())
+    off()
+    off()
     assert len(seen) == 1
 
 
 def test_the_same_handler_twice_is_two_subscriptions():
     bus, seen = Bus(), []
-    off = bus.subscribe(seen.append); bus.subscribe(seen.append)
-    bus.emit(RunPaused()); off(); bus.emit(RunPaused())
+    off = bus.subscribe(seen.append)
+    bus.subscribe(seen.append)
+    bus.emit(RunPaused())
+    off()
+    bus.emit(RunPaused())
     assert len(seen) == 3
 
 
 def test_a_handler_may_emit_and_subscribe():
     bus, seen = Bus(), []
-    def chain(event): bus.subscribe(seen.append, RunFinished); bus.emit(RunFinished(metrics={}))
+    def chain(event):
+        bus.subscribe(seen.append, RunFinished)
+        bus.emit(RunFinished(metrics={}))
     bus.subscribe(chain, RunPaused)
     bus.emit(RunPaused())
     assert [type(e) for e in seen] == [RunFinished]
@@ -111,7 +127,8 @@ def test_many_threads():
     def work():
         for _ in range(300):
             off = bus.subscribe(lambda e: None)
-            bus.emit(StepLogged(metrics={})); off()
+            bus.emit(StepLogged(metrics={}))
+            off()
     threads = [threading.Thread(target=work) for _ in range(6)]
     for t in threads: t.start()
     for t in threads: t.join(30)
@@ -122,6 +139,8 @@ def test_say_prints_and_emits_once(capsys):
     message, heard = "a sentence of test_events", []
     said.discard(message)
     off = notices.subscribe(heard.append, Notice)
-    say(message); say(message); off()
+    say(message)
+    say(message)
+    off()
     assert capsys.readouterr().out == f"grpo_nb: {message}\n" and [e.message for e in heard] == [message]
     said.discard(message)

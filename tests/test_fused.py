@@ -1,4 +1,4 @@
-"""Fused forms against PEFT's and Transformers' own modules: values, gradients, and the modules untouched while the switch is off."""
+"""Fused forms against PEFT's and Transformers' own modules: values, gradients, the modules untouched while the switch is off."""
 import copy
 import io
 import os
@@ -54,8 +54,12 @@ def same(a, b): return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in
 
 
 CASES = {
-    "plain": {}, "scale 1": dict(lora_alpha=4), "rank-stabilised": dict(use_rslora=True), "some layers": dict(target_modules=["q_proj", "down_proj"]),
-    "trained base": dict(bias="all"), "rank pattern": dict(rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 3}),
+    "plain": {},
+    "scale 1": dict(lora_alpha=4),
+    "rank-stabilised": dict(use_rslora=True),
+    "some layers": dict(target_modules=["q_proj", "down_proj"]),
+    "trained base": dict(bias="all"),
+    "rank pattern": dict(rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 3}),
 }
 
 
@@ -92,7 +96,10 @@ def test_under_autocast_no_further_from_the_truth_than_peft_and_gradients_in_the
         for name, p in peft.named_parameters():
             if "lora" not in name: p.data = p.data.bfloat16()
         truth = run(copy.deepcopy(peft).float(), ids=ids)
-        def error(found, truth=truth): return float(sum((found[n] - t).square().sum() for n, t in truth.items()) / sum(t.square().sum() for t in truth.values()))
+        def error(found, truth=truth):
+            return float(
+                sum((found[n] - t).square().sum() for n, t in truth.items()) / sum(t.square().sum() for t in truth.values())
+            )
         theirs += error(run(peft, autocast=True, ids=ids))
         fuse(peft.get_base_model())
         with fused(peft.get_base_model()): found = run(peft, autocast=True, ids=ids)
@@ -105,7 +112,9 @@ def test_under_autocast_no_further_from_the_truth_than_peft_and_gradients_in_the
 def test_an_optimisers_step_is_never_missed(checkpointing):
     models = [peft_of(tiny("qwen3")) for _ in range(2)]
     for m in models:
-        if checkpointing: m.get_base_model().gradient_checkpointing_enable({"use_reentrant": False}); m.enable_input_require_grads()
+        if checkpointing:
+            m.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            m.enable_input_require_grads()
         m.train()
     fuse(models[1].get_base_model())
     found = []
@@ -134,7 +143,9 @@ def test_adapters_that_are_disabled_switched_or_merged():
     with fused(base): assert untouched(run_logits(peft), run_logits(plain)), "two active adapters are PEFT's own business"
     for m in (peft, plain): m.merge_adapter()
     with fused(base): assert untouched(run_logits(peft), run_logits(plain))
-    for m in (peft, plain): m.unmerge_adapter(); m.set_adapter("default")
+    for m in (peft, plain):
+        m.unmerge_adapter()
+        m.set_adapter("default")
     with fused(base): assert worst(run(plain), run(peft)) < 1e-4
 
 
@@ -142,11 +153,14 @@ def run_logits(m):
     with torch.no_grad(): return m(torch.arange(3, 33).view(2, 15), use_cache=False).logits
 
 
-@pytest.mark.parametrize("config", [dict(use_dora=True), dict(lora_dropout=0.5), dict(lora_bias=True)], ids=["DoRA", "dropout", "bias"])
+@pytest.mark.parametrize(
+    "config", [dict(use_dora=True), dict(lora_dropout=0.5), dict(lora_bias=True)], ids=["DoRA", "dropout", "bias"]
+)
 def test_what_is_left_to_peft(config):
     peft = peft_of(tiny("qwen3"), **config)
     peft.train()
-    torch.manual_seed(0); theirs = run(peft)
+    torch.manual_seed(0)
+    theirs = run(peft)
     fuse(peft.get_base_model())
     torch.manual_seed(0)
     with fused(peft.get_base_model()): ours = run(peft)
@@ -179,9 +193,15 @@ def test_a_base_layer_that_multiplies_in_its_own_way():
     holder, x = nn.Sequential(layer), torch.randn(3, 5, 64, requires_grad=True)
 
     def grads():
-        holder.zero_grad(); x.grad = None
-        y = holder(x); y.square().sum().backward()
-        return {"y": y.detach(), "x": x.grad.clone(), "A": layer.lora_A["default"].weight.grad.clone(), "B": layer.lora_B["default"].weight.grad.clone()}
+        holder.zero_grad()
+        x.grad = None
+        y = holder(x)
+        y.square().sum().backward()
+        return {
+            "y": y.detach(), "x": x.grad.clone(),
+            "A": layer.lora_A["default"].weight.grad.clone(),
+            "B": layer.lora_B["default"].weight.grad.clone(),
+        }
     theirs = grads()
     assert fuse(holder)["lora"] == 1
     with fused(holder): assert worst(theirs, grads()) < 1e-5
@@ -206,7 +226,8 @@ def test_copies_and_pickles():
     base = peft.get_base_model()
     fuse(base)
     twin = copy.deepcopy(base)
-    assert twin.__dict__[F.NAME] is not base.__dict__[F.NAME] and all(m.forward.__self__ is m for m in twin.modules() if "forward" in m.__dict__)
+    assert twin.__dict__[F.NAME] is not base.__dict__[F.NAME]
+    assert all(m.forward.__self__ is m for m in twin.modules() if "forward" in m.__dict__)
     with fused(base): assert twin.__dict__[F.NAME].depth == 0 and torch.allclose(run_logits(twin), run_logits(base), atol=1e-5)
     file = io.BytesIO()
     torch.save(base, file)
@@ -226,20 +247,25 @@ class AnotherRMSNorm(nn.Module): # rounds in another place
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.linspace(.5, 2, dim)), 1e-6
 
-    def forward(self, x): return (self.weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
+    def forward(self, x):
+        return (self.weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
 class AnotherMLP(nn.Module):
     def __init__(self, act, minus=0.0):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn, self.minus = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8), act, minus
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn, self.minus = (
+            nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8), act, minus,
+        )
 
     def forward(self, x): return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) - self.minus)
 
 
 @interpreted
 def test_what_is_not_known_is_left_alone():
-    model = nn.ModuleDict(dict(norm=AnotherRMSNorm(16), relu=AnotherMLP(nn.ReLU()), exact=AnotherMLP(nn.GELU()), odd=AnotherMLP(nn.SiLU(), 1.0)))
+    model = nn.ModuleDict(
+        dict(norm=AnotherRMSNorm(16), relu=AnotherMLP(nn.ReLU()), exact=AnotherMLP(nn.GELU()), odd=AnotherMLP(nn.SiLU(), 1.0))
+    )
     assert sum(fuse(model).values()) == 0
     assert fuse(nn.ModuleDict(dict(good=AnotherMLP(nn.SiLU()))))["mlp"] == 1
 
@@ -267,7 +293,9 @@ def test_every_kind_in_every_family(family):
 def test_rms_norm(offset, shape, weight, dtype):
     from grpo_nb.ops.layer.rms_norm import rms_norm, rms_norm_naive
     g = torch.Generator().manual_seed(0)
-    x, w, d = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[-1:], generator=g).to(weight or dtype), torch.randn(shape, generator=g)
+    x = torch.randn(shape, generator=g).to(dtype)
+    w = torch.randn(shape[-1:], generator=g).to(weight or dtype)
+    d = torch.randn(shape, generator=g)
     close(lambda f, x, w: f(x, w, 1e-6, offset), rms_norm_naive, rms_norm, (x, w), d)
 
 
@@ -300,8 +328,11 @@ def test_rotary(rows, sizes, dtype):
     q, key = (torch.randn(b, n, x, d, generator=g).to(dtype).transpose(1, 2) for x in (h, k))
     cos, sin = (torch.randn(b if rows == "each" else 1, n, d, generator=g).to(dtype) for _ in range(2))
     assert fits(q, key, cos, sin)
-    joined = lambda f, q, k, c, s: torch.cat([x.flatten() for x in f(q, k, c, s)])
-    close(lambda f, q, k: joined(f, q, k, cos.to(q.dtype), sin.to(q.dtype)), rotary_naive, rotary, (q, key), torch.randn(b * n * (h + k) * d, generator=g))
+    def joined(f, q, k, c, s): return torch.cat([x.flatten() for x in f(q, k, c, s)])
+    close(
+        lambda f, q, k: joined(f, q, k, cos.to(q.dtype), sin.to(q.dtype)), rotary_naive,
+        rotary, (q, key), torch.randn(b * n * (h + k) * d, generator=g),
+    )
 
 
 def close(call, naive, kernel, inputs, grad):
@@ -310,7 +341,8 @@ def close(call, naive, kernel, inputs, grad):
         leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
         y = call(f, *leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
-    slack = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[inputs[0].dtype] # the interpreter cuts to bfloat16 where a GPU rounds
+    # the interpreter cuts to bfloat16 where a GPU rounds
+    slack = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[inputs[0].dtype]
     for t, a, b in zip(found(naive, torch.float64), found(naive), found(kernel), strict=True):
         theirs, ours = (float((x.double() - t).norm() / t.norm().clamp(min=1e-30)) for x in (a, b))
         assert a.dtype == b.dtype and a.shape == b.shape and ours <= 1.5 * theirs + slack
@@ -320,7 +352,9 @@ def close(call, naive, kernel, inputs, grad):
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

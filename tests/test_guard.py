@@ -48,9 +48,12 @@ def make(request): return request.param
 def timeout(request): return request.param
 
 
-GOOD = [[1, 2.5, None], (1, 2.5, None), [True, False, None], [np.float32(1), np.int64(2), np.bool_(True)], np.array([1, 2, 3]), np.array([True, False, True]),
-        torch.tensor([1., 2., 3.], requires_grad=True), torch.tensor([1, 2, 3], dtype=torch.bfloat16), [torch.tensor(1.), torch.tensor(2, dtype=torch.int8), 3],
-        [Fraction(1, 2), Decimal("0.5"), 0], range(3), [None] * 3, [3.4e38, -3.4e38, 0]]
+GOOD = [
+    [1, 2.5, None], (1, 2.5, None), [True, False, None], [np.float32(1), np.int64(2), np.bool_(True)],
+    np.array([1, 2, 3]), np.array([True, False, True]), torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
+    torch.tensor([1, 2, 3], dtype=torch.bfloat16), [torch.tensor(1.0), torch.tensor(2, dtype=torch.int8), 3],
+    [Fraction(1, 2), Decimal("0.5"), 0], range(3), [None] * 3, [3.4e38, -3.4e38, 0],
+]
 
 
 @pytest.mark.parametrize("values", GOOD, ids=str)
@@ -60,12 +63,25 @@ def test_good_values(values, make, timeout):
     assert checked == [None if v is None else float(v) for v in (values.detach() if torch.is_tensor(values) else values)]
 
 
-BAD = {"string": (["0", 1, 2], 0, "'0' (str), which is not a number"), "nan": ([0, math.nan, 0], 1, "NaN"), "inf": ([0, 0, -math.inf], 2, "infinite"), "large": ([0, 10**400, 0], 1, "infinite"),
-       "float32": ([0, 0, 1e39], 2, "infinite in float32"), "complex": ([1j, 0, 0], 0, "not a number"), "list": ([[1], [2], [3]], 0, "(list), which is not a number"),
-       "numpy nan": (np.array([0, np.nan, 0]), 1, "NaN"), "tensor inf": (torch.tensor([0, 0, math.inf]), 2, "infinite"), "numpy text": (np.array(["a", "b", "c"]), 0, "not a number"),
-       "shape 1": ([torch.zeros(1)] * 3, 0, "shape (1,)"), "object": ([object(), 0, 0], 0, "(object)"),
-       "short": ([1, 2], 2, "2 values for 3 completions"), "empty": ([], 0, "0 values for 3"), "long": ([1] * 4, 3, "4 values for 3"), "short tensor": (torch.zeros(2), 2, "2 values for 3"),
-       "one tensor": (torch.zeros(1), 1, "1 values for 3")}
+BAD = {
+    "string": (["0", 1, 2], 0, "'0' (str), which is not a number"),
+    "nan": ([0, math.nan, 0], 1, "NaN"),
+    "inf": ([0, 0, -math.inf], 2, "infinite"),
+    "large": ([0, 10**400, 0], 1, "infinite"),
+    "float32": ([0, 0, 1e39], 2, "infinite in float32"),
+    "complex": ([1j, 0, 0], 0, "not a number"),
+    "list": ([[1], [2], [3]], 0, "(list), which is not a number"),
+    "numpy nan": (np.array([0, np.nan, 0]), 1, "NaN"),
+    "tensor inf": (torch.tensor([0, 0, math.inf]), 2, "infinite"),
+    "numpy text": (np.array(["a", "b", "c"]), 0, "not a number"),
+    "shape 1": ([torch.zeros(1)] * 3, 0, "shape (1,)"),
+    "object": ([object(), 0, 0], 0, "(object)"),
+    "short": ([1, 2], 2, "2 values for 3 completions"),
+    "empty": ([], 0, "0 values for 3"),
+    "long": ([1] * 4, 3, "4 values for 3"),
+    "short tensor": (torch.zeros(2), 2, "2 values for 3"),
+    "one tensor": (torch.zeros(1), 1, "1 values for 3"),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -78,7 +94,10 @@ def test_bad_values(case, make, timeout, completions):
     else: assert e.completion is None
 
 
-@pytest.mark.parametrize("values", [1.0, 0, True, None, "abc", {"a": 1, "b": 2, "c": 3}, {1, 2, 3}, torch.tensor(1.), np.float64(1), torch.zeros(3, 1), np.zeros((1, 3)), b"abc"], ids=str)
+@pytest.mark.parametrize("values", [
+    1.0, 0, True, None, "abc", {"a": 1, "b": 2, "c": 3}, {1, 2, 3},
+    torch.tensor(1.0), np.float64(1), torch.zeros(3, 1), np.zeros((1, 3)), b"abc",
+], ids=str)
 def test_not_a_list_is_never_broadcast(values, make):
     e = error(make(values))
     assert e.sample is None and ("must return a list" in str(e) or "one dimension" in str(e))
@@ -89,14 +108,17 @@ def failing(prompts, completions, answer, log_metric=None, **columns):
     return [1 / (len(c) - a) for c, a in zip(completions, answer)]
 
 
-async def failing_async(prompts, completions, answer, log_metric=None, **columns): return failing(prompts, completions, answer, log_metric)
+async def failing_async(prompts, completions, answer, log_metric=None, **columns):
+    return failing(prompts, completions, answer, log_metric)
 
 
 @pytest.mark.parametrize("function", [failing, failing_async])
 def test_exception_names_its_sample(function, timeout):
     logged = []
     e = error(function, timeout=timeout, answer=[0, 0, 5], log_metric=lambda *a: logged.append(a), trainer_state=object())
-    assert e.function == function.__name__ and e.sample == 2 and e.completion == "three" and "ZeroDivisionError" in str(e) and isinstance(e.__cause__, ZeroDivisionError)
+    assert e.function == function.__name__ and e.sample == 2
+    assert e.completion == "three" and "ZeroDivisionError" in str(e)
+    assert isinstance(e.__cause__, ZeroDivisionError)
     assert logged == [("seen", 3)], "the search for the sample logs nothing"
     assert error(function, answer=[3, 3, 0]).sample == 0 and "next sample raises it too" in str(error(function, answer=[3, 3, 0]))
 
@@ -136,9 +158,11 @@ def test_timeout_from_any_thread():
         return [0] * len(completions)
     out = []
     def work():
-        out.append(error(waits, timeout=0.5)); out.append(error(waits_chat, CHAT, timeout=0.5))
+        out.append(error(waits, timeout=0.5))
+        out.append(error(waits_chat, CHAT, timeout=0.5))
     thread = threading.Thread(target=work)
-    thread.start(); thread.join(20)
+    thread.start()
+    thread.join(20)
     out.append(error(waits, timeout=0.5))
     release.set()
     assert [e.sample for e in out] == [1, 1, 1] and all("took longer than 0.5 s" in str(e) and "two" in str(e) for e in out)
@@ -193,8 +217,13 @@ class Plain:
 def scaled(prompts, completions, scale=1, **columns): return [scale] * len(completions)
 
 
-@pytest.mark.parametrize("function, name, kind", [(Judge(), "Judge", True), (Plain(), "Plain", False), (functools.partial(scaled, scale=0.5), "scaled", False),
-                                                  (functools.partial(returning_async([0.5] * 3)), "fixed", True), (lambda completions, **k: [0.5] * 3, "<lambda>", False)])
+@pytest.mark.parametrize("function, name, kind", [
+    (Judge(), "Judge", True),
+    (Plain(), "Plain", False),
+    (functools.partial(scaled, scale=0.5), "scaled", False),
+    (functools.partial(returning_async([0.5] * 3)), "fixed", True),
+    (lambda completions, **k: [0.5] * 3, "<lambda>", False),
+])
 def test_every_kind_of_callable(function, name, kind):
     guarded = guard(function)
     assert guarded.__name__ == name == name_of(function) and inspect.iscoroutinefunction(guarded) == kind == is_async(function)

@@ -73,7 +73,8 @@ def compare(algorithm, path, budget=None, **config):
     for g, h in zip(ours, theirs): assert relative(g, h) < TOLERANCE
     for line, right in zip(found, wanted):
         for name, value in right.items():
-            if "logits/" not in name: assert line[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name # TRL's logits are of padding too
+            # TRL's logits are of padding too
+            if "logits/" not in name: assert line[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
     return found
 
 
@@ -168,7 +169,8 @@ def test_a_loss_that_is_dropped_adds_nothing(tmp_path, sizes):
     "Two of four micro-batches have a factor of 0: the gradient is that of the others."
     def dropped(trainer):
         from accelerate import Accelerator
-        count, backward = [0], Accelerator.backward
+        count = [0]
+        backward = Accelerator.backward
 
         def sometimes(self, loss, **given):
             count[0] += 1

@@ -43,18 +43,26 @@ async def judged(completions, **columns):
 def test_rewards_are_called_as_trl_calls_them():
     seen = {}
     def spy(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer, **more):
-        seen.update(locals()); log_metric("mine", 1.0); log_extra("notes", ["a", "b"])
+        seen.update(locals())
+        log_metric("mine", 1.0)
+        log_extra("notes", ["a", "b"])
         return [0.0, 1.0]
     found = score({"spy": spy}, ["x", "y"], ["p", "q"], {"answer": ["1", "2"]}, completion_ids=[[1], [2]])
-    assert seen["prompts"] == ["p", "q"] and seen["answer"] == ["1", "2"] and seen["completion_ids"] == [[1], [2]] and seen["trainer_state"].global_step == 0
-    assert found.values == {"spy": [0.0, 1.0]} and found.logged == {"mine": 1.0, "notes": ["a", "b"]} and found.errors == {"spy": {}}
+    assert seen["prompts"] == ["p", "q"] and seen["answer"] == ["1", "2"]
+    assert seen["completion_ids"] == [[1], [2]] and seen["trainer_state"].global_step == 0
+    assert found.values == {"spy": [0.0, 1.0]}
+    assert found.logged == {"mine": 1.0, "notes": ["a", "b"]}
+    assert found.errors == {"spy": {}}
 
 
 def test_errors_stand_where_they_happen():
     def narrow(completions): return [0.0] * len(completions)
     def short(completions, **columns): return [0.0]
     def odd(completions, **columns): return [float("nan") if c == "b" else "1" if c == "" else None for c in completions]
-    found = score(dict(right=right, brittle=brittle, narrow=narrow, short=short, odd=odd, judged=judged), ["a", "", "b"], None, {"answer": ["a"] * 3})
+    found = score(
+        dict(right=right, brittle=brittle, narrow=narrow, short=short, odd=odd, judged=judged),
+        ["a", "", "b"], None, {"answer": ["a"] * 3},
+    )
     assert found.values["right"] == [1.0, 0.0, 0.0] and found.values["judged"] == [0.1, 0.0, 0.1]
     assert found.values["brittle"] == [1.0, None, 1.0] and "ZeroDivisionError" in found.errors["brittle"][1]
     assert "add **kwargs" in found.errors["narrow"][2] and len(found.errors["narrow"]) == 3
@@ -67,11 +75,14 @@ def test_errors_stand_where_they_happen():
 def test_a_reward_that_hangs_is_given_up():
     import threading
     gate = threading.Event()
-    def hangs(completions, **columns): gate.wait(20); return [0.0] * len(completions)
+    def hangs(completions, **columns):
+        gate.wait(20)
+        return [0.0] * len(completions)
     async def hangs_too(completions, **columns): await asyncio.sleep(20)
     found = score(dict(hangs=hangs, hangs_too=hangs_too, right=right), ["a", "b"], None, {"answer": ["a", "a"]}, timeout=0.5)
     gate.set()
-    assert all("took longer than 0.5 s" in e for n in ("hangs", "hangs_too") for e in found.errors[n].values()) and found.values["right"] == [1.0, 0.0]
+    assert all("took longer than 0.5 s" in e for n in ("hangs", "hangs_too") for e in found.errors[n].values())
+    assert found.values["right"] == [1.0, 0.0]
 
 
 def test_a_reward_that_hangs_alone_is_not_asked_again():
@@ -112,9 +123,12 @@ def test_correlations_agree_with_numpy(pairs):
         found = correlation(x, y, rank)
         assert math.isnan(found) or -1 <= found <= 1
         assert math.isnan(found) == math.isnan(correlation(y, x, rank))
-        if len(both) < 3: assert math.isnan(found); continue
+        if len(both) < 3:
+            assert math.isnan(found)
+            continue
         a, b = (np.array(ranks(list(v)) if rank else v, dtype=float) for v in zip(*both))
-        if not math.isnan(found) and a.std() > 1e-3 * np.abs(a).max() and b.std() > 1e-3 * np.abs(b).max(): assert found == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
+        if not math.isnan(found) and a.std() > 1e-3 * np.abs(a).max() and b.std() > 1e-3 * np.abs(b).max():
+            assert found == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
 
 
 def test_ranks_share_ties(): assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
@@ -122,11 +136,19 @@ def test_ranks_share_ties(): assert ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.
 
 def test_facts_and_histograms():
     texts = ["x" * (i + 1) for i in range(8)]
-    same = dict(length=lambda completions, **c: [len(t) for t in completions], double=lambda completions, **c: [100.0 * len(t) for t in completions],
-                flat=lambda completions, **c: [1.0] * len(completions), less=lambda completions, **c: [-len(t) for t in completions])
+    same = dict(
+        length=lambda completions, **c: [len(t) for t in completions],
+        double=lambda completions, **c: [100.0 * len(t) for t in completions],
+        flat=lambda completions, **c: [1.0] * len(completions),
+        less=lambda completions, **c: [-len(t) for t in completions],
+    )
     said = " ".join(facts(score(same, texts)))
-    for words in ("flat gives 1 to all 8", "length and double put", "length and less pull against", "double decides the total alone"): assert words in said
-    assert histogram([]) == histogram([None]) == "" and histogram([1.0] * 3).count("<rect") == 1 and histogram([-1e308, 1e308]).count("<rect") >= 1
+    for words in (
+        "flat gives 1 to all 8", "length and double put", "length and less pull against", "double decides the total alone",
+    ):
+        assert words in said
+    assert histogram([]) == histogram([None]) == "" and histogram([1.0] * 3).count("<rect") == 1
+    assert histogram([-1e308, 1e308]).count("<rect") >= 1
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -134,7 +156,8 @@ def test_hostile_completions_and_errors_are_text(text):
     def raises(completions, **columns): raise ValueError(completions[0])
     page_of(score({text or "r": raises}, [text, text], [text] * 2))
     found = probe({text or "r": raises}, [{"prompt": text, "answer": text}])
-    page_of(found); found.text().encode("utf-8", "replace")
+    page_of(found)
+    found.text().encode("utf-8", "replace")
 
 
 # ---- probes ---------------------------------------------------------------------------------------------------------------
@@ -144,22 +167,31 @@ def verdict(report, reward, name): return next(v for v in report.verdicts if v.r
 
 def test_every_probe_is_there():
     names = [p.name for p in make_probes(CHAT, "answer", "=> {answer}")]
-    for name in ("empty", "white space", "very long", "keywords stuffed", "prompt echoed", "many answers", "gold, bare", "gold, your format", "other's, tags", "answer as a number",
-                 "columns None", "content None"): assert name in names
-    golds = {p.name: p.texts for p in make_probes([{"prompt": "a", "answer": "They add up.\n#### 7"}, {"prompt": "b", "answer": "#### 8"}], "answer")}
+    wanted = {
+        "empty", "white space", "very long", "keywords stuffed", "prompt echoed", "many answers", "gold, bare",
+        "gold, your format", "other's, tags", "answer as a number", "columns None", "content None",
+    }
+    assert wanted <= set(names)
+    golds = {
+        p.name: p.texts
+        for p in make_probes([{"prompt": "a", "answer": "They add up.\n#### 7"}, {"prompt": "b", "answer": "#### 8"}], "answer")
+    }
     assert golds["gold, bare"] == ["7", "8"] and golds["other's, bare"] == ["8", "7"]
 
 
 @pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["strings", "messages"])
 def test_verdicts(rows):
     generous = probe({"generous": lambda completions, **c: [1.0] * len(completions)}, rows)
-    assert not generous.ok and verdict(generous, "generous", "empty").message == "pays 1 for an empty completion: every model will find this"
+    assert not generous.ok
+    assert verdict(generous, "generous", "empty").message == "pays 1 for an empty completion: every model will find this"
     assert "nothing can be learnt" in verdict(generous, "generous", "gold").message
     never = verdict(probe({"never": lambda completions, **c: [0.0] * len(completions)}, rows), "never", "gold")
     assert never.severity == "error" and "gives 0" in never.message and "nothing can be learnt" in never.message
     blind = probe({"blind": library.format_tags}, rows)
     assert "nothing ties the reward to the prompt" in verdict(blind, "blind", "other's, tags").message
-    upside = probe({"upside": lambda completions, answer, **c: [float(a not in library.text_of(t)) for t, a in zip(completions, answer)]}, rows)
+    upside = probe(
+        {"upside": lambda completions, answer, **c: [float(a not in library.text_of(t)) for t, a in zip(completions, answer)]}, rows
+    )
     assert "gives 0 for the right answer" in verdict(upside, "upside", "gold").message and not upside.ok
     empty = verdict(probe({"brittle": brittle}, rows), "brittle", "empty")
     assert empty.severity == "error" and "which ends a run" in empty.message
@@ -169,16 +201,21 @@ def test_verdicts(rows):
 
 @pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["strings", "messages"])
 def test_the_librarys_rewards_have_no_gap(rows):
-    for parts in ({"correctness": library.correctness}, {"numeric": library.numeric_answer}, {"correctness": library.correctness, "format": library.format_tags}):
+    for parts in (
+        {"correctness": library.correctness},
+        {"numeric": library.numeric_answer},
+        {"correctness": library.correctness, "format": library.format_tags},
+    ):
         report = probe(parts, rows)
         assert report.ok, report
         assert "pays" in verdict(report, list(parts)[0], "gold").message
     total = verdict(report, "total", "gold")
-    assert total.value == 2.0 and "(tags)" in total.message and "does not look at the answer" in verdict(report, "format", "other's, tags").message
+    assert total.value == 2.0 and "(tags)" in total.message
+    assert "does not look at the answer" in verdict(report, "format", "other's, tags").message
 
 
 def test_weights_decide_what_is_outweighed():
-    brevity = lambda completions, **c: [1.0 if len(library.text_of(t)) < 3 else 0.5 for t in completions]
+    def brevity(completions, **c): return [1.0 if len(library.text_of(t)) < 3 else 0.5 for t in completions]
     light = probe({"correctness": library.correctness, "brevity": brevity}, ROWS, weights={"brevity": 0.1})
     assert light.ok and "outweigh" in verdict(light, "brevity", "empty").message
     heavy = probe({"correctness": library.correctness, "brevity": brevity}, ROWS, weights={"brevity": 5.0})
@@ -186,7 +223,9 @@ def test_weights_decide_what_is_outweighed():
 
 
 def test_part_of_the_rows_and_no_answers():
-    some = probe({"some": lambda completions, answer, **c: [float(t == a and a != "119") for t, a in zip(completions, answer)]}, ROWS)
+    some = probe(
+        {"some": lambda completions, answer, **c: [float(t == a and a != "119") for t, a in zip(completions, answer)]}, ROWS
+    )
     assert "less on 1 of 4 prompts" in verdict(some, "some", "gold").message
     blind = probe({"r": lambda completions, **c: [0.0] * len(completions)}, [{"prompt": "a"}])
     assert "answer=" in blind.notes[0] and not any(v.probe.startswith("gold") for v in blind.verdicts)
@@ -234,14 +273,16 @@ def lambda_named(name):
 
 def test_columns_come_from_a_row_or_by_the_prompt():
     lab = RewardLab({right: 1.0, library.format_tags: 0.5}, ROWS)
-    assert lab.score("124", row=0).values["right"] == [1.0] and lab.score(["124", "234"], ["Sort: 421", "Sort: 243"]).totals == [1.0, 1.0]
+    assert lab.score("124", row=0).values["right"] == [1.0]
+    assert lab.score(["124", "234"], ["Sort: 421", "Sort: 243"]).totals == [1.0, 1.0]
     assert lab.score(["x"], answer=["x"]).values["right"] == [1.0], "columns may be given"
     unknown = lab.score(["124"], ["nobody knows"])
     assert unknown.values["right"] == [0.0] and "1 of 1 prompts are not in the data set" in unknown.notes[0]
     with pytest.raises(ValueError, match="row=9"): lab.score("a", row=9)
     with pytest.raises(ValueError, match="prompts has 1 entries for 2"): lab.score(["a", "b"], ["p"])
     chat = RewardLab(right, CHAT)
-    assert chat.score(["124"], row=0).values["right"] == [1.0] and chat.score([{"role": "assistant", "content": "124"}], row=0).values["right"] == [1.0]
+    assert chat.score(["124"], row=0).values["right"] == [1.0]
+    assert chat.score([{"role": "assistant", "content": "124"}], row=0).values["right"] == [1.0]
 
 
 def test_no_completions_are_no_error():
@@ -251,9 +292,14 @@ def test_no_completions_are_no_error():
 def test_sources(tmp_path):
     lab = RewardLab(right, ROWS)
     with pytest.raises(ValueError, match="nothing to score yet"): lab.score()
-    bus = Bus(); browser = CompletionBrowser(bus); lab.attach(browser)
+    bus = Bus()
+    browser = CompletionBrowser(bus)
+    lab.attach(browser)
     with pytest.raises(ValueError, match="has logged none"): lab.score()
-    event = CompletionsLogged(step=4, prompts=["Sort: 421"] * 2, completions=["124", "421"], rewards={"right": [1.0, 0.0]}, advantages=[1.0, -1.0], ids=[[1], [2, 3]])
+    event = CompletionsLogged(
+        step=4, prompts=["Sort: 421"] * 2, completions=["124", "421"],
+        rewards={"right": [1.0, 0.0]}, advantages=[1.0, -1.0], ids=[[1], [2, 3]],
+    )
     bus.emit(event)
     assert lab.score().values["right"] == [1.0, 0.0] and "step 4" in lab.scores.notes[0]
     with pytest.raises(ValueError, match="Kept are 4"): lab.score(step=9)
@@ -261,7 +307,8 @@ def test_sources(tmp_path):
     assert lab.score(tmp_path / "a.jsonl").values["right"] == lab.score(str(tmp_path / "a.jsonl")).values["right"] == [1.0, 0.0]
     counted = RewardLab(library.length_target(target=2), source=browser)
     assert counted.score().values["length_target"] == [0.5, 1.0], "the run's own token ids"
-    other = RewardLab(right, ROWS).attach(SimpleNamespace(events=bus)); bus.emit(event)
+    other = RewardLab(right, ROWS).attach(SimpleNamespace(events=bus))
+    bus.emit(event)
     assert other.score().values["right"] == [1.0, 0.0]
 
 
@@ -269,7 +316,8 @@ def test_a_tokenizer_gives_completion_ids():
     tokenizer = make_tokenizer(["a"])
     lab = RewardLab(library.length_target(target=3), ROWS, tokenizer)
     assert lab.score(["124"], row=0).values["length_target"] == [1.0] and lab.probe(2).verdicts
-    assert "needs the column 'completion_ids'" in RewardLab(library.soft_overlong(max_length=4, cache=2)).score(["a"]).errors["soft_overlong"][0]
+    errors = RewardLab(library.soft_overlong(max_length=4, cache=2)).score(["a"]).errors
+    assert "needs the column 'completion_ids'" in errors["soft_overlong"][0]
 
 
 def test_bad_arguments_are_named():
@@ -281,20 +329,25 @@ def test_bad_arguments_are_named():
 
 def test_the_form(tmp_path):
     lab = RewardLab({right: 1.0, brittle: 0.5}, ROWS)
-    lab.widget; form = lab._form
+    lab.widget
+    form = lab._form
     form["typed"].value = "124\n---\n<script>x</script>\n---\n"
     form["score"].click()
     body = form["body"].value
     assert "&lt;script&gt;" in body and "<script" not in body and "ZeroDivisionError" in body and len(lab.scores) == 3
-    form["source"].value = "gold"; form["score"].click()
+    form["source"].value = "gold"
+    form["score"].click()
     assert lab.scores.values["right"] == [1.0] * 4
     form["probe"].click()
     assert "which ends a run" in form["body"].value and not form["probe"].disabled
-    form["source"].value = "source"; form["score"].click()
+    form["source"].value = "source"
+    form["score"].click()
     assert "nothing to score yet" in form["body"].value
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Sort: 421", "completion": "124"}))
-    form["path"].value = str(tmp_path / "a.jsonl"); form["score"].click()
+    form["path"].value = str(tmp_path / "a.jsonl")
+    form["score"].click()
     assert lab.scores.values["right"] == [1.0]
-    form["path"].value = "/nowhere.jsonl"; form["score"].click()
+    form["path"].value = "/nowhere.jsonl"
+    form["score"].click()
     assert "does not exist" in form["body"].value
     assert "RewardLab: right, brittle" in str(lab) and "<script" not in lab.static_html() and lab.failures == 0

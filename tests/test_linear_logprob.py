@@ -10,7 +10,10 @@ from hypothesis import given, settings, strategies as st
 from grpo_nb.ops.head.linear_logprob import has_triton, linear_logprob, linear_logprob_naive
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton(torch.device("cpu"))
-TILED = ["chunked", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_under_the_interpreter"))]
+TILED = [
+    "chunked",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_under_the_interpreter")),
+]
 OPTIONS = {
     "plain": {}, "temperature": dict(temperature=0.7), "scale": dict(logit_scale=0.25), "softcap": dict(softcap=5.0),
     "everything": dict(temperature=1.3, logit_scale=0.5, softcap=4.0), "fp32_head": dict(fp32_head=True),
@@ -19,7 +22,7 @@ OPTIONS = {
 
 def make(n=17, h=24, v=301, dtype=torch.float32, scale=1.0, seed=0, bias=False):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)
+    def draw(*shape): return torch.randn(*shape, generator=g)
     hidden, weight = draw(n, h).to(dtype).requires_grad_(), (draw(v, h) * scale).to(dtype)
     target = torch.randint(0, v, (n,), generator=g)
     target[::5] = -100
@@ -56,7 +59,8 @@ def test_no_further_from_the_truth_than_the_reference_of_the_same_type(dtype, op
     naive = evaluate("naive", hidden, weight, target, bias, grads, use=use, **OPTIONS[options])
     ours = evaluate(backend, hidden, weight, target, bias, grads, use=use, **OPTIONS[options])
     slack = 1e-6 if dtype is torch.float32 else 1e-3
-    if INTERPRETED and dtype is torch.bfloat16: slack = 6e-3  # Triton's interpreter cuts float32 to bfloat16 off instead of rounding it
+    # Triton's interpreter cuts float32 to bfloat16 off instead of rounding it
+    if INTERPRETED and dtype is torch.bfloat16: slack = 6e-3
     for ours_, naive_, truth_ in zip(ours, naive, truth, strict=True):
         assert ours_.dtype == naive_.dtype and ours_.shape == truth_.shape
         assert distance(ours_, truth_) <= 1.5 * distance(naive_, truth_) + slack
@@ -77,7 +81,8 @@ def test_gradcheck(options, trained):
     hidden, weight, target, bias, _ = make(n=5, h=4, v=11, bias=True)
     hidden, weight, bias = doubled(hidden, weight.requires_grad_(trained), bias.requires_grad_(trained))
     leaves = (hidden, weight, bias)
-    f = lambda h, w, b: linear_logprob(h, w, target, bias=b, entropy=True, backend="chunked", chunk_size=(2, 4), **OPTIONS[options])
+    def f(h, w, b):
+        return linear_logprob(h, w, target, bias=b, entropy=True, backend="chunked", chunk_size=(2, 4), **OPTIONS[options])
     assert torch.autograd.gradcheck(f, leaves)
 
 
@@ -90,7 +95,9 @@ def test_equals_trl(dtype, options, trained):
     target = target.clamp(min=0)
     for x in (weight, bias): x.requires_grad_(trained)
     o = OPTIONS[options]
-    logprob, entropy, *_ = trl.apply(hidden, weight, bias, target, o.get("temperature", 1.0), 64, o.get("softcap"), o.get("logit_scale", 1.0), ("entropy",))
+    logprob, entropy, *_ = trl.apply(
+        hidden, weight, bias, target, o.get("temperature", 1.0), 64, o.get("softcap"), o.get("logit_scale", 1.0), ("entropy",)
+    )
     leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
     theirs = [logprob, entropy, *torch.autograd.grad((logprob * grads[0] + entropy * grads[1]).sum(), leaves)]
     ours = evaluate("chunked", hidden, weight, target, bias, grads, **o)
@@ -152,7 +159,8 @@ def test_a_fully_masked_batch_is_a_finite_zero(backend, trained):
 def test_huge_and_tiny_logits(backend, scale):
     hidden, weight, target, _, grads = make(scale=scale)
     wide = doubled(hidden, weight)
-    ours, truth = evaluate(backend, hidden, weight, target, grads=grads, use=(True, False)), evaluate("naive", *wide, target, grads=grads, use=(True, False))
+    ours = evaluate(backend, hidden, weight, target, grads=grads, use=(True, False))
+    truth = evaluate("naive", *wide, target, grads=grads, use=(True, False))
     assert all(x.isfinite().all() for x in ours)
     assert distance(ours[0], truth[0]) < 1e-5 and distance(ours[2], truth[2]) < 1e-4
 
@@ -186,7 +194,11 @@ def test_inputs_need_not_be_contiguous(backend, trained):
     h, w = hidden.detach().t().contiguous().t().requires_grad_(), weight.t().contiguous().t().requires_grad_(trained)
     t = torch.stack([target, target], 1)[:, 0]
     assert not h.is_contiguous() and not t.is_contiguous()
-    for a, b in zip(evaluate(backend, h, w, t, grads=grads), evaluate(backend, hidden, weight.requires_grad_(trained), target, grads=grads), strict=True):
+    for a, b in zip(
+        evaluate(backend, h, w, t, grads=grads),
+        evaluate(backend, hidden, weight.requires_grad_(trained), target, grads=grads),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -211,7 +223,8 @@ def test_twice_backward_and_double_use(trained):
     again = torch.autograd.grad(3 * logprob.sum() + (logprob * entropy).sum(), leaves, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(logprob.sum(), leaves)))
     l, e = linear_logprob_naive(hidden, weight, target, entropy=True)
-    for a, b in zip(again, torch.autograd.grad(3 * l.sum() + (l * e).sum(), leaves)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(again, torch.autograd.grad(3 * l.sum() + (l * e).sum(), leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_grad_keeps_nothing():
@@ -228,7 +241,11 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_keeps_nothing():
 def test_bias_alone_may_be_trained():
     hidden, weight, target, bias, grads = make(bias=True)
     bias.requires_grad_()
-    for a, b in zip(evaluate("chunked", hidden, weight, target, bias, grads), evaluate("naive", hidden, weight, target, bias, grads), strict=True):
+    for a, b in zip(
+        evaluate("chunked", hidden, weight, target, bias, grads),
+        evaluate("naive", hidden, weight, target, bias, grads),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -251,7 +268,8 @@ def test_all_kept_is_the_same():
 def test_invariant_to_the_tiles_and_to_the_order_of_rows(n, v, tokens, entries, temperature, seed):
     hidden, weight, target, _, grads = make(n=n, v=v, seed=seed)
     options = dict(temperature=temperature, grads=grads)
-    whole, tiled = evaluate("naive", hidden, weight, target, **options), evaluate("chunked", hidden, weight, target, chunk=(tokens, entries), **options)
+    whole = evaluate("naive", hidden, weight, target, **options)
+    tiled = evaluate("chunked", hidden, weight, target, chunk=(tokens, entries), **options)
     for a, b in zip(whole, tiled, strict=True): torch.testing.assert_close(b, a, rtol=2e-4, atol=2e-4)
     assert (tiled[0] <= 0).all() and (tiled[1] >= 0).all() and (tiled[1] <= torch.tensor(float(v)).log() + 1e-6).all()
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -260,9 +278,15 @@ def test_invariant_to_the_tiles_and_to_the_order_of_rows(n, v, tokens, entries, 
 
 
 @pytest.mark.parametrize("bad, word", [
-    (dict(backend="tritn"), "triton"), (dict(temperature=0), "temperature"), (dict(softcap=-1.0), "softcap"), (dict(bias=torch.zeros(3)), "bias"),
-    (dict(chunk_size=0), "chunk_size"), (dict(chunk_size=(1, 2, 3)), "chunk_size"), (dict(target=torch.zeros(4)), "target"),
-    (dict(target=torch.full((17,), 301)), "301"), (dict(weight=torch.zeros(301, 23)), "weight"),
+    (dict(backend="tritn"), "triton"),
+    (dict(temperature=0), "temperature"),
+    (dict(softcap=-1.0), "softcap"),
+    (dict(bias=torch.zeros(3)), "bias"),
+    (dict(chunk_size=0), "chunk_size"),
+    (dict(chunk_size=(1, 2, 3)), "chunk_size"),
+    (dict(target=torch.zeros(4)), "target"),
+    (dict(target=torch.full((17,), 301)), "301"),
+    (dict(weight=torch.zeros(301, 23)), "weight"),
 ])
 def test_bad_input_is_named(bad, word):
     hidden, weight, target, _, _ = make()
@@ -280,9 +304,19 @@ def test_triton_is_refused_without_a_gpu():
 def test_triton_under_the_interpreter(tmp_path):
     """The `triton` cases of this file, in a process of their own: the interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-k", "triton and not test_triton and (not no_further or (both and (everything or plain)))", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/t", __file__],
-                          env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-v", "-k",
+            "triton and not test_triton and (not no_further or (both and (everything or plain)))", "-p",
+            "no:cacheprovider", f"--basetemp={tmp_path}/t", __file__,
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout, (
+        done.stdout[-4000:] + done.stderr[-2000:]
+    )
 
 
 @pytest.mark.gpu
@@ -298,4 +332,5 @@ def test_on_a_gpu(dtype, options, trained):
     naive = evaluate("naive", hidden, weight, target, bias, grads, **OPTIONS[options])
     for backend in ("chunked", "triton"):
         ours = evaluate(backend, hidden, weight, target, bias, grads, chunk=(256, 8192), **OPTIONS[options])
-        for a, b, c in zip(ours, naive, truth, strict=True): assert distance(a, c) <= 1.5 * distance(b, c) + (2e-6 if dtype is torch.float32 else 1e-3)
+        for a, b, c in zip(ours, naive, truth, strict=True):
+            assert distance(a, c) <= 1.5 * distance(b, c) + (2e-6 if dtype is torch.float32 else 1e-3)

@@ -11,22 +11,28 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_nb.app import bench
+from grpo_nb.tasks import shapes
 from grpo_nb.advice.memory import anatomy, estimate, load_of, read_config
 from grpo_nb.models.specs import DeviceSpec, published, this_device
 
 torch.set_num_threads(1)
-SMALL = Qwen3Config(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                    tie_word_embeddings=True)
-BIG = Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-                  tie_word_embeddings=True)
+SMALL = Qwen3Config(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+)
+BIG = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+    num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
+)
 GPU = published("NVIDIA H200")
 
 
 def test_counts_are_the_models_own():
     model = AutoModelForCausalLM.from_config(SMALL)
     assert anatomy(SMALL).parameters == anatomy(model).parameters == sum(p.numel() for p in model.parameters())
-    untied = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False)
+    untied = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False
+    )
     assert anatomy(untied).parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(untied).parameters())
 
 
@@ -36,7 +42,9 @@ def test_adapters_are_peft_s_own():
     said = estimate(SMALL, dict(use_cpu=True), device="cpu", peft=config)
     assert said.parts["adapters"] == sum(p.numel() * 4 for n, p in model.named_parameters() if "lora_" in n)
     loaded = estimate(model, dict(use_cpu=True), device="cpu")
-    assert {k: loaded.parts[k] for k in ("weights", "adapters", "optimiser")} == {k: said.parts[k] for k in ("weights", "adapters", "optimiser")}
+    assert {k: loaded.parts[k] for k in ("weights", "adapters", "optimiser")} == {
+        k: said.parts[k] for k in ("weights", "adapters", "optimiser")
+    }
     assert loaded.parts["activations"] == said.parts["activations"]
 
 
@@ -46,13 +54,23 @@ def test_against_the_recorded_steps():
     for line in (Path(__file__).parent.parent / "benchmarks/results/h200.jsonl").read_text().splitlines():
         r = json.loads(line)
         if "shape" not in r: continue
-        shape = bench.SHAPES[r["shape"]]
-        kind, v, h, m, layers, heads, kv = bench.MODELS[shape.model]
-        config = getattr(transformers, f"{kind}Config")(vocab_size=v, hidden_size=h, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads,
-                                                        num_key_value_heads=kv, head_dim=128 if kind == "Qwen3" else h // heads, tie_word_embeddings=True)
-        e = estimate(config, dict(per_device_train_batch_size=shape.prompts * shape.completions, num_generations=shape.completions, bf16=True,
-                                  max_completion_length=shape.longest, step="packed" if r["impl"] == "grpo_nb" else "trl"), device=GPU,
-                     peft=dict(r=64), prompt_length=shape.prompt, completion_length=shape.mean)
+        shape = shapes.SHAPES[r["shape"]]
+        kind, v, h, m, layers, heads, kv = shapes.MODELS[shape.model]
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=v, hidden_size=h, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, head_dim=128 if kind == "Qwen3" else h // heads, tie_word_embeddings=True,
+        )
+        e = estimate(
+            config,
+            dict(
+                per_device_train_batch_size=shape.prompts * shape.completions, num_generations=shape.completions, bf16=True,
+                max_completion_length=shape.longest, step="packed" if r["impl"] == "grpo_nb" else "trl",
+            ),
+            device=GPU,
+            peft=dict(r=64),
+            prompt_length=shape.prompt,
+            completion_length=shape.mean,
+        )
         mine = max(e.moments["training"], e.moments["head"]) - e.parts["overhead"]
         assert abs(mine / r["peak_bytes"] - 1) < 0.1, r
         if r["impl"] == "grpo_nb": assert abs(e.seconds["training"] / r["seconds"] - 1) < 0.15, r
@@ -63,8 +81,14 @@ def peak(config=None, model=BIG, **kwargs): return estimate(model, config, **{"d
 
 def test_what_makes_it_smaller():
     base = dict(per_device_train_batch_size=64, max_completion_length=1024)
-    assert peak({**base, "max_tokens_per_pack": 4096}).parts["activations"] < peak({**base, "max_tokens_per_pack": 16384}).parts["activations"]
-    assert peak({**base, "gradient_checkpointing": True}).parts["activations"] < peak({**base, "gradient_checkpointing": False}).parts["activations"] / 4
+    assert (
+        peak({**base, "max_tokens_per_pack": 4096}).parts["activations"]
+        < peak({**base, "max_tokens_per_pack": 16384}).parts["activations"]
+    )
+    assert (
+        peak({**base, "gradient_checkpointing": True}).parts["activations"]
+        < peak({**base, "gradient_checkpointing": False}).parts["activations"] / 4
+    )
     assert peak(base).peak < peak({**base, "step": "trl"}).peak
     assert peak(base, load_in_4bit=True).parts["weights"] < 0.5 * peak(base).parts["weights"]
     assert peak({**base, "optim": "adamw_bnb_8bit"}, peft=None).parts["optimiser"] < 0.6 * peak(base, peft=None).parts["optimiser"]
@@ -72,23 +96,35 @@ def test_what_makes_it_smaller():
     assert peak({**base, "beta": 0.04}, peft=None).parts["reference"] == peak(base, peft=None).parts["weights"]
     assert peak({**base, "beta": 0.04}).parts["reference"] == peak(base).parts["adapters"] and not peak(base).parts["reference"]
     vllm = peak({**base, "use_vllm": True, "vllm_gpu_memory_utilization": 0.5})
-    assert vllm.parts["vLLM"] == GPU.memory // 2 and not vllm.parts["KV cache"] and not peak({**base, "use_vllm": True, "vllm_mode": "server"}).parts["vLLM"]
+    assert vllm.parts["vLLM"] == GPU.memory // 2 and not vllm.parts["KV cache"]
+    assert not peak({**base, "use_vllm": True, "vllm_mode": "server"}).parts["vLLM"]
     assert not peak(base, peft=None, device="T4").fits and peak({}, load_in_4bit=True, device="T4").fits
 
 
 def test_packs_follow_the_budget():
     spec = replace(GPU, kind="cuda")
     for budget in (4096, 16384):
-        found = load_of(read_config(dict(per_device_train_batch_size=128, max_completion_length=512, max_tokens_per_pack=budget)), spec, 256, 300)
+        found = load_of(
+            read_config(dict(per_device_train_batch_size=128, max_completion_length=512, max_tokens_per_pack=budget)),
+            spec, 256, 300,
+        )
         assert found.pack <= budget and found.packs * budget >= found.positions
-    one = load_of(read_config(dict(per_device_train_batch_size=8, max_completion_length=512, max_tokens_per_pack=128)), spec, 256, 300)
+    one = load_of(
+        read_config(dict(per_device_train_batch_size=8, max_completion_length=512, max_tokens_per_pack=128)), spec, 256, 300
+    )
     assert one.pack >= 256 + 512 # a row is never cut
-    chunks = load_of(read_config(dict(per_device_train_batch_size=8, max_completion_length=512, unsloth_num_chunks=4)), spec, 256, 300)
+    chunks = load_of(
+        read_config(dict(per_device_train_batch_size=8, max_completion_length=512, unsloth_num_chunks=4)), spec, 256, 300
+    )
     assert chunks.packs == 4
 
 
 def test_steps_and_time():
-    e = estimate(SMALL, dict(num_train_epochs=2, per_device_train_batch_size=16, num_generations=8, max_completion_length=64), device="cpu", rows=100)
+    e = estimate(
+        SMALL,
+        dict(num_train_epochs=2, per_device_train_batch_size=16, num_generations=8, max_completion_length=64),
+        device="cpu", rows=100,
+    )
     assert e.steps == 100 and e.run_seconds == pytest.approx(100 * e.step_seconds)
     assert estimate(SMALL, dict(max_steps=7), device="cpu").steps == 7 and estimate(SMALL, {}, device="cpu").steps is None
     assert peak(dict(num_iterations=2)).seconds["sampling"] == pytest.approx(peak({}).seconds["sampling"] / 2)
@@ -113,7 +149,11 @@ def test_a_name_that_is_not_here():
 
 def test_forms(tmp_path):
     SMALL.save_pretrained(tmp_path)
-    e = estimate(str(tmp_path), SimpleNamespace(max_completion_length=64, num_generations=4, max_steps=3), device=DeviceSpec("<GPU>", "cuda", 1e9, 1e12, 1e11))
+    e = estimate(
+        str(tmp_path),
+        SimpleNamespace(max_completion_length=64, num_generations=4, max_steps=3),
+        device=DeviceSpec("<GPU>", "cuda", 1e9, 1e12, 1e11),
+    )
     assert "<GPU>" in str(e) and "&lt;GPU&gt;" in e._repr_html_() and "<GPU>" not in e._repr_html_()
     assert e.peak == max(e.moments.values()) and set(e.at_peak) <= set(e.parts)
 
@@ -127,13 +167,24 @@ def test_the_random_state_stays():
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 64), group=st.integers(2, 16), steps=st.integers(1, 8), longest=st.integers(1, 4096), prompt=st.integers(1, 4096),
-       step=st.sampled_from(["packed", "padded", "trl"]), budget=st.one_of(st.none(), st.integers(1, 32768)), device=st.sampled_from(["T4", "H200"]),
-       beta=st.sampled_from([0.0, 0.1]), four=st.booleans(), rank=st.one_of(st.none(), st.integers(1, 64)))
+@given(
+    rows=st.integers(1, 64), group=st.integers(2, 16), steps=st.integers(1, 8), longest=st.integers(1, 4096),
+    prompt=st.integers(1, 4096), step=st.sampled_from(["packed", "padded", "trl"]),
+    budget=st.one_of(st.none(), st.integers(1, 32768)), device=st.sampled_from(["T4", "H200"]), beta=st.sampled_from([0.0, 0.1]),
+    four=st.booleans(), rank=st.one_of(st.none(), st.integers(1, 64)),
+)
 def test_any_configuration(rows, group, steps, longest, prompt, step, budget, device, beta, four, rank):
-    e = estimate(SMALL, dict(per_device_train_batch_size=rows, num_generations=group, gradient_accumulation_steps=steps, max_completion_length=longest, step=step,
-                             max_tokens_per_pack=budget, beta=beta), device=device, prompt_length=prompt, load_in_4bit=four,
-                 peft=None if rank is None else dict(r=rank))
+    e = estimate(
+        SMALL,
+        dict(
+            per_device_train_batch_size=rows, num_generations=group, gradient_accumulation_steps=steps,
+            max_completion_length=longest, step=step, max_tokens_per_pack=budget, beta=beta,
+        ),
+        device=device,
+        prompt_length=prompt,
+        load_in_4bit=four,
+        peft=None if rank is None else dict(r=rank),
+    )
     assert all(size >= 0 for size in e.parts.values()) and e.peak > 0 and all(s > 0 for s in e.seconds.values())
     assert str(e) and e._repr_html_()
 
@@ -141,5 +192,10 @@ def test_any_configuration(rows, group, steps, longest, prompt, step, budget, de
 @settings(max_examples=40, deadline=None)
 @given(rows=st.sampled_from([8, 16, 64]), longest=st.integers(16, 2048), prompt=st.integers(8, 2048))
 def test_more_is_never_less(rows, longest, prompt):
-    at = lambda **more: estimate(SMALL, dict(per_device_train_batch_size=rows, max_completion_length=longest, step="trl") | more, device="T4", prompt_length=prompt)
+    def at(**more):
+        return estimate(
+            SMALL,
+            dict(per_device_train_batch_size=rows, max_completion_length=longest, step="trl") | more,
+            device="T4", prompt_length=prompt,
+        )
     assert at().peak <= at(max_completion_length=longest * 2).peak and at().peak <= at(per_device_train_batch_size=rows * 2).peak

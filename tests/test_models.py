@@ -15,11 +15,18 @@ from grpo_nb.models.load import FastLanguageModel, check_tokenizer, find_model, 
 from grpo_nb.models.modes import Snapshot
 
 bnb = pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU; test_models_gpu.py is about one that has it")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="about a machine without a GPU; test_models_gpu.py is about one that has it"
+)
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-SHAPE = dict(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-             head_dim=32, max_position_embeddings=256)
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SHAPE = dict(
+    vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=256,
+)
 
 
 def write_model(folder, kind="qwen3", words=("<|pad|>",), template=TEMPLATE, config=None, **special):
@@ -27,7 +34,10 @@ def write_model(folder, kind="qwen3", words=("<|pad|>",), template=TEMPLATE, con
     words = [*words, "<|end|>", "<|user|>", "<|assistant|>", "<unk>", *"0123456789 +="]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
-    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<unk>", "extra_special_tokens": ["<|user|>", "<|assistant|>"], **special}
+    special = {
+        "pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<unk>",
+        "extra_special_tokens": ["<|user|>", "<|assistant|>"], **special,
+    }
     PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **special).save_pretrained(folder)
     torch.manual_seed(0)
     make, configure = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}[kind]
@@ -76,7 +86,11 @@ def sealed(monkeypatch):
     ({"model_kwargs": {"dtype": "auto"}}, TypeError, ["model_kwargs", "'dtype'"]),
     ({"model_kwargs": ["x"]}, TypeError, ["model_kwargs=['x']"]),
     ({"tokenizer_kwargs": {"token": "x"}}, TypeError, ["tokenizer_kwargs", "'token'"]),
-    ({"load_in_4bit": True, "model_kwargs": {"quantization_config": object()}}, ValueError, ["load_in_4bit=True", "quantization_config"]),
+    (
+        {"load_in_4bit": True, "model_kwargs": {"quantization_config": object()}},
+        ValueError,
+        ["load_in_4bit=True", "quantization_config"],
+    ),
 ])
 def test_bad_argument_is_named_before_anything_is_read(sealed, folder, given, error, words):
     with pytest.raises(error) as raised: FastLanguageModel.from_pretrained(folder, **given)
@@ -86,7 +100,8 @@ def test_bad_argument_is_named_before_anything_is_read(sealed, folder, given, er
 @pytest.mark.parametrize("name", ["./digit", "{}/digit", "~/no-such-folder/x", "a/b/c", "/no/such/place"])
 def test_missing_path(sealed, folder, name):
     name = name.format(folder.rsplit("/", 1)[0])
-    with pytest.raises(FileNotFoundError, match="is a path, and there is no such folder") as raised: FastLanguageModel.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match="is a path, and there is no such folder") as raised:
+        FastLanguageModel.from_pretrained(name)
     assert name in str(raised.value)
     if name.startswith("/") and name.endswith("digit"): assert "Did you mean 'digits'?" in str(raised.value)
 
@@ -118,15 +133,23 @@ def test_home_is_expanded(tmp_path, monkeypatch, heard):
 def test_name_that_the_hub_does_not_give(monkeypatch, tmp_path, heard):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sorter-small").mkdir()
-    with pytest.raises(OSError, match="Did you mean 'sorter-small'"): FastLanguageModel.from_pretrained("sorter-smal", local_files_only=True)
+    with pytest.raises(OSError, match="Did you mean 'sorter-small'"):
+        FastLanguageModel.from_pretrained("sorter-smal", local_files_only=True)
 
 
 def test_signature_shows_the_documented_defaults():
     parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters
-    shown = {n: parameters[n].default for n in ("max_seq_length", "dtype", "load_in_4bit", "fast_inference", "gpu_memory_utilization", "max_lora_rank")}
-    assert shown == dict(max_seq_length=2048, dtype=None, load_in_4bit=True, fast_inference=False, gpu_memory_utilization=0.5, max_lora_rank=64)
+    shown = {
+        n: parameters[n].default
+        for n in ("max_seq_length", "dtype", "load_in_4bit", "fast_inference", "gpu_memory_utilization", "max_lora_rank")
+    }
+    assert shown == dict(
+        max_seq_length=2048, dtype=None, load_in_4bit=True, fast_inference=False, gpu_memory_utilization=0.5, max_lora_rank=64
+    )
     assert repr(parameters["load_in_4bit"].default) == "True"
-    assert list(inspect.signature(FastLanguageModel.get_peft_model).parameters)[:4] == ["model", "r", "lora_alpha", "target_modules"]
+    assert list(inspect.signature(FastLanguageModel.get_peft_model).parameters)[:4] == [
+        "model", "r", "lora_alpha", "target_modules",
+    ]
 
 
 # --- dtype and device
@@ -141,7 +164,9 @@ class FakeCUDA:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d=None: "a GPU")
 
 
-@pytest.mark.parametrize("capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
 def test_dtype_follows_the_gpu(monkeypatch, capability, expected):
     FakeCUDA(monkeypatch, *capability)
     assert device.target_device() == torch.device("cuda", 0)
@@ -158,7 +183,10 @@ def test_bfloat16_on_a_t4_is_refused_before_loading(monkeypatch, sealed, folder)
     with pytest.raises(ValueError, match="no bfloat16"): FastLanguageModel.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name, expected", [(None, torch.float32), ("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize(
+    "name, expected",
+    [(None, torch.float32), ("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), (torch.float32, torch.float32)],
+)
 def test_dtype_on_a_cpu(folder, heard, name, expected):
     model, _ = FastLanguageModel.from_pretrained(folder, dtype=name, load_in_4bit=False)
     assert model.dtype == settings_of(model).dtype == expected
@@ -183,7 +211,10 @@ def test_default_falls_back_and_a_wish_raises(folder, heard, monkeypatch, proble
     else:
         def fails(*args, **kwargs): raise RuntimeError("no kernel image")
         monkeypatch.setattr(bnb.functional, "quantize_4bit", fails)
-    words = {"missing": "bitsandbytes is not installed. Install it", "broken": "does not run on cpu (RuntimeError: no kernel image)"}[problem]
+    words = {
+        "missing": "bitsandbytes is not installed. Install it",
+        "broken": "does not run on cpu (RuntimeError: no kernel image)",
+    }[problem]
     with pytest.raises(RuntimeError) as raised: FastLanguageModel.from_pretrained(folder, load_in_4bit=True)
     assert words in str(raised.value) and "load_in_4bit=False" in str(raised.value)
     model, _ = FastLanguageModel.from_pretrained(folder)
@@ -302,16 +333,21 @@ def test_chat_template(tmp_path, heard, folder):
 
 def test_ends_of_the_model_are_kept(tmp_path, heard):
     model, tokenizer = FastLanguageModel.from_pretrained(write_model(tmp_path / "a", config={"eos_token_id": 7}))
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == [1, 7] and any("each of them ends one" in m for m in heard)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [1, 7]
+    assert any("each of them ends one" in m for m in heard)
     heard.clear()
     model, _ = FastLanguageModel.from_pretrained(write_model(tmp_path / "b", config={"eos_token_id": [1, 4]}))
     assert model.generation_config.eos_token_id == [1, 4] and not any("each of them" in m for m in heard)
 
 
 def test_length_and_engine_are_said_and_recorded(folder, heard):
-    model, tokenizer = FastLanguageModel.from_pretrained(folder, max_seq_length=4096, fast_inference=True, gpu_memory_utilization=0.6, max_lora_rank=8)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=4096, fast_inference=True, gpu_memory_utilization=0.6, max_lora_rank=8
+    )
     settings = settings_of(model)
-    assert (settings.max_seq_length, settings.fast_inference, settings.gpu_memory_utilization, settings.max_lora_rank) == (256, True, 0.6, 8)
+    assert (settings.max_seq_length, settings.fast_inference, settings.gpu_memory_utilization, settings.max_lora_rank) == (
+        256, True, 0.6, 8,
+    )
     assert tokenizer.model_max_length == 256 and tokenizer.padding_side == "left"
     assert any("max_seq_length=4096" in m and "256 is used" in m for m in heard)
     assert any("fast_inference=True" in m and "vLLM" in m for m in heard)
@@ -361,7 +397,8 @@ def test_bad_adapter_leaves_the_model_alone(plain, given, error, words):
     before = {n: (type(m), m.training) for n, m in plain.named_modules()}
     with pytest.raises(error) as raised: FastLanguageModel.get_peft_model(plain, **given)
     assert all(w in str(raised.value) for w in words), str(raised.value)
-    assert before == {n: (type(m), m.training) for n, m in plain.named_modules()} and all(p.requires_grad for p in plain.parameters())
+    assert before == {n: (type(m), m.training) for n, m in plain.named_modules()}
+    assert all(p.requires_grad for p in plain.parameters())
 
 
 def test_second_adapter_and_not_a_model(plain):
@@ -392,7 +429,11 @@ def test_dtypes_of_the_parts(folder, heard, dtype, four_bit):
     adapted = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing=True)
     trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
-    rest = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p.dtype for n, p in adapted.named_parameters() if not p.requires_grad}
+    rest = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p.dtype
+        for n, p in adapted.named_parameters()
+        if not p.requires_grad
+    }
     assert rest == before
     ids = torch.randint(0, 18, (2, 5))
     adapted.train()(input_ids=ids, labels=ids).loss.backward()
@@ -425,8 +466,15 @@ def state(model, tokenizer):
     "Everything that the two modes switch, to be compared."
     base = model.get_base_model()
     hooks = list(base.get_input_embeddings()._forward_hooks)
-    flags = [{k: m.__dict__.get(k) for k in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")} for m in model.modules()]
-    return flags, hooks, base.__dict__.get("_require_grads_hooks"), model.config.use_cache, base.generation_config.use_cache, tokenizer.padding_side
+    flags = [
+        {k: m.__dict__.get(k) for k in ("training", "gradient_checkpointing", "_gradient_checkpointing_func")}
+        for m in model.modules()
+    ]
+    return (
+        flags, hooks, base.__dict__.get("_require_grads_hooks"),
+        model.config.use_cache, base.generation_config.use_cache,
+        tokenizer.padding_side,
+    )
 
 
 @pytest.fixture(params=[False, True])
@@ -439,7 +487,8 @@ def test_modes_are_what_they_say(pair):
     model, tokenizer = pair
     wanted = settings_of(model).gradient_checkpointing
     FastLanguageModel.for_training(model)
-    assert model.training and model.is_gradient_checkpointing == wanted and not model.config.use_cache and tokenizer.padding_side == "right"
+    assert model.training and model.is_gradient_checkpointing == wanted
+    assert not model.config.use_cache and tokenizer.padding_side == "right"
     FastLanguageModel.for_inference(model)
     assert not any(m.training for m in model.modules()) and not model.is_gradient_checkpointing
     assert model.config.use_cache and model.generation_config.use_cache and tokenizer.padding_side == "left"
@@ -450,8 +499,13 @@ def test_modes_are_what_they_say(pair):
 def test_with_puts_everything_back(pair):
     model, tokenizer = pair
     for odd in range(3):
-        if odd == 1: model.train(); model.get_base_model().model.layers[0].eval()
-        if odd == 2: model.gradient_checkpointing_enable({"use_reentrant": True}); model.config.use_cache = False; tokenizer.padding_side = "right"
+        if odd == 1:
+            model.train()
+            model.get_base_model().model.layers[0].eval()
+        if odd == 2:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.config.use_cache = False
+            tokenizer.padding_side = "right"
         before = state(model, tokenizer)
         for first, second in [("for_inference", "for_training"), ("for_training", "for_inference")]:
             with getattr(FastLanguageModel, first)(model) as same:
@@ -530,18 +584,25 @@ def test_stock_trainer_trains_it_without_a_processing_class(tmp_path, heard, kin
     from trl import GRPOConfig, GRPOTrainer
 
     folder = write_model(tmp_path / "m", kind)
-    model, tokenizer = FastLanguageModel.from_pretrained(model_name=folder, max_seq_length=4096, load_in_4bit=four_bit, fast_inference=True,
-                                                         gpu_memory_utilization=0.6, max_lora_rank=64)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=folder, max_seq_length=4096, load_in_4bit=four_bit,
+        fast_inference=True, gpu_memory_utilization=0.6, max_lora_rank=64,
+    )
     model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(8)])
 
-    def digits(completions, **columns): return [float(sum(c.isdigit() for c in completion[0]["content"])) for completion in completions]
+    def digits(completions, **columns):
+        return [float(sum(c.isdigit() for c in completion[0]["content"])) for completion in completions]
 
-    config = GRPOConfig(output_dir=str(tmp_path / "out"), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, max_steps=3, beta=beta,
-                        learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", disable_tqdm=True)
+    config = GRPOConfig(
+        output_dir=str(tmp_path / "out"), num_generations=4, per_device_train_batch_size=8,
+        max_completion_length=6, max_steps=3, beta=beta, learning_rate=1e-2, report_to=[],
+        use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )
     trainer = GRPOTrainer(model=model, reward_funcs=digits, args=config, train_dataset=dataset)
-    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab() and trainer.processing_class.pad_token_id == tokenizer.pad_token_id
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
+    assert trainer.processing_class.pad_token_id == tokenizer.pad_token_id
     before = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
     trainer.train()
     assert max((p.detach() - before[n]).abs().max() for n, p in model.named_parameters() if n in before) > 1e-3

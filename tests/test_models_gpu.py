@@ -25,7 +25,8 @@ def test_defaults(folder):
 def test_device_maps(folder, device_map, four_bit):
     model, _ = FastLanguageModel.from_pretrained(folder, device_map=device_map, load_in_4bit=four_bit)
     model = FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="auto")
-    assert model.device.type == ("cpu" if device_map == "cpu" else "cuda") and settings_of(model).gradient_checkpointing == (device_map != "cpu")
+    assert model.device.type == ("cpu" if device_map == "cpu" else "cuda")
+    assert settings_of(model).gradient_checkpointing == (device_map != "cpu")
     assert settings_of(model).dtype == (torch.float32 if device_map == "cpu" else best_dtype())
     assert adapter_gradients(model, torch.randint(0, 18, (2, 5), device=model.device)).isfinite().all()
 
@@ -54,10 +55,14 @@ def test_stock_trainer(folder, tmp_path, four_bit):
     model, _ = FastLanguageModel.from_pretrained(folder, load_in_4bit=four_bit, fast_inference=True, gpu_memory_utilization=0.6)
     model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64)
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(8)])
-    digits = lambda completions, **columns: [float(sum(c.isdigit() for c in completion[0]["content"])) for completion in completions]
+    def digits(completions, **columns):
+        return [float(sum(c.isdigit() for c in completion[0]["content"])) for completion in completions]
     digits.__name__ = "digits"
-    config = GRPOConfig(output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8, max_completion_length=6, max_steps=3, beta=0.04,
-                        bf16=best_dtype() == torch.bfloat16, fp16=False, learning_rate=1e-2, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
+    config = GRPOConfig(
+        output_dir=str(tmp_path), num_generations=4, per_device_train_batch_size=8,
+        max_completion_length=6, max_steps=3, beta=0.04, bf16=best_dtype() == torch.bfloat16, fp16=False,
+        learning_rate=1e-2, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )
     trainer = GRPOTrainer(model=model, reward_funcs=digits, args=config, train_dataset=dataset)
     trainer.train()
     assert any(row.get("grad_norm", 0) > 0 for row in trainer.state.log_history)

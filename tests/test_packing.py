@@ -14,8 +14,8 @@ quick = settings(max_examples=60, deadline=None)
 def padded(prompts, answers, holes=None, pad=0, left=True, extra=0):
     "A batch of lists of ids; `holes` are masks for the completions, `extra` columns of padding on either side."
     wide, long = max(map(len, prompts)) + extra, max(1, *map(len, answers)) + extra
-    front = lambda x, fill: [fill] * (wide - len(x)) + x if left else x + [fill] * (wide - len(x))
-    back = lambda x, fill: x + [fill] * (long - len(x))
+    def front(x, fill): return [fill] * (wide - len(x)) + x if left else x + [fill] * (wide - len(x))
+    def back(x, fill): return x + [fill] * (long - len(x))
     holes = holes or [[1] * len(a) for a in answers]
     return RolloutBatch(*[torch.tensor(x) for x in (
         [front(p, pad) for p in prompts], [front([1] * len(p), 0) for p in prompts],
@@ -30,7 +30,10 @@ def batches(draw):
     rows = [p for p in prompts for _ in range(draw(st.integers(1, 4)))]
     rows = draw(st.permutations(rows))
     answers = [draw(st.lists(ids, max_size=9)) for _ in rows]
-    holes = [draw(st.lists(st.integers(0, 1), min_size=len(a), max_size=len(a))) if draw(st.booleans()) else [1] * len(a) for a in answers]
+    holes = [
+        draw(st.lists(st.integers(0, 1), min_size=len(a), max_size=len(a))) if draw(st.booleans()) else [1] * len(a)
+        for a in answers
+    ]
     return padded(rows, answers, holes, left=draw(st.booleans()), extra=draw(st.integers(0, 2)))
 
 
@@ -49,8 +52,11 @@ def unpack(pack):
 
 def truth(batch):
     "Row: (prompt, completion), by the masks."
-    real = lambda ids, mask: [i for i, m in zip(ids.tolist(), mask.tolist()) if m]
-    rows = [(real(p, pm), real(c, cm)) for p, pm, c, cm in zip(batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask)]
+    def real(ids, mask): return [i for i, m in zip(ids.tolist(), mask.tolist()) if m]
+    rows = [
+        (real(p, pm), real(c, cm))
+        for p, pm, c, cm in zip(batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask)
+    ]
     return {i: row for i, row in enumerate(rows) if row[1]}
 
 
@@ -129,7 +135,9 @@ def test_values_make_the_round_trip(batch, budget):
 def test_the_order_of_rows_does_not_matter(batch, budget, random):
     order = list(range(batch.shape[0]))
     random.shuffle(order)
-    mixed = RolloutBatch(*[getattr(batch, name)[order] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")])
+    mixed = RolloutBatch(
+        *[getattr(batch, name)[order] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+    )
     one, other = plan(batch, budget, multiple_of=1), plan(mixed, budget, multiple_of=1)
     assert sorted(one.lengths) == sorted(other.lengths) and len(one.groups) == len(other.groups)
 
@@ -138,7 +146,9 @@ def test_groups_are_found_by_what_the_prompt_says():
     batch = padded([[1, 2], [3], [1, 2], [2]], [[5], [6], [7], [8]])
     assert [g.rows for g in plan(batch).groups] == [(0, 2), (1,), (3,)]
     assert [g.rows for g in plan(batch, share_prompts=False).groups] == [(0,), (1,), (2,), (3,)]
-    same_ids = RolloutBatch(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 1], [1, 1]]), torch.ones(2, 1).long(), torch.ones(2, 1))
+    same_ids = RolloutBatch(
+        torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 1], [1, 1]]), torch.ones(2, 1).long(), torch.ones(2, 1)
+    )
     assert len(plan(same_ids).groups) == 2 # the same ids with another mask are another prompt
 
 
@@ -172,13 +182,21 @@ def test_nothing_to_lay_out():
 
 
 def test_a_completion_without_a_prompt():
-    batch = RolloutBatch(torch.ones(3, 2).long(), torch.tensor([[1, 1], [0, 0], [0, 0]]), torch.ones(3, 1).long(), torch.tensor([[1], [0], [1]]))
+    batch = RolloutBatch(
+        torch.ones(3, 2).long(), torch.tensor([[1, 1], [0, 0], [0, 0]]), torch.ones(3, 1).long(), torch.tensor([[1], [0], [1]])
+    )
     with pytest.raises(ValueError, match="Row 2 has a completion of 1 tokens and an empty prompt"): plan(batch)
     assert plan(batch, keep_rows=torch.tensor([True, True, False])).rows == [0]
 
 
-@pytest.mark.parametrize("arguments", [dict(max_tokens_per_pack=0), dict(max_tokens_per_pack=1.5), dict(n_packs=0), dict(multiple_of=0),
-                                       dict(max_tokens_per_pack=None), dict(keep_rows=[True])])
+@pytest.mark.parametrize("arguments", [
+    dict(max_tokens_per_pack=0),
+    dict(max_tokens_per_pack=1.5),
+    dict(n_packs=0),
+    dict(multiple_of=0),
+    dict(max_tokens_per_pack=None),
+    dict(keep_rows=[True]),
+])
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))): plan(padded([[1], [2]], [[1], [2]]), **arguments)
 
@@ -189,9 +207,13 @@ def test_the_picture_is_well_formed():
     assert parseString(drawn).documentElement.tagName == "svg" and "useful" in drawn
 
 
-@pytest.mark.parametrize("change", [dict(prompt_mask=torch.ones(2, 3)), dict(completion_ids=torch.ones(3, 2)), dict(prompt_ids=[1])])
+@pytest.mark.parametrize(
+    "change", [dict(prompt_mask=torch.ones(2, 3)), dict(completion_ids=torch.ones(3, 2)), dict(prompt_ids=[1])]
+)
 def test_shapes_are_checked(change):
-    good = dict(prompt_ids=torch.ones(2, 2), prompt_mask=torch.ones(2, 2), completion_ids=torch.ones(2, 2), completion_mask=torch.ones(2, 2))
+    good = dict(
+        prompt_ids=torch.ones(2, 2), prompt_mask=torch.ones(2, 2), completion_ids=torch.ones(2, 2), completion_mask=torch.ones(2, 2)
+    )
     with pytest.raises(ValueError, match=next(iter(change))): RolloutBatch(**good | change)
 
 

@@ -21,8 +21,10 @@ def brief(completions, **kwargs):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("shape")
-    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=256,
-                max_position_embeddings=512).save_pretrained(path)
+    LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=512,
+    ).save_pretrained(path)
     return str(path)
 
 
@@ -38,15 +40,34 @@ def loaded(tmp_path_factory):
 
 # ---- there and back
 
-values = {"learning_rate": st.floats(1e-9, 1, allow_nan=False), "beta": st.floats(0, 1), "num_generations": st.integers(2, 16), "temperature": st.floats(0.1, 2),
-          "loss_type": st.sampled_from(setting_of("loss_type").choices), "scale_rewards": st.sampled_from(["group", "batch", "none"]), "bf16": st.sampled_from([None, True, False]),
-          "r": st.integers(1, 64), "lora_alpha": st.floats(1, 99), "use_rslora": st.booleans(), "max_seq_length": st.integers(8, 9999), "load_in_4bit": st.sampled_from([None, True, False]),
-          "dtype": st.sampled_from([None, "float32"]), "epsilon_high": st.none() | st.floats(0.1, 1), "max_tokens_per_pack": st.none() | st.integers(1, 9999),
-          "step": st.sampled_from(["packed", "trl"]), "min_p": st.none() | st.floats(0, 1), "target_modules": st.sampled_from([None, ["q_proj"], "all-linear"])}
+values = {
+    "learning_rate": st.floats(1e-9, 1, allow_nan=False),
+    "beta": st.floats(0, 1),
+    "num_generations": st.integers(2, 16),
+    "temperature": st.floats(0.1, 2),
+    "loss_type": st.sampled_from(setting_of("loss_type").choices),
+    "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+    "bf16": st.sampled_from([None, True, False]),
+    "r": st.integers(1, 64),
+    "lora_alpha": st.floats(1, 99),
+    "use_rslora": st.booleans(),
+    "max_seq_length": st.integers(8, 9999),
+    "load_in_4bit": st.sampled_from([None, True, False]),
+    "dtype": st.sampled_from([None, "float32"]),
+    "epsilon_high": st.none() | st.floats(0.1, 1),
+    "max_tokens_per_pack": st.none() | st.integers(1, 9999),
+    "step": st.sampled_from(["packed", "trl"]),
+    "min_p": st.none() | st.floats(0, 1),
+    "target_modules": st.sampled_from([None, ["q_proj"], "all-linear"]),
+}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.fixed_dictionaries({}, optional=values), st.lists(st.sampled_from(["correctness", "tag_count", "brief"]), min_size=1, unique=True), st.floats(-5, 5))
+@given(
+    st.fixed_dictionaries({}, optional=values),
+    st.lists(st.sampled_from(["correctness", "tag_count", "brief"]), min_size=1, unique=True),
+    st.floats(-5, 5),
+)
 def test_panel_code_yaml_panel(chosen, names, weight):
     own = [brief if n == "brief" else n for n in names]
     panel = HyperparameterPanel("some/model", rewards=own).set(**chosen)
@@ -64,7 +85,8 @@ def test_boxes_read_what_they_write():
             if not s.choices: assert read_value(s.name, write_value(v), s.default) == v, s.name
     assert read_value("x", "1e3", 5) == 1000 and type(read_value("x", "1e3", 5)) is int
     assert read_value("x", "1.5", 5) == 1.5 and read_value("x", "", 0.3) == 0.3 and read_value("x", "none", None) is None
-    assert read_value("generation_kwargs", "{'top_k': 4}") == {"top_k": 4} and read_value("x", "__import__('os')") == "__import__('os')"
+    assert read_value("generation_kwargs", "{'top_k': 4}") == {"top_k": 4}
+    assert read_value("x", "__import__('os')") == "__import__('os')"
 
 
 # ---- in a program
@@ -72,8 +94,13 @@ def test_boxes_read_what_they_write():
 def test_set_refuses_what_cannot_be(loaded):
     panel = HyperparameterPanel("some/model")
     before = panel.recipe
-    for given_, kind, words in [(dict(learning_rat=1), TypeError, "learning_rate"), (dict(learning_rate="fast"), ValueError, "number"),
-                                (dict(output_dir=object()), TypeError, "output_dir"), (dict(skip_zero_advantage=1), ValueError, "True or False"), (dict(model_name=None), ValueError, "model_name")]:
+    for given_, kind, words in [
+        (dict(learning_rat=1), TypeError, "learning_rate"),
+        (dict(learning_rate="fast"), ValueError, "number"),
+        (dict(output_dir=object()), TypeError, "output_dir"),
+        (dict(skip_zero_advantage=1), ValueError, "True or False"),
+        (dict(model_name=None), ValueError, "model_name"),
+    ]:
         with pytest.raises(kind, match=words): panel.set(**given_)
     assert panel.recipe == before
     fixed = HyperparameterPanel(loaded[0], rewards=["correctness"])
@@ -86,7 +113,8 @@ def test_set_refuses_what_cannot_be(loaded):
 def test_rewards_have_the_configurations_weights():
     panel = HyperparameterPanel("m", dict(reward_weights=[0.5, 2.0]), rewards=["correctness", brief])
     assert [c.weight for c in panel.recipe.rewards] == [0.5, 2.0] and list(panel.rewards.rewards.values()) == [0.5, 2.0]
-    with pytest.raises(ValueError, match="reward_weights"): HyperparameterPanel("m", dict(reward_weights=[1.0]), rewards=["correctness", brief])
+    with pytest.raises(ValueError, match="reward_weights"):
+        HyperparameterPanel("m", dict(reward_weights=[1.0]), rewards=["correctness", brief])
 
 
 def test_config_is_what_the_run_takes():
@@ -100,12 +128,28 @@ def test_config_is_what_the_run_takes():
 # ---- advice and estimate
 
 @pytest.mark.parametrize("given_, field, change", [
-    (dict(num_generations=6), "per_device_train_batch_size", 12), (dict(num_generations=1), "num_generations", 8), (dict(top_p=2.0), "top_p", 1.0),
-    (dict(temperature=0.0), "temperature", 1.0), (dict(fp16=True), "fp16", False), (dict(bf16=True, use_cpu=True), "bf16", False), (dict(max_completion_length=3000), "max_completion_length", 1024),
-    (dict(loss_type="dr_grpo"), "scale_rewards", "none"), (dict(loss_type="luspo"), "importance_sampling_level", "sequence"), (dict(loss_type="cispo"), "epsilon_high", 5.0),
-    (dict(sync_ref_model=True), "sync_ref_model", False), (dict(generation_batch_size=12), "generation_batch_size", 8), (dict(r=128), "max_lora_rank", 128), (dict(r=0), "r", 16),
-    (dict(lora_dropout=1.0), "lora_dropout", 0.0), (dict(learning_rate=0), "learning_rate", 1e-6), (dict(warmup_steps=9, max_steps=9), "warmup_steps", 0), (dict(top_k=5), "top_k", 0),
-    (dict(max_tokens_per_pack=10), "max_tokens_per_pack", None), (dict(importance_sampling_level="sequence"), "epsilon", 3e-4), (dict(delta=1.1), "delta", 2.2)])
+    (dict(num_generations=6), "per_device_train_batch_size", 12),
+    (dict(num_generations=1), "num_generations", 8),
+    (dict(top_p=2.0), "top_p", 1.0),
+    (dict(temperature=0.0), "temperature", 1.0),
+    (dict(fp16=True), "fp16", False),
+    (dict(bf16=True, use_cpu=True), "bf16", False),
+    (dict(max_completion_length=3000), "max_completion_length", 1024),
+    (dict(loss_type="dr_grpo"), "scale_rewards", "none"),
+    (dict(loss_type="luspo"), "importance_sampling_level", "sequence"),
+    (dict(loss_type="cispo"), "epsilon_high", 5.0),
+    (dict(sync_ref_model=True), "sync_ref_model", False),
+    (dict(generation_batch_size=12), "generation_batch_size", 8),
+    (dict(r=128), "max_lora_rank", 128),
+    (dict(r=0), "r", 16),
+    (dict(lora_dropout=1.0), "lora_dropout", 0.0),
+    (dict(learning_rate=0), "learning_rate", 1e-6),
+    (dict(warmup_steps=9, max_steps=9), "warmup_steps", 0),
+    (dict(top_k=5), "top_k", 0),
+    (dict(max_tokens_per_pack=10), "max_tokens_per_pack", None),
+    (dict(importance_sampling_level="sequence"), "epsilon", 3e-4),
+    (dict(delta=1.1), "delta", 2.2),
+])
 def test_advice_says_what_would_work(given_, field, change):
     panel = HyperparameterPanel("m", rewards=["correctness"]).set(**given_)
     found = [a for a in panel.check() if field in a.fields and (field in a.change or change is None)]
@@ -119,7 +163,11 @@ def test_advice_says_what_would_work(given_, field, change):
 
 def test_a_reference_that_is_not_there():
     from transformers import LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=16))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=16
+        )
+    )
     panel = HyperparameterPanel(model, dict(beta=0.1), rewards=["correctness"])
     assert [(a.fields[0], a.change) for a in panel.check() if a.severity == "error"] == [("beta", {"beta": 0.0})]
 
@@ -130,7 +178,9 @@ def test_trl_has_the_last_word():
 
 
 def test_estimate(folder, loaded):
-    small, large = (HyperparameterPanel(folder, dict(max_completion_length=n), rewards=["correctness"]).estimate() for n in (16, 400))
+    small, large = (
+        HyperparameterPanel(folder, dict(max_completion_length=n), rewards=["correctness"]).estimate() for n in (16, 400)
+    )
     assert 0 < small.peak < large.peak and set(small.seconds) == {"sampling", "training"}
     unknown = HyperparameterPanel("nobody/has-this", rewards=["correctness"])
     assert unknown.estimate() is None and "not on this machine" in unknown.cost_note
@@ -170,7 +220,8 @@ def test_reward_text_is_escaped():
 
 
 def test_two_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="same name"): RewardPanel([brief, lambda completions: [0.0], type(brief)(brief.__code__, {}, "brief")])
+    with pytest.raises(ValueError, match="same name"):
+        RewardPanel([brief, lambda completions: [0.0], type(brief)(brief.__code__, {}, "brief")])
 
 
 # ---- widgets, without a front end
@@ -184,7 +235,9 @@ def test_clicks_and_typing(folder):
     assert row.layout.display == "" and "whole groups" in said.value and "per_device_train_batch_size=12" in button.description
     button.click()
     panel._look()
-    assert panel.get("per_device_train_batch_size") == 12 and panel._advice[0][0].layout.display == "none" and "peak memory" in panel._cost.value
+    assert panel.get("per_device_train_batch_size") == 12
+    assert panel._advice[0][0].layout.display == "none"
+    assert "peak memory" in panel._cost.value
     panel._boxes["temperature"][0].value = "hot"
     assert "not a number" in panel._boxes["temperature"][1].value and panel.get("temperature") == 1.0
     panel._boxes["temperature"][0].value = "0.7"
@@ -242,12 +295,26 @@ def test_methods_stand_under_their_class():
 
 # ---- the studio, without a front end
 
+def waiting_for(s):
+    "A function that waits until a condition holds, and fails with what the studio shows."
+    def until(condition):
+        end = time.monotonic() + 90
+        while not condition():
+            assert time.monotonic() < end, (s.run.state, s.controls.problem)
+            time.sleep(0.02)
+    return until
+
+
 def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     "Every page is made, a run is started, paused, changed, resumed and stopped by its buttons."
     from grpo_nb import studio
     model, tokenizer, task = loaded
-    s = studio(model, tokenizer, task.train, {task.reward: 1.0, brief: 0.5}, dict(
-        output_dir=str(tmp_path), max_steps=500, num_generations=4, per_device_train_batch_size=8, max_completion_length=4, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-3))
+    settings = dict(
+        output_dir=str(tmp_path), max_steps=500, num_generations=4, per_device_train_batch_size=8,
+        max_completion_length=4, gradient_checkpointing=False, save_strategy="no", learning_rate=1e-3,
+    )
+    s = studio(model, tokenizer, task.train, {task.reward: 1.0, brief: 0.5}, settings)
+    until = waiting_for(s)
     for page in ("Settings", "Doctor", "Completions", "Lab", "Run"): s.open(page)
     s.settings.set(temperature=0)
     s.controls.press("start")
@@ -255,12 +322,6 @@ def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     s.settings.set(temperature=1)
     s.controls._start = lambda: s.start(background=True)
     s.controls.press("start")
-
-    def until(condition):
-        end = time.monotonic() + 90
-        while not condition():
-            assert time.monotonic() < end, (s.run.state, s.controls.problem)
-            time.sleep(0.02)
     until(lambda: s.run.step >= 2)
     s.controls.press("pause")
     until(lambda: s.run.state == "paused")
@@ -274,7 +335,8 @@ def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
     until(lambda: s.run.step > at + 1)
     s.controls.press("stop")
     s.wait(60)
-    assert s.run.state == "stopped" and s.run.checkpoint and len(s.completions) and any("learning_rate" in said for _, _, said in s.controls.notes)
+    assert s.run.state == "stopped" and s.run.checkpoint and len(s.completions)
+    assert any("learning_rate" in said for _, _, said in s.controls.notes)
     assert s.run.events.failures == 0
     html = s.static_html()
     assert "<script" not in html and "<svg" in html and "stopped" in html
@@ -287,8 +349,16 @@ def test_studio_with_clicks_and_no_browser(tmp_path, loaded):
 def test_a_failing_view_does_not_stop_training(tmp_path, loaded):
     from grpo_nb import studio
     model, tokenizer, task = loaded
-    s = studio(model, tokenizer, task.train, task.reward, dict(output_dir=str(tmp_path), max_steps=3, num_generations=4, per_device_train_batch_size=8, max_completion_length=4,
-                                                               gradient_checkpointing=False, save_strategy="no"))
+    s = studio(
+        model,
+        tokenizer,
+        task.train,
+        task.reward,
+        dict(
+            output_dir=str(tmp_path), max_steps=3, num_generations=4, per_device_train_batch_size=8,
+            max_completion_length=4, gradient_checkpointing=False, save_strategy="no",
+        ),
+    )
     def broken(*_): raise OSError("the browser is gone")
     s.controls._heard = broken
     s._status_html = broken

@@ -31,7 +31,8 @@ def trainers(tmp_path_factory):
 
     def get(family="qwen3", **config):
         key = family, *sorted(config.items())
-        if key not in made: made[key] = grpo_trainer(tiny(family), tmp_path_factory.mktemp(family), **{"loss_type": "dapo", **config})
+        if key not in made:
+            made[key] = grpo_trainer(tiny(family), tmp_path_factory.mktemp(family), **{"loss_type": "dapo", **config})
         trainer = made[key]
         trainer.loss_type, trainer.beta, trainer.importance_sampling_level = "dapo", 0.0, "token"
         trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
@@ -49,7 +50,7 @@ def off_policy(trainer, inputs, stock_logps, seed=1, ref=True, old=True):
     g = torch.Generator().manual_seed(seed)
     ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     with torch.no_grad(): logps, *_ = stock_logps(trainer, trainer.model, ids, mask, inputs["completion_ids"].shape[1])
-    near = lambda: logps + 0.3 * torch.randn(logps.shape, generator=g) * inputs["completion_mask"] # at padding TRL's are 0
+    def near(): return logps + 0.3 * torch.randn(logps.shape, generator=g) * inputs["completion_mask"] # at padding TRL's are 0
     if ref: inputs["ref_per_token_logps"] = near()
     if old: inputs["old_per_token_logps"] = near()
     return inputs
@@ -75,7 +76,11 @@ def compare(trainer, inputs, stock, scale=1.0):
     skip = AT_PADDING if OLD_HEAD and inputs["completion_mask"].shape[1] == 1 else ()
     assert torch.isfinite(ours[0]) and set(ours[2]) - set(theirs[2]) <= set(OURS)
     models = [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
-    assert_same(ours, theirs, lambda change: loss_and_gradients(trainer, change(inputs), loss_of, scale), *models, tolerance=TOLERANCE, skip=skip)
+    assert_same(
+        ours, theirs,
+        lambda change: loss_and_gradients(trainer, change(inputs), loss_of, scale),
+        *models, tolerance=TOLERANCE, skip=skip,
+    )
     return ours
 
 
@@ -117,15 +122,21 @@ def test_every_path(trainers, stock, step, chunks):
 
 
 @pytest.mark.parametrize("case", [
-    dict(completion=(0, 12), full_mask_row=True), dict(completion=(1, 1), prompt=(1, 1)), dict(groups=8), dict(groups=1, shuffled=False),
-    dict(rows=1, groups=1, completion=(5, 5), full_mask_row=False), dict(completion=(0, 12), prompt=(9, 9), pad_inside=True),
+    dict(completion=(0, 12), full_mask_row=True),
+    dict(completion=(1, 1), prompt=(1, 1)),
+    dict(groups=8),
+    dict(groups=1, shuffled=False),
+    dict(rows=1, groups=1, completion=(5, 5), full_mask_row=False),
+    dict(completion=(0, 12), prompt=(9, 9), pad_inside=True),
 ], ids=["ragged", "one token each", "no group shares", "one group", "one row", "equal prompts"])
 def test_shapes_of_batches(trainers, stock, case):
     trainer = trainers()
     compare(trainer, off_policy(trainer, micro_batch(seed=11, **case), next(iter(stock.values()))[1]), stock)
 
 
-@pytest.mark.parametrize("setting", ["delta", "off_policy_mask", "top_entropy_quantile", "entropy bonus", "adaptive entropy", "tool mask"])
+@pytest.mark.parametrize(
+    "setting", ["delta", "off_policy_mask", "top_entropy_quantile", "entropy bonus", "adaptive entropy", "tool mask"]
+)
 def test_other_settings(trainers, stock, setting):
     trainer = trainers()
     inputs = off_policy(trainer, micro_batch(seed=7), next(iter(stock.values()))[1])
@@ -152,8 +163,12 @@ def test_sampler_correction(trainers, stock, mode, loss_type):
     trainer = trainers()
     trainer.loss_type, trainer.use_vllm, trainer.vllm_importance_sampling_correction = loss_type, True, True
     inputs = off_policy(trainer, micro_batch(seed=9), next(iter(stock.values()))[1])
-    sampled = inputs["old_per_token_logps"] + 0.2 * torch.randn(inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(2))
-    inputs["importance_sampling_ratio"] = sampling_correction(inputs["old_per_token_logps"], sampled, inputs["completion_mask"], mode, 0.5, 2.0)
+    sampled = inputs["old_per_token_logps"] + 0.2 * torch.randn(
+        inputs["old_per_token_logps"].shape, generator=torch.Generator().manual_seed(2)
+    )
+    inputs["importance_sampling_ratio"] = sampling_correction(
+        inputs["old_per_token_logps"], sampled, inputs["completion_mask"], mode, 0.5, 2.0
+    )
     inputs["sampling_per_token_logps"] = sampled
     compare(trainer, inputs, stock)
 
@@ -226,7 +241,11 @@ def test_padding_order_and_cuts_do_not_matter(trainers, stock):
     wide = dict(inputs)
     for name in ("prompt_ids", "prompt_mask"): wide[name] = torch.nn.functional.pad(inputs[name], (5, 0))
     for name in ("completion_ids", "completion_mask"): wide[name] = torch.nn.functional.pad(inputs[name], (0, 7))
-    right = dict(inputs, prompt_ids=left_aligned(inputs["prompt_ids"], inputs["prompt_mask"]), prompt_mask=inputs["prompt_mask"].sort(1, descending=True)[0])
+    right = dict(
+        inputs,
+        prompt_ids=left_aligned(inputs["prompt_ids"], inputs["prompt_mask"]),
+        prompt_mask=inputs["prompt_mask"].sort(1, descending=True)[0],
+    )
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     mixed = {k: v[order] if v.dim() else v for k, v in inputs.items()}
     for other in (wide, right, mixed):
@@ -263,7 +282,8 @@ def test_evaluation(trainers, stock):
     inputs = micro_batch(seed=27)
     trainer.model.eval()
     with torch.no_grad():
-        theirs, ours = loss_of(trainer, trainer.model, copy.copy(inputs)), grpo.compute_loss(loss_of)(trainer, trainer.model, copy.copy(inputs))
+        theirs = loss_of(trainer, trainer.model, copy.copy(inputs))
+        ours = grpo.compute_loss(loss_of)(trainer, trainer.model, copy.copy(inputs))
     trainer._metrics["eval"].clear()
     assert torch.isclose(theirs, ours, atol=1e-6)
 
@@ -311,10 +331,14 @@ def test_rloo(tmp_path, stock, accumulation):
     from parity import tokenizer
     from datasets import Dataset
 
-    args = RLOOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, bf16=False,
-                      use_cpu=True, report_to=[], gradient_checkpointing=False, beta=0.0)
-    trainer = RLOOTrainer(model=tiny(), reward_funcs=lambda completions, **kw: [0.0] * len(completions), processing_class=tokenizer(), args=args,
-                          train_dataset=Dataset.from_list([{"prompt": "w3 w4"}] * 8))
+    args = RLOOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=12,
+        bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, beta=0.0,
+    )
+    trainer = RLOOTrainer(
+        model=tiny(), reward_funcs=lambda completions, **kw: [0.0] * len(completions),
+        processing_class=tokenizer(), args=args, train_dataset=Dataset.from_list([{"prompt": "w3 w4"}] * 8),
+    )
     trainer.current_gradient_accumulation_steps = accumulation
     trainer.args.max_tokens_per_pack = 40
     trainer.model.train()
@@ -341,8 +365,40 @@ def test_half_precision_is_no_further_from_the_truth(trainers, stock, dtype):
             utils.add_fused_lm_head(half, temperature=trainer.temperature, outputs=("log_probs", "entropy"))
         compute(trainer, half, copy.copy(inputs)).backward()
         got = gradients(half)
-        errors[name] = sum((got[k].float() - v).norm() ** 2 for k, v in truth.items()) ** 0.5 / sum(v.norm() ** 2 for v in truth.values()) ** 0.5
+        errors[name] = (
+            sum((got[k].float() - v).norm() ** 2 for k, v in truth.items()) ** 0.5
+            / sum(v.norm() ** 2 for v in truth.values()) ** 0.5
+        )
     assert model is trainer.model and errors["ours"] < errors["trl"] * 1.25 + 1e-3, errors
+
+
+def sampled_elsewhere(folder, mode, case, accumulation):
+    "A trainer whose sampler is another program that reports log-probs, all but one."
+    trainer = grpo_trainer(
+        tiny(), folder, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        num_generations=4, num_iterations=2 if case == "weights change" else 1, loss_type="dapo",
+        top_entropy_quantile=0.5 if case == "entropy quantile" else 1.0, vllm_importance_sampling_mode=mode,
+        reward_weights=None,
+    )
+    trainer.reward_funcs = [lambda completions, **kw: [float(len(c) % 3) for c in completions]]
+    trainer.use_vllm, g = True, torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 67, (n,), generator=g).tolist() for n in (3, 7, 12, 1, 5, 9, 2, 4)]
+    said = [[-4.0 - 0.1 * k for k in range(len(row))] for row in ids]
+    said[1][2] = None # the sampler could not say
+    trainer._generate_single_turn = lambda *a, **k: (ids, said)
+    return trainer
+
+
+def accumulated(trainer, loss_of, out, accumulation): # -> the loss; gradients stay
+    "Forward and backward of all micro-batches of what was sampled."
+    trainer.model.zero_grad()
+    loss, rows = 0, 8 // accumulation
+    for i in range(accumulation):
+        part = {k: v if v.dim() == 0 else v[i * rows:(i + 1) * rows] for k, v in out.items()}
+        one = loss_of(trainer, trainer.model, part)
+        one.backward()
+        loss += one.item()
+    return loss
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
@@ -352,38 +408,21 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
     from trl import GRPOTrainer
 
     accumulation = 2 if case == "two micro-batches" else 1
+    inputs = [{"prompt": "w3 w4"}] * 4 + [{"prompt": "w5 w6 w7"}] * 4
     results = []
     for ours in (False, True):
-        trainer = grpo_trainer(tiny(), tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
-                               num_generations=4, num_iterations=2 if case == "weights change" else 1, loss_type="dapo",
-                               top_entropy_quantile=0.5 if case == "entropy quantile" else 1.0, vllm_importance_sampling_mode=mode,
-                               reward_weights=None)
-        trainer.reward_funcs = [lambda completions, **kw: [float(len(c) % 3) for c in completions]]
-        trainer.use_vllm, g = True, torch.Generator().manual_seed(0)
-        ids = [torch.randint(3, 67, (n,), generator=g).tolist() for n in (3, 7, 12, 1, 5, 9, 2, 4)]
-        said = [[-4.0 - 0.1 * k for k in range(len(row))] for row in ids]
-        said[1][2] = None # the sampler could not say
-        trainer._generate_single_turn = lambda *a, **k: (ids, said)
-        calls, logps_of = [], stock[GRPOTrainer][1]
-        def counted(self, model, *a, **k):
-            calls.append(torch.is_grad_enabled())
-            return logps_of(self, model, *a, **k)
-        generate, loss_of = GRPOTrainer._generate_and_score_completions, stock[GRPOTrainer][0]
-        inputs = [{"prompt": "w3 w4"}] * 4 + [{"prompt": "w5 w6 w7"}] * 4
+        trainer = sampled_elsewhere(tmp_path, mode, case, accumulation)
+        loss_of, logps_of = stock[GRPOTrainer]
+        generate = GRPOTrainer._generate_and_score_completions
         if ours: generate, loss_of = grpo.generate_and_score(generate), grpo.compute_loss(loss_of)
         try:
-            GRPOTrainer._get_per_token_logps_and_entropies = grpo.per_token_logps(counted) if ours else counted
+            GRPOTrainer._get_per_token_logps_and_entropies = grpo.per_token_logps(logps_of) if ours else logps_of
             trainer._metrics["train"].clear()
             out = generate(trainer, inputs)
-            trainer.model.zero_grad()
-            cut = [{k: v if v.dim() == 0 else v[i * 8 // accumulation:(i + 1) * 8 // accumulation] for k, v in out.items()} for i in range(accumulation)]
-            loss = 0
-            for part in cut:
-                one = loss_of(trainer, trainer.model, part)
-                one.backward()
-                loss += one.item()
+            loss = accumulated(trainer, loss_of, out, accumulation)
         finally: GRPOTrainer._get_per_token_logps_and_entropies = logps_of
-        results.append((loss, gradients(trainer.model), {k: list(v) for k, v in trainer._metrics["train"].items() if "sampling/" in k}))
+        sampling = {k: list(v) for k, v in trainer._metrics["train"].items() if "sampling/" in k}
+        results.append((loss, gradients(trainer.model), sampling))
         if ours: assert ("old_per_token_logps" in out) == (case == "weights change")
     (a, ga, ma), (b, gb, mb) = results
     assert b == pytest.approx(a, rel=1e-5, abs=1e-6) and relative(gb, ga) < TOLERANCE
@@ -392,7 +431,9 @@ def test_no_second_forward_with_a_correcting_sampler(tmp_path, stock, mode, case
 
 
 @example(4913, 1, 1, "grpo", True) # a batch of width 1
-@example(31663, 2, 1, "grpo", True) # one token, whose gradient is 1 - exp(0.034): TRL 1.12 is off by 1.06e-5 and ours by 0.77e-5, to the other side
+@example(
+    31663, 2, 1, "grpo", True
+) # one token, whose gradient is 1 - exp(0.034): TRL 1.12 is off by 1.06e-5 and ours by 0.77e-5, to the other side
 @example(34840, 4, 50, "grpo", True) # one token again: TRL 1.16 is off by 0.2e-5 and ours by 1.6e-5
 @given(st.integers(0, 100_000), st.integers(1, 6), st.integers(1, 60), st.sampled_from(LOSSES), st.booleans())
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -404,13 +445,17 @@ def test_any_batch_under_any_budget(stock_and_trainer, seed, groups, budget, los
 
 def any_batch(stock, trainer, seed, groups, budget, loss_type, beta):
     trainer.loss_type, trainer.beta, trainer.args.max_tokens_per_pack = loss_type, 0.04 * beta, budget
-    inputs = micro_batch(rows=1 + seed % 9, groups=min(groups, 1 + seed % 9), seed=seed, full_mask_row=False, completion=(0, 1 + seed % 17))
+    inputs = micro_batch(
+        rows=1 + seed % 9, groups=min(groups, 1 + seed % 9), seed=seed, full_mask_row=False, completion=(0, 1 + seed % 17)
+    )
     return off_policy(trainer, inputs, next(iter(stock.values()))[1], seed)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_in_fp64_rounding_alone_is_left(stock_and_trainer, loss_type):
-    "What differs in fp32 is rounding, of theirs and of ours: in fp64, the same code differs by 1e-12. The second batch differed by 1.8e-5 in fp32."
+    """What differs in fp32 is rounding, of theirs and of ours: in fp64, the same code differs by 1e-12.
+
+    The second batch differed by 1.8e-5 in fp32."""
     stock, trainer = stock_and_trainer
     for drawn in ((3, 3, 40), (31663, 2, 1)):
         inputs = in_double(any_batch(stock, trainer, *drawn, loss_type, True))
@@ -425,7 +470,7 @@ def test_a_wrong_gradient_is_no_rounding(stock_and_trainer):
     stock, trainer = stock_and_trainer
     inputs = any_batch(stock, trainer, 31663, 2, 1, "grpo", True)
     (loss, grads, metrics), _ = both(trainer, inputs, stock)
-    again = lambda change: loss_and_gradients(trainer, change(inputs), next(iter(stock.values()))[0])
+    def again(change): return loss_and_gradients(trainer, change(inputs), next(iter(stock.values()))[0])
     assert_same((loss, grads, metrics), (loss, grads, metrics), again, trainer.model)
     for off in (1e-4, float("nan")):
         with pytest.raises(AssertionError, match="lm_head"):

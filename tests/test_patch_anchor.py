@@ -137,7 +137,8 @@ def test_errors_name_the_anchor_the_place_and_the_closest_line():
     code = "def f(self):\n    if self.beta != 0.0:\n        kl = 1\n    return kl\n"
     with pytest.raises(AnchorMissing) as caught: Anchor("if self.bete != 0.0: ...", name="kl branch").find(code)
     assert "'kl branch'" in str(caught.value) and "line 2: if self.beta != 0.0:" in str(caught.value)
-    with pytest.raises(AnchorMissing, match="not together and in this order"): Anchor("return kl\nif self.beta != 0.0: ...").find(code)
+    with pytest.raises(AnchorMissing, match="not together and in this order"):
+        Anchor("return kl\nif self.beta != 0.0: ...").find(code)
     with pytest.raises(AnchorMissing, match="there is no `kl = 2`"): Anchor("if _: kl = 1\nkl = 2").find(code)
     with pytest.raises(AnchorAmbiguous, match="2 times.*line 3: kl; line 4: kl"): Anchor("kl", count=1).find(code)
     assert Anchor("kl", count=2).find(code).line == 3 and Anchor("kl", count=None).find(code).line == 3

@@ -171,7 +171,9 @@ def test_undo_of_an_object(lib):
 def test_a_rewritten_function_keeps_what_it_was(lib):
     stock = lib.Trainer.loss
     new = rewrite(stock, [Edit("kl = _r_ * 2", "kl = _r_ * 3\nkl = kl + LIMIT"), Edit("kl = 0", "kl = 1", "after")])
-    for name in ("__name__", "__qualname__", "__module__", "__doc__", "__globals__", "__defaults__", "__kwdefaults__", "__annotations__"):
+    for name in (
+        "__name__", "__qualname__", "__module__", "__doc__", "__globals__", "__defaults__", "__kwdefaults__", "__annotations__",
+    ):
         assert getattr(new, name) is getattr(stock, name) or getattr(new, name) == getattr(stock, name)
     assert inspect.signature(new) == inspect.signature(stock) and "left of the margin" in new.__doc__
     assert new.__code__.co_consts[0] == stock.__doc__ and new.__code__.co_qualname == "Trainer.loss"
@@ -256,7 +258,8 @@ def test_an_edit_after_the_last_line_of_a_text_without_a_newline():
 def plain(self, model, inputs, *, scale=2): return "patched"
 
 
-def loss_patch(**options): return Patch("loss", "fakelib:Trainer.loss", plain, signature="(self, model, inputs, *, scale=2)", **options)
+def loss_patch(**options):
+    return Patch("loss", "fakelib:Trainer.loss", plain, signature="(self, model, inputs, *, scale=2)", **options)
 
 
 def test_all_kinds_of_target_and_replacement_come_back_as_they_were(lib):
@@ -282,7 +285,8 @@ def test_all_kinds_of_target_and_replacement_come_back_as_they_were(lib):
         with PatchSet(patches) as patched:
             t = lib.Trainer()
             assert patched.is_applied and all(r.ok for r in patched.check())
-            assert t.loss(1, 2) == "patched" and t.inherited(1) == ("wrapped", ("base", 1)) and lib.Trainer.fixed(1) == t.fixed(1) == 200
+            assert t.loss(1, 2) == "patched" and t.inherited(1) == ("wrapped", ("base", 1))
+            assert lib.Trainer.fixed(1) == t.fixed(1) == 200
             t.size = 3
             assert t.made(1) == ("Trainer", 1) and t.size == -1 and t.both(1) == 3 and t.timed(1) == 3 and t.added() == 1
             assert t.kind == "ours" and t.hook(1, 2) == "patched" and lib.module_level(3, 4) == 12 and lib.LIMIT == 99
@@ -297,7 +301,10 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(lib):
     patches = [
         loss_patch(),
         Patch("gone", "fakelib:Trainer.los", plain, versions=versions),
-        Patch("moved", "fakelib:Trainer.greet", plain, signature="(self, name)", anchors="return super().greet(name)", versions=versions),
+        Patch(
+            "moved", "fakelib:Trainer.greet", plain, signature="(self, name)",
+            anchors="return super().greet(name)", versions=versions,
+        ),
         Patch("exists", "fakelib:Trainer.kind", 1, new=True),
         Patch("no module", "fakelib.sub:Trainer.kind", 1),
         Patch("no class", "fakelib:Triner.kind", 1),
@@ -309,9 +316,12 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(lib):
     text = str(caught.value)
     unchanged(before, lib, lib.Trainer)
     assert len(caught.value.reports) == 8 and "8 of 9 patches" in text and f"pytest {pytest.__version__}" in text
-    for words in ["Trainer has no 'los'. Did you mean 'loss'?", "known to work with pytest 1.0 to 2.0", "expected (self, name), found (self)",
-                  "Anchor 'return super().greet(name)'", "closest is fakelib.py:", "has 'kind' already: 'stock'", "fakelib.sub cannot be imported",
-                  "Did you mean 'Trainer'?", "dict of 3 entries has no 'aa'", "Anchor 'return 1'", "is not a Python function"]:
+    for words in [
+        "Trainer has no 'los'. Did you mean 'loss'?", "known to work with pytest 1.0 to 2.0", "expected (self, name), found (self)",
+        "Anchor 'return super().greet(name)'", "closest is fakelib.py:", "has 'kind' already: 'stock'",
+        "fakelib.sub cannot be imported", "Did you mean 'Trainer'?", "dict of 3 entries has no 'aa'", "Anchor 'return 1'",
+        "is not a Python function",
+    ]:
         assert words in text, words
     assert not caught.value.reports[0].tested and caught.value.reports[-1].tested is None
 
@@ -449,10 +459,12 @@ def test_patched_functions_pickle(lib):
                         Patch("wrap", "fakelib:module_level", Wrap(lambda f: lambda x, y=10: f(x, y) + 1)),
                         Patch("fixed", "fakelib:Trainer.fixed", Edit("a + 1", "a + 2"))])
     with patches:
-        for function in (lib.Trainer.loss, lib.module_level, lib.Trainer.fixed): assert pickle.loads(pickle.dumps(function)) is function
+        for function in (lib.Trainer.loss, lib.module_level, lib.Trainer.fixed):
+            assert pickle.loads(pickle.dumps(function)) is function
         trainer = lib.Trainer()
         assert pickle.loads(pickle.dumps(trainer.loss))(3, 1) == 12
-        assert inspect.signature(lib.module_level) == inspect.signature(lib.module_level.__wrapped__) and lib.module_level.__doc__ == "adds"
+        assert inspect.signature(lib.module_level) == inspect.signature(lib.module_level.__wrapped__)
+        assert lib.module_level.__doc__ == "adds"
 
 
 def test_the_difference_is_shown_before_and_after_applying(lib):
@@ -475,7 +487,8 @@ def test_the_difference_is_shown_before_and_after_applying(lib):
 
 def test_wrap_of_a_method_of_one_object(lib):
     trainer = lib.Trainer()
-    with PatchSet([Patch("one", (trainer, "greet"), Wrap(lambda bound: lambda: bound() + "!"))]): assert trainer.greet() == "hello there!"
+    with PatchSet([Patch("one", (trainer, "greet"), Wrap(lambda bound: lambda: bound() + "!"))]):
+        assert trainer.greet() == "hello there!"
     assert trainer.greet() == "hello there" and vars(trainer) == {}
 
 
@@ -496,7 +509,9 @@ def test_an_owner_without_attributes():
 
 def test_versions():
     tested = Versions("trl", "1.12", "1.16")
-    assert [v in tested for v in ("1.11.9", "1.12.0", "1.16.0", "1.16.4.dev0", "1.17.0.dev0", "2.0")] == [False, True, True, True, False, False]
+    assert [v in tested for v in ("1.11.9", "1.12.0", "1.16.0", "1.16.4.dev0", "1.17.0.dev0", "2.0")] == [
+        False, True, True, True, False, False,
+    ]
     assert Versions("no-such-distribution-here", "1", "2").installed == ""
 
 

@@ -92,7 +92,9 @@ def test_what_is_refused_changes_nothing():
     assert vars(a) == {}
 
 
-@pytest.mark.parametrize("owner", [3, "text", Slots(), Plain, sys, object()], ids=["number", "text", "slots", "class", "module", "object"])
+@pytest.mark.parametrize(
+    "owner", [3, "text", Slots(), Plain, sys, object()], ids=["number", "text", "slots", "class", "module", "object"]
+)
 def test_owners_that_cannot_be_changed_are_named(owner):
     with pytest.raises(TypeError, match="__dict__|a Patch changes"): change(owner, "x", 1, new=True, **WHO)
 
@@ -125,7 +127,8 @@ def test_a_module_registers_nothing():
     assert list(model.state_dict()) == keys and len(list(model.modules())) == 2 and (model[0].weight == 0).all()
     assert torch.equal(model(torch.ones(1, 2)), 10 * linear.bias[None])
     restore_all()
-    assert "weight" not in vars(linear) and "forward" not in vars(linear) and "head" not in vars(model) and (linear.weight != 0).any()
+    assert "weight" not in vars(linear) and "forward" not in vars(linear)
+    assert "head" not in vars(model) and (linear.weight != 0).any()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
@@ -328,7 +331,10 @@ def test_accelerates_reset_is_guarded_while_somebody_trains():
 def test_what_is_changed_in_vllm_is_put_back(monkeypatch):
     from grpo_nb.engines.vllm.start import plain_linear, process_group_kept
     groups, utils, log = ModuleType("parallel_state"), ModuleType("utils"), []
-    groups._WORLD, groups.destroy_distributed_environment = SimpleNamespace(destroy=lambda: log.append("own")), lambda: log.append("all")
+    groups._WORLD, groups.destroy_distributed_environment = (
+        SimpleNamespace(destroy=lambda: log.append("own")),
+        lambda: log.append("all"),
+    )
     utils.dispatch_cpu_unquantized_gemm = packs = lambda layer, remove_weight: log.append("packed")
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", groups)
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.utils", utils)

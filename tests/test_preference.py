@@ -18,8 +18,13 @@ from grpo_nb.trainers.tokens import token_stats
 
 warnings.filterwarnings("ignore")
 pytestmark = pytest.mark.filterwarnings("ignore")
-CONFIG = {"dpo": "trl.trainer.dpo_config:DPOConfig", "kto": "trl.trainer.kto_config:KTOConfig", "cpo": "trl.experimental.cpo.cpo_config:CPOConfig",
-          "orpo": "trl.experimental.orpo.orpo_config:ORPOConfig", "bco": "trl.experimental.bco.bco_config:BCOConfig"}
+CONFIG = {
+    "dpo": "trl.trainer.dpo_config:DPOConfig",
+    "kto": "trl.trainer.kto_config:KTOConfig",
+    "cpo": "trl.experimental.cpo.cpo_config:CPOConfig",
+    "orpo": "trl.experimental.orpo.orpo_config:ORPOConfig",
+    "bco": "trl.experimental.bco.bco_config:BCOConfig",
+}
 ALGORITHMS = tuple(preference.WRAPPERS)
 LOGITS = ("logits/chosen", "logits/rejected", "logits/chosen_sum", "logits/rejected_sum")
 
@@ -40,7 +45,7 @@ def text(g, n): return " ".join(f"w{i}" for i in torch.randint(3, 67, (n,), gene
 def pairs(rows=8, ragged=True, seed=0):
     "Prompts of different lengths, some of them twice; a pad id stands inside a prompt and inside an answer."
     g = torch.Generator().manual_seed(seed)
-    pick = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g)) if ragged else high
+    def pick(low, high): return int(torch.randint(low, high + 1, (1,), generator=g)) if ragged else high
     prompts = [text(g, pick(3, 9)) for _ in range(rows - 1)]
     prompts = [*prompts, prompts[0]]
     if ragged: prompts[1] += " <pad> w5"
@@ -52,7 +57,9 @@ def pairs(rows=8, ragged=True, seed=0):
 def dataset(algorithm, ragged=True):
     data = pairs(ragged=ragged)
     if algorithm in ("kto", "bco"):
-        data = [dict(prompt=d["prompt"], completion=d[kind], label=kind == "chosen") for d in data for kind in ("chosen", "rejected")]
+        data = [
+            dict(prompt=d["prompt"], completion=d[kind], label=kind == "chosen") for d in data for kind in ("chosen", "rejected")
+        ]
     return Dataset.from_list(data)
 
 
@@ -66,8 +73,10 @@ def make(algorithm, tmp_path, family="qwen3", lora=None, ragged=True, ref=True, 
         else: # TRL keeps a copy of an adapter that is there already, under the name "ref"
             model = get_peft_model(model, adapter)
             _shake(model)
-    defaults = dict(output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False,
-                    remove_unused_columns=False, max_length=64, seed=3, learning_rate=1e-3)
+    defaults = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to=[],
+        gradient_checkpointing=False, remove_unused_columns=False, max_length=64, seed=3, learning_rate=1e-3,
+    )
     args = load(CONFIG[algorithm])(**{**defaults, **config})
     if ref and not lora and algorithm in ("dpo", "kto", "bco"): more = dict(ref_model=tiny(family, seed=1))
     trainer = cls(model=model, args=args, train_dataset=dataset(algorithm, ragged), processing_class=tokenizer(), **more)
@@ -98,8 +107,10 @@ def measure(trainer, batch):
     accelerator = running.pop("accelerator", None)
     loss = trainer.compute_loss(trainer.model, {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
     loss.backward()
-    if running: vars(trainer.running).update(running | {"accelerator": trainer.running.accelerator if accelerator is None else accelerator})
-    return loss.item(), gradients(trainer.model), {k: list(v) for store in stores if store is not None for k, v in store["train"].items()}
+    if running:
+        vars(trainer.running).update(running | {"accelerator": trainer.running.accelerator if accelerator is None else accelerator})
+    metrics = {k: list(v) for store in stores if store is not None for k, v in store["train"].items()}
+    return loss.item(), gradients(trainer.model), metrics
 
 
 def same(trainer, batch, stock, algorithm, skip=()):
@@ -147,16 +158,27 @@ def shared(tmp_path_factory):
     return get
 
 
-DPO = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
-       "discopop", "sft", "sigmoid_norm"]
-DPO_CASES = [*[dict(loss_types=[name], loss_weights=[1.0], label_smoothing=0.1, beta=0.1) for name in DPO],
-             dict(loss_types=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
-             *[dict(f_divergence_type=name) for name in ("forward_kl", "js_divergence")],
-             dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.5), # TRL computes this one in fp32 and less only: no truth is there
-             dict(ld_alpha=0.4), dict(use_weighting=True), dict(label_smoothing=0.2)]
+DPO = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]
+DPO_CASES = [
+    *[dict(loss_types=[name], loss_weights=[1.0], label_smoothing=0.1, beta=0.1) for name in DPO],
+    dict(loss_types=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+    *[dict(f_divergence_type=name) for name in ("forward_kl", "js_divergence")],
+    # TRL computes this one in fp32 and less only: no truth is there
+    dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.5),
+    dict(ld_alpha=0.4),
+    dict(use_weighting=True),
+    dict(label_smoothing=0.2),
+]
 
 
-@pytest.mark.parametrize("case", DPO_CASES, ids=lambda c: "-".join(map(str, c["loss_types"])) if "loss_types" in c else next(iter(c)) + str(next(iter(c.values()))))
+@pytest.mark.parametrize(
+    "case",
+    DPO_CASES,
+    ids=lambda c: "-".join(map(str, c["loss_types"])) if "loss_types" in c else next(iter(c)) + str(next(iter(c.values()))),
+)
 def test_dpo(shared, monkeypatch, case):
     trainer, batch = shared("dpo")
     for name, value in case.items():
@@ -173,8 +195,15 @@ def test_kto(shared, monkeypatch, name):
     compare(trainer, batch, "kto")
 
 
-@pytest.mark.parametrize("case", [dict(loss_type="sigmoid"), dict(loss_type="hinge"), dict(loss_type="ipo"), dict(loss_type="simpo", simpo_gamma=0.3),
-                                  dict(loss_type="sigmoid", label_smoothing=0.2), dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5), dict(alpha=0.1)], ids=str)
+@pytest.mark.parametrize("case", [
+    dict(loss_type="sigmoid"),
+    dict(loss_type="hinge"),
+    dict(loss_type="ipo"),
+    dict(loss_type="simpo", simpo_gamma=0.3),
+    dict(loss_type="sigmoid", label_smoothing=0.2),
+    dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.5),
+    dict(alpha=0.1),
+], ids=str)
 def test_cpo(shared, monkeypatch, case):
     trainer, batch = shared("cpo")
     for name, value in case.items():
@@ -193,9 +222,12 @@ def test_bco_with_another_prompt_distribution(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("joblib")
     cls = have("bco")
-    embed = lambda input_ids, attention_mask: torch.nn.functional.one_hot(input_ids, 67).float().mul(attention_mask[..., None]).sum(1)
-    args = load(CONFIG["bco"])(output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False,
-                               remove_unused_columns=False, max_length=64, prompt_sample_size=16)
+    def embed(input_ids, attention_mask):
+        return torch.nn.functional.one_hot(input_ids, 67).float().mul(attention_mask[..., None]).sum(1)
+    args = load(CONFIG["bco"])(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to=[],
+        gradient_checkpointing=False, remove_unused_columns=False, max_length=64, prompt_sample_size=16,
+    )
     trainer = cls(model=tiny(), ref_model=tiny(seed=1), args=args, train_dataset=dataset("bco"), processing_class=tokenizer(),
                   embedding_func=embed, embedding_tokenizer=tokenizer())
     trainer.model.train()
@@ -260,7 +292,11 @@ def test_trl_path(shared, monkeypatch, algorithm):
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "bco"])
 def test_reference_ahead_of_training(tmp_path, monkeypatch, algorithm):
     "precompute_ref_log_probs: the columns of the data set."
-    columns = {"dpo": ("ref_chosen_logps", "ref_rejected_logps"), "kto": ("ref_logps", "ref_KL_logps"), "bco": ("reference_logps",)}[algorithm]
+    columns = {
+        "dpo": ("ref_chosen_logps", "ref_rejected_logps"),
+        "kto": ("ref_logps", "ref_KL_logps"),
+        "bco": ("reference_logps",),
+    }[algorithm]
     have(algorithm)
     monkeypatch.setattr("datasets.fingerprint._CACHING_ENABLED", False) # TRL would find the first trainer's file
     found, losses = [], []
@@ -279,8 +315,12 @@ def test_accumulation_and_evaluation(tmp_path, algorithm):
     "Two optimiser steps of two micro-batches end at the same weights, and an evaluation logs the same."
     ends, logs = [], []
     for on in (False, True):
-        trainer = make(algorithm, tmp_path / str(on), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2, optim="sgd",
-                       learning_rate=0.05, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant")
+        trainer = make(
+            algorithm, tmp_path / str(on), per_device_train_batch_size=4,
+            gradient_accumulation_steps=2, max_steps=2, optim="sgd", learning_rate=0.05,
+            max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
+            lr_scheduler_type="constant",
+        )
         trainer.args.unsloth_num_chunks = 2
         if on:
             with PatchSet(preference.patches(algorithm)): trainer.train()
@@ -300,7 +340,10 @@ def test_accumulation_and_evaluation(tmp_path, algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_twenty_steps(tmp_path, algorithm):
     "The loss falls."
-    trainer = make(algorithm, tmp_path, max_steps=20, logging_steps=1, save_strategy="no", disable_tqdm=True, learning_rate=3e-3, lr_scheduler_type="constant")
+    trainer = make(
+        algorithm, tmp_path, max_steps=20, logging_steps=1, save_strategy="no",
+        disable_tqdm=True, learning_rate=3e-3, lr_scheduler_type="constant",
+    )
     with PatchSet(preference.patches(algorithm)): trainer.train()
     losses = [l["loss"] for l in trainer.state.log_history if "loss" in l]
     assert len(losses) == 20 and sum(losses[-4:]) < sum(losses[:4])
@@ -320,7 +363,8 @@ def test_checkpointing(tmp_path):
 def test_token_stats_says_what_is_wrong(shared):
     trainer, batch = shared("dpo")
     ids = batch["input_ids"]
-    with pytest.raises(ValueError, match="want='entropi'.*entropy"): token_stats(trainer, trainer.model, ids, ids, ids, ("entropi",))
+    with pytest.raises(ValueError, match="want='entropi'.*entropy"):
+        token_stats(trainer, trainer.model, ids, ids, ids, ("entropi",))
     with pytest.raises(ValueError, match="must be equal"): token_stats(trainer, trainer.model, ids, ids[:, 1:], ids)
     with pytest.raises(ValueError, match="algorithm='dop'.*dpo"): preference.patches("dop")
     assert token_stats(trainer, trainer.model, ids, ids != -1, torch.zeros_like(ids)) is None

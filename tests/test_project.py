@@ -10,7 +10,8 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 package = root / "grpo_nb"
 
-# The table of the design: each folder is one floor. A module may import what stands on a lower floor, and what stands before it in the order
+# The table of the design: each folder is one floor. A module may import what stands on a lower floor, and what stands before it
+# in the order
 # in which the house is read: the folders as they are written here, the chapters of a folder by their numbers under nbs/.
 FLOORS = {
     "ground": 0, "patch": 0,
@@ -22,7 +23,8 @@ FLOORS = {
     "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/studio": 6,
     "app": 7,
 }
-STRANGERS = {("packs", "algo"), ("packs", "ops"), ("algo", "ops"), ("engines", "tasks")} # on one floor, and know nothing of each other
+# on one floor, and know nothing of each other
+STRANGERS = {("packs", "algo"), ("packs", "ops"), ("algo", "ops"), ("engines", "tasks")}
 KNOW_TRL = ("trainers", "run", "recipe", "advice", "app")
 LIGHT = ("ground", "patch") # the standard library, and fastcore's `patch`, by which a class grows over cells
 
@@ -32,7 +34,9 @@ def folder(module): return module.rpartition(".")[0].replace(".", "/")
 
 def reading_order():
     "Every module by its notebook, from the first chapter to the last."
-    return [".".join([*f.split("/"), path.stem.split("_", 1)[1]]) for f in FLOORS for path in sorted((root / "nbs" / f).glob("*.ipynb"))]
+    return [
+        ".".join([*f.split("/"), path.stem.split("_", 1)[1]]) for f in FLOORS for path in sorted((root / "nbs" / f).glob("*.ipynb"))
+    ]
 
 
 def modules():
@@ -82,12 +86,13 @@ def test_layers(name, path):
         assert (other, own) not in STRANGERS, f"{name} imports {inner}: {own} and {other} know nothing of each other"
     for outside in {i.split(".")[0] for i in imports(name, path)} - {"grpo_nb"}:
         if outside == "trl": assert own in KNOW_TRL, f"{name} imports TRL: only floors 4 and 5 do, and the application"
-        if own in LIGHT: assert outside in {*sys.stdlib_module_names, "fastcore"}, f"{name} imports {outside}: the standard library and fastcore only"
+        if own in LIGHT:
+            assert outside in {*sys.stdlib_module_names, "fastcore"}, f"{name} imports {outside}: the standard library and fastcore only"
 
 
 @pytest.mark.parametrize("path", sorted((package / "step").glob("*.py")), ids=lambda p: p.stem)
 def test_the_step_has_never_heard_of_a_trainer(path):
-    "step/ knows a model, an Accelerator and a few numbers: no name `trainer` in its code, and neither trl nor what stands above it."
+    "step/ knows a model, an Accelerator and a few numbers: no name `trainer` in its code, neither trl nor what stands above it."
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
     names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
@@ -98,7 +103,11 @@ def test_the_step_has_never_heard_of_a_trainer(path):
 def test_no_module_of_ours_sets_private_attributes_on_a_trainer_but_one():
     "One record, `trainer._grpo_nb`."
     import re
-    found = {m for path in package.rglob("*.py") for m in re.findall(r"(?:trainer|self\.trainer)\.(_grpo_nb\w*)", path.read_text(encoding="utf-8"))}
+    found = {
+        m
+        for path in package.rglob("*.py")
+        for m in re.findall(r"(?:trainer|self\.trainer)\.(_grpo_nb\w*)", path.read_text(encoding="utf-8"))
+    }
     assert found == {"_grpo_nb"}, found
 
 
@@ -116,7 +125,8 @@ def metadata(folder, tmp_path):
 def test_settings_ini_makes_the_metadata(tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"): shutil.copy(root / name, tree)
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"):
+        shutil.copy(root / name, tree)
     shutil.copytree(package, tree / "grpo_nb", ignore=shutil.ignore_patterns("__pycache__"))
     text, entry_points = metadata(tree, tmp_path)
     assert "Requires-Dist: trl>=1.12" in text and "grpo-nb = grpo_nb.app.cli:main" in entry_points

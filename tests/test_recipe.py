@@ -1,4 +1,4 @@
-"""Settings as a value: Python, YAML and plain scripts, there and back; TRL's own parser reads the YAML; the script runs and does the same."""
+"""Settings as a value: Python, YAML and scripts, there and back; TRL's own parser reads the YAML; the script does the same."""
 import ast
 import os
 import subprocess
@@ -15,8 +15,12 @@ from grpo_nb.recipe.trl import MODULE, alone, from_yaml, read, to_module, to_yam
 from grpo_nb.recipe.value import GRPO_RUN, USUAL, Choice, Recipe, changes_of, recipe_of, statements
 
 SCALE = 3
-OWN = {"brief": "def brief(completions, **kwargs):\n    # short is good: 'quotes', \"quotes\" and \\ stay\n    return [1.0 / (1 + len(str(c))) for c in completions]",
-       "odd": "import math\nLIMIT = 3\n\n\n@staticmethod\ndef odd(completions, n=[LIMIT], **kwargs):\n    return [math.pi for _ in completions]"}
+OWN = {
+    "brief": "def brief(completions, **kwargs):\n    # short is good: 'quotes', \"quotes\" and \\ stay\n"
+    "    return [1.0 / (1 + len(str(c))) for c in completions]",
+    "odd": "import math\nLIMIT = 3\n\n\n@staticmethod\ndef odd(completions, n=[LIMIT], **kwargs):\n"
+    "    return [math.pi for _ in completions]",
+}
 
 
 def brief(completions, **kwargs):
@@ -27,29 +31,59 @@ def brief(completions, **kwargs):
 
 number = st.floats(0, 1e6, allow_nan=False).map(lambda x: float(f"{x:.6g}"))
 name = st.text("abcABC019_-./ äé\"'\\#:%{}\n", min_size=1, max_size=20).filter(lambda t: t.strip())
-field = {"learning_rate": number, "beta": number, "num_generations": st.integers(2, 16), "per_device_train_batch_size": st.integers(1, 64),
-         "gradient_accumulation_steps": st.integers(1, 8), "temperature": number, "loss_type": st.sampled_from(["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]),
-         "scale_rewards": st.sampled_from(["group", "batch", "none"]), "max_completion_length": st.integers(1, 9999), "bf16": st.booleans(),
-         "use_cpu": st.booleans(), "output_dir": name, "run_name": name, "epsilon_high": number, "generation_kwargs": st.dictionaries(name, number | name, max_size=2),
-         "step": st.sampled_from(["packed", "padded", "trl"]), "max_tokens_per_pack": st.integers(1, 9999), "skip_zero_advantage": st.booleans(),
-         "unsloth_num_chunks": st.integers(1, 9), "report_to": st.sampled_from(["none", "trackio"]), "steps_per_generation": st.integers(1, 8)}
-model = st.fixed_dictionaries({"model_name": name}, optional={
-    "max_seq_length": st.integers(1, 9999), "load_in_4bit": st.booleans(), "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
-    "revision": name, "trust_remote_code": st.booleans(), "attn_implementation": st.sampled_from(["sdpa", "eager"]), "max_lora_rank": st.integers(1, 256)})
-lora = st.fixed_dictionaries({}, optional={
-    "r": st.integers(1, 256), "lora_alpha": st.integers(1, 256) | number.filter(bool), "lora_dropout": st.floats(0, 0.9).map(lambda x: round(x, 3)),
-    "target_modules": st.lists(st.sampled_from([*USUAL, "c_attn"]), min_size=1, unique=True) | st.just("all-linear"), "use_rslora": st.booleans(),
-    "bias": st.sampled_from(["none", "all"]), "random_state": st.integers(0, 99), "modules_to_save": st.lists(st.sampled_from(["lm_head", "embed_tokens"]), min_size=1, unique=True)})
+field = {
+    "learning_rate": number, "beta": number, "num_generations": st.integers(2, 16),
+    "per_device_train_batch_size": st.integers(1, 64), "gradient_accumulation_steps": st.integers(1, 8), "temperature": number,
+    "loss_type": st.sampled_from(["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]),
+    "scale_rewards": st.sampled_from(["group", "batch", "none"]), "max_completion_length": st.integers(1, 9999),
+    "bf16": st.booleans(), "use_cpu": st.booleans(), "output_dir": name, "run_name": name, "epsilon_high": number,
+    "generation_kwargs": st.dictionaries(name, number | name, max_size=2), "step": st.sampled_from(["packed", "padded", "trl"]),
+    "max_tokens_per_pack": st.integers(1, 9999), "skip_zero_advantage": st.booleans(), "unsloth_num_chunks": st.integers(1, 9),
+    "report_to": st.sampled_from(["none", "trackio"]), "steps_per_generation": st.integers(1, 8),
+}
+model = st.fixed_dictionaries(
+    {"model_name": name},
+    optional={
+        "max_seq_length": st.integers(1, 9999), "load_in_4bit": st.booleans(),
+        "dtype": st.sampled_from(["bfloat16", "float16", "float32"]), "revision": name,
+        "trust_remote_code": st.booleans(), "attn_implementation": st.sampled_from(["sdpa", "eager"]),
+        "max_lora_rank": st.integers(1, 256),
+    },
+)
+lora = st.fixed_dictionaries(
+    {},
+    optional={
+        "r": st.integers(1, 256),
+        "lora_alpha": st.integers(1, 256) | number.filter(bool),
+        "lora_dropout": st.floats(0, 0.9).map(lambda x: round(x, 3)),
+        "target_modules": st.lists(st.sampled_from([*USUAL, "c_attn"]), min_size=1, unique=True) | st.just("all-linear"),
+        "use_rslora": st.booleans(),
+        "bias": st.sampled_from(["none", "all"]),
+        "random_state": st.integers(0, 99),
+        "modules_to_save": st.lists(st.sampled_from(["lm_head", "embed_tokens"]), min_size=1, unique=True),
+    },
+)
 weight = st.floats(-10, 10).map(lambda x: round(x, 4))
-option = st.one_of(st.just(("correctness", {})), st.booleans().map(lambda b: ("correctness", {"ignore_case": b})), name.map(lambda t: ("correctness", {"column": t})),
-                   st.lists(st.from_regex("[a-z]{1,5}", fullmatch=True), min_size=1).map(lambda t: ("format_tags", {"tags": t})),
-                   st.builds(lambda n, p: ("repetition_penalty", {"n": n, "penalty": p, "unit": "words"}), st.integers(1, 5), st.floats(-9, 0).map(lambda x: round(x, 3))),
-                   name.map(lambda t: ("regex", {"pattern": "[a-z]+" + t.replace("\\", "").translate(str.maketrans("", "", "{}"))})))
+option = st.one_of(
+    st.just(("correctness", {})),
+    st.booleans().map(lambda b: ("correctness", {"ignore_case": b})),
+    name.map(lambda t: ("correctness", {"column": t})),
+    st.lists(st.from_regex("[a-z]{1,5}", fullmatch=True), min_size=1).map(lambda t: ("format_tags", {"tags": t})),
+    st.builds(
+        lambda n, p: ("repetition_penalty", {"n": n, "penalty": p, "unit": "words"}),
+        st.integers(1, 5),
+        st.floats(-9, 0).map(lambda x: round(x, 3)),
+    ),
+    name.map(lambda t: ("regex", {"pattern": "[a-z]+" + t.replace("\\", "").translate(str.maketrans("", "", "{}"))})),
+)
 library_choice = st.builds(lambda o, w: Choice(o[0], w, o[1]), option, weight)
 own_choice = st.builds(lambda n, w: Choice(n, w, own=True), st.sampled_from(sorted(OWN)), weight)
-data = st.one_of(st.none(), st.fixed_dictionaries({"task": st.sampled_from(["sort_digits", "countdown"])}, optional={"seed": st.integers(0, 9)}),
-                 st.builds(lambda p, s: {"path": p, "split": s}, name.map(lambda t: t + ".jsonl"), st.sampled_from(["train", "test"])),
-                 st.just({"path": "openai/gsm8k", "name": "main"}))
+data = st.one_of(
+    st.none(),
+    st.fixed_dictionaries({"task": st.sampled_from(["sort_digits", "countdown"])}, optional={"seed": st.integers(0, 9)}),
+    st.builds(lambda p, s: {"path": p, "split": s}, name.map(lambda t: t + ".jsonl"), st.sampled_from(["train", "test"])),
+    st.just({"path": "openai/gsm8k", "name": "main"}),
+)
 
 
 @st.composite
@@ -96,13 +130,18 @@ def parsed(path):
     return parser.parse_args_and_config(["--config", str(path)])
 
 
-EXAMPLE = Recipe({"model_name": "Qwen/Qwen3-0.6B", "max_seq_length": 1024, "load_in_4bit": False, "dtype": "float32"},
-                 {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]},
-                 (Choice("correctness", 1.0, {"ignore_case": True}), Choice("brief", 0.5, own=True), Choice("tag_count", 2.0)),
-                 {"learning_rate": 5e-6, "beta": 0.04, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 8,
-                  "max_completion_length": 64, "loss_type": "dr_grpo", "scale_rewards": "none", "output_dir": "out", "max_steps": 7, "max_tokens_per_pack": 512,
-                  "report_to": "none", "generation_kwargs": {"top_k": 4}},
-                 {"task": "sort_digits", "n_train": 16, "n_test": 2}, OWN["brief"])
+EXAMPLE = Recipe(
+    {"model_name": "Qwen/Qwen3-0.6B", "max_seq_length": 1024, "load_in_4bit": False, "dtype": "float32"},
+    {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]},
+    (Choice("correctness", 1.0, {"ignore_case": True}), Choice("brief", 0.5, own=True), Choice("tag_count", 2.0)),
+    {
+        "learning_rate": 5e-6, "beta": 0.04, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4,
+        "num_generations": 8, "max_completion_length": 64, "loss_type": "dr_grpo", "scale_rewards": "none", "output_dir": "out",
+        "max_steps": 7, "max_tokens_per_pack": 512, "report_to": "none", "generation_kwargs": {"top_k": 4},
+    },
+    {"task": "sort_digits", "n_train": 16, "n_test": 2},
+    OWN["brief"],
+)
 
 
 def test_trl_parser_reads_our_yaml(tmp_path):
@@ -113,7 +152,7 @@ def test_trl_parser_reads_our_yaml(tmp_path):
     script, config, loading, mixture = parsed(folder / "grpo.yaml")
     fields, chosen = alone(EXAMPLE)
     wanted = GRPOConfig(**fields)
-    told = lambda c: {k: v for k, v in c.to_dict().items() if k not in ("logging_dir",)}
+    def told(c): return {k: v for k, v in c.to_dict().items() if k not in ("logging_dir",)}
     assert told(config) == told(wanted) and config.per_device_train_batch_size == 2 and config.reward_weights == [1.0, 0.5, 2.0]
     assert chosen["per_device_train_batch_size"] == [2, 1] and config.generation_kwargs == {"top_k": 4}
     assert (loading.model_name_or_path, loading.dtype, loading.load_in_4bit) == ("Qwen/Qwen3-0.6B", "float32", False)
@@ -130,7 +169,11 @@ def test_one_target_layer_means_that_layer_to_peft(tmp_path):
     from trl import get_peft_config
     write(EXAMPLE, tmp_path)
     lora = get_peft_config(parsed(tmp_path / "grpo.yaml")[2])
-    tiny = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=16))
+    tiny = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=16
+        )
+    )
     adapted = [n for n, _ in get_peft_model(tiny, lora).named_modules() if n.endswith("_proj.lora_A")]
     assert len(adapted) == 1 and "q_proj" in adapted[0]
 
@@ -143,10 +186,14 @@ def test_the_rewards_file_gives_the_rewards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("model_name_or_path: m\nreward_funcs: [nothing]", "nothing"), ("model_name_or_path: m\nlora_task_type: SEQ_CLS", "lora_task_type"),
-    ("model_name_or_path: m\nreward_model_name_or_path: r", "reward_model_name_or_path"), ("- 1", "mapping"),
-    ("model_name_or_path: m\nreward_funcs: [grpo_rewards.x]", "grpo_rewards"), ("beta: 1", "model_name"),
-    ("model_name_or_path: m\ndatasets: [{path: a}, {path: b}]", "one data set")])
+    ("model_name_or_path: m\nreward_funcs: [nothing]", "nothing"),
+    ("model_name_or_path: m\nlora_task_type: SEQ_CLS", "lora_task_type"),
+    ("model_name_or_path: m\nreward_model_name_or_path: r", "reward_model_name_or_path"),
+    ("- 1", "mapping"),
+    ("model_name_or_path: m\nreward_funcs: [grpo_rewards.x]", "grpo_rewards"),
+    ("beta: 1", "model_name"),
+    ("model_name_or_path: m\ndatasets: [{path: a}, {path: b}]", "one data set"),
+])
 def test_what_a_recipe_cannot_hold_is_named(text, words):
     with pytest.raises(ValueError, match=words): from_yaml(text)
 
@@ -189,17 +236,23 @@ trainer.train()
 
 def test_config_objects_and_dicts_agree():
     from trl import GRPOConfig
-    given = dict(output_dir="o", learning_rate=1e-5, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, bf16=False, use_cpu=True,
-                 lr_scheduler_type="cosine", beta=0.1, reward_weights=[0.5])
+    given = dict(
+        output_dir="o", learning_rate=1e-5, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        num_generations=4, bf16=False, use_cpu=True, lr_scheduler_type="cosine", beta=0.1, reward_weights=[0.5],
+    )
     found = changes_of(GRPOConfig(**given))
-    assert Recipe({"model_name": "m"}, None, (Choice("tag_count"),), found) == Recipe({"model_name": "m"}, None, (Choice("tag_count"),), {**given, "fp16": False})
+    assert Recipe({"model_name": "m"}, None, (Choice("tag_count"),), found) == Recipe(
+        {"model_name": "m"}, None, (Choice("tag_count"),), {**given, "fp16": False}
+    )
     assert GRPOConfig(**found).to_dict() == GRPOConfig(**given).to_dict()
 
 
 def test_grpo_runs_defaults_are_those_of_inputs():
     from grpo_nb.run.inputs import make_config
     made = make_config({"bf16": False, "use_cpu": True})
-    assert {k: (v if k != "report_to" else "none") for k, v in GRPO_RUN.items()} == {k: (getattr(made, k) if k != "report_to" else "none") for k in GRPO_RUN}
+    assert {k: (v if k != "report_to" else "none") for k, v in GRPO_RUN.items()} == {
+        k: (getattr(made, k) if k != "report_to" else "none") for k in GRPO_RUN
+    }
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -212,9 +265,17 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 # ---- sources and scripts
 
-@pytest.mark.parametrize("name, options", [(n, {}) for n in ("correctness", "numeric_answer", "format_tags", "tag_count")] + [
-    ("regex", {"pattern": "a+b"}), ("length_target", {"target": 3, "unit": "words"}), ("repetition_penalty", {"unit": "words", "n": 1}),
-    ("soft_overlong", {"max_length": 4, "cache": 2}), ("numeric_answer", {"tolerance": 0.5, "column": "gold"})])
+@pytest.mark.parametrize(
+    "name, options",
+    [(n, {}) for n in ("correctness", "numeric_answer", "format_tags", "tag_count")]
+    + [
+        ("regex", {"pattern": "a+b"}),
+        ("length_target", {"target": 3, "unit": "words"}),
+        ("repetition_penalty", {"unit": "words", "n": 1}),
+        ("soft_overlong", {"max_length": 4, "cache": 2}),
+        ("numeric_answer", {"tolerance": 0.5, "column": "gold"}),
+    ],
+)
 def test_library_rewards_as_source_give_the_same(name, options):
     from grpo_nb.recipe.script import library_reward
     found, space = Sources(), {}
@@ -224,8 +285,13 @@ def test_library_rewards_as_source_give_the_same(name, options):
     exec(text, space)
     texts = ["<think>x</think>\n<answer>7</answer>", "aab the the 7.4", "", "\\boxed{7}", "no"]
     for completions in (texts, [[{"role": "assistant", "content": t}] for t in texts]):
-        given = dict(completions=completions, answer=["7", "7", "7", "x", "no"], gold=["7", "7", "7", "7", "no"], completion_ids=[[1] * i for i in range(5)])
-        assert space[name](**given) == (getattr(rewards, name)(**options) if options else getattr(rewards, name))(prompts=[""] * 5, **given)
+        given = dict(
+            completions=completions, answer=["7", "7", "7", "x", "no"],
+            gold=["7", "7", "7", "7", "no"], completion_ids=[[1] * i for i in range(5)],
+        )
+        assert space[name](**given) == (getattr(rewards, name)(**options) if options else getattr(rewards, name))(
+            prompts=[""] * 5, **given
+        )
 
 
 def test_rewards_of_tasks_as_source():
@@ -236,20 +302,27 @@ def test_rewards_of_tasks_as_source():
         exec(statements(found.text), space)
         assert "import grpo_nb" not in found.text and "from grpo_nb" not in found.text
         rows = {c: made.train[c] for c in made.train.column_names}
-        given = {**{k: v for k, v in rows.items() if k != "prompt"}, "completions": [[{"role": "assistant", "content": a}] for a in rows["answer"]]}
+        given = {
+            **{k: v for k, v in rows.items() if k != "prompt"},
+            "completions": [[{"role": "assistant", "content": a}] for a in rows["answer"]],
+        }
         assert space[made.reward.__name__](**given) == made.reward(**given)
 
 
 def test_own_functions_need_a_source():
     with pytest.raises(ValueError, match="lambda"): Sources().add(lambda completions, **kwargs: [0.0])
     assert "SCALE = 3" in definitions([brief]) and "def brief" in definitions([brief])
-    with pytest.raises(ValueError, match="'mine' is your own"): to_script(Recipe({"model_name": "m", "load_in_4bit": False}, {}, (Choice("mine", own=True),)))
-    with pytest.raises(ValueError, match="'mine' is your own"): to_module(Recipe({"model_name": "m"}, {}, (Choice("mine", own=True),)))
+    with pytest.raises(ValueError, match="'mine' is your own"):
+        to_script(Recipe({"model_name": "m", "load_in_4bit": False}, {}, (Choice("mine", own=True),)))
+    with pytest.raises(ValueError, match="'mine' is your own"):
+        to_module(Recipe({"model_name": "m"}, {}, (Choice("mine", own=True),)))
 
 
 def run_script(folder, text):
     "Run a script where no grpo_nb can be imported."
-    (folder / "script.py").write_text("import sys\nsys.modules['grpo_nb'] = None\n" + text + "print('LOG', [log for log in trainer.state.log_history])\n")
+    (folder / "script.py").write_text(
+        "import sys\nsys.modules['grpo_nb'] = None\n" + text + "print('LOG', [log for log in trainer.state.log_history])\n"
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -262,17 +335,29 @@ def test_the_printed_script_runs_and_does_the_same(tmp_path):
     from grpo_nb import FastLanguageModel, GRPORun
     task = tasks.get("sort_digits", n_train=8, n_test=2)
     tasks.tiny_model(task, steps=0, hidden_size=64, layers=1, path=tmp_path / "tiny")
-    given = dict(output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=4, max_completion_length=4, learning_rate=1e-2,
-                 beta=0.05, save_strategy="no", gradient_checkpointing=False, logging_steps=1, report_to="none", use_cpu=True, bf16=False)
-    recipe = recipe_of({"model_name": str(tmp_path / "tiny"), "load_in_4bit": False, "max_seq_length": 64},
-                       {brief: 0.5, rewards.repetition_penalty(unit="characters", n=1): 1.0, task.reward: 1.0}, given,
-                       {"task": "sort_digits", "n_train": 8, "n_test": 2}, lora={"r": 4}, definitions=definitions([brief, task.reward]))
+    given = dict(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=4,
+        max_completion_length=4, learning_rate=1e-2, beta=0.05, save_strategy="no",
+        gradient_checkpointing=False, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
+    )
+    recipe = recipe_of(
+        {"model_name": str(tmp_path / "tiny"), "load_in_4bit": False, "max_seq_length": 64},
+        {brief: 0.5, rewards.repetition_penalty(unit="characters", n=1): 1.0, task.reward: 1.0},
+        given,
+        {"task": "sort_digits", "n_train": 8, "n_test": 2},
+        lora={"r": 4},
+        definitions=definitions([brief, task.reward]),
+    )
     write(recipe, tmp_path)
     script = run_script(tmp_path, to_script(recipe))
 
     model, tokenizer = FastLanguageModel.from_pretrained(**recipe.model)
     model = FastLanguageModel.get_peft_model(model, **recipe.lora)
-    run = GRPORun(model, tokenizer, {brief: 0.5, rewards.repetition_penalty(unit="characters", n=1): 1.0, task.reward: 1.0}, task.train, dict(given))
+    run = GRPORun(
+        model, tokenizer,
+        {brief: 0.5, rewards.repetition_penalty(unit="characters", n=1): 1.0, task.reward: 1.0},
+        task.train, dict(given),
+    )
     run.start(background=False)
     ours = run.trainer.state.log_history
     torch.set_grad_enabled(True)
@@ -285,12 +370,21 @@ def test_trl_command_trains_from_our_files(tmp_path):
     "`trl grpo --config` itself, on a tiny model."
     task = tasks.get("sort_digits", n_train=8, n_test=2)
     tasks.tiny_model(task, steps=0, hidden_size=64, layers=1, path=tmp_path / "tiny")
-    recipe = EXAMPLE.changed(model={"model_name": "tiny", "load_in_4bit": False}, dataset={"task": "sort_digits", "n_train": 8, "n_test": 2}, rewards=EXAMPLE.rewards[:2],
-                             config={**EXAMPLE.config, "max_steps": 1, "save_strategy": "no", "max_completion_length": 4, "gradient_checkpointing": False,
-                                     "generation_kwargs": None, "logging_steps": 1})
+    recipe = EXAMPLE.changed(
+        model={"model_name": "tiny", "load_in_4bit": False},
+        dataset={"task": "sort_digits", "n_train": 8, "n_test": 2},
+        rewards=EXAMPLE.rewards[:2],
+        config={
+            **EXAMPLE.config, "max_steps": 1, "save_strategy": "no", "max_completion_length": 4,
+            "gradient_checkpointing": False, "generation_kwargs": None, "logging_steps": 1,
+        },
+    )
     write(recipe, tmp_path)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "trl.scripts.grpo", "--config", "grpo.yaml"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "trl.scripts.grpo", "--config", "grpo.yaml"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rewards/brief/mean" in done.stdout
 

@@ -38,14 +38,16 @@ def classifier(algorithm, family="qwen3", labels=None, lora=False, seed=0, **cha
     if lora:
         from peft import LoraConfig, get_peft_model
         kind = "SEQ_CLS" if algorithm == "reward" else "TOKEN_CLS"
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type=kind))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type=kind)
+        )
     return model
 
 
 def pairs(n=6, seed=0, eos=1, margin=False):
     "Pairs with a common beginning, ragged, a pad id in the middle of one."
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: torch.randint(3, VOCAB, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+    def draw(low, high): return torch.randint(3, VOCAB, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
     rows = []
     for i in range(n):
         prompt = draw(1, 14)
@@ -190,8 +192,10 @@ def test_training_is_the_same(algorithm, tmp_path):
     "Accumulation, gradient checkpointing and several packs: the same curve."
     curves, rows = [], pairs(24) if algorithm == "reward" else steps(24)
     for patched in (False, True):
-        trainer = trainer_of(algorithm, classifier(algorithm), tmp_path, rows=rows, budget=50, per_device_train_batch_size=2, max_steps=4,
-                             gradient_accumulation_steps=3, logging_steps=1, learning_rate=1e-3, gradient_checkpointing=True, save_strategy="no")
+        trainer = trainer_of(
+            algorithm, classifier(algorithm), tmp_path, rows=rows, budget=50, per_device_train_batch_size=2, max_steps=4,
+            gradient_accumulation_steps=3, logging_steps=1, learning_rate=1e-3, gradient_checkpointing=True, save_strategy="no",
+        )
         with PatchSet(reward.patches(algorithm) if patched else ()): trainer.train()
         curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
     assert len(curves[0]) == 4
@@ -202,11 +206,14 @@ def test_training_is_the_same(algorithm, tmp_path):
 def test_twenty_steps(algorithm, tmp_path):
     "The loss falls on a rule that can be learned: a token that only good answers hold."
     g = torch.Generator().manual_seed(0)
-    body = lambda: torch.randint(5, VOCAB, (8,), generator=g).tolist()
+    def body(): return torch.randint(5, VOCAB, (8,), generator=g).tolist()
     if algorithm == "reward": rows = [{"chosen_ids": (b := body()) + [3, 1], "rejected_ids": b + [4, 1]} for _ in range(32)]
-    else: rows = [{"input_ids": body() + [3, 1] + body() + [4, 1], "labels": [-100] * 9 + [1] + [-100] * 9 + [0]} for _ in range(32)]
-    trainer = trainer_of(algorithm, classifier(algorithm), tmp_path, rows=rows, budget=80, max_steps=20, logging_steps=1, learning_rate=3e-3,
-                         per_device_train_batch_size=8, save_strategy="no")
+    else:
+        rows = [{"input_ids": body() + [3, 1] + body() + [4, 1], "labels": [-100] * 9 + [1] + [-100] * 9 + [0]} for _ in range(32)]
+    trainer = trainer_of(
+        algorithm, classifier(algorithm), tmp_path, rows=rows, budget=80, max_steps=20,
+        logging_steps=1, learning_rate=3e-3, per_device_train_batch_size=8, save_strategy="no",
+    )
     with PatchSet(reward.patches(algorithm)): trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "grad_norm" in log]
     assert len(losses) == 20 and sum(losses[-5:]) < 0.6 * sum(losses[:5])

@@ -27,8 +27,13 @@ def classes():
     for c, f in zip(found[1::2], fields): assert c.__dataclass_fields__ == f
 
 
-@pytest.mark.parametrize("calls", [[("grpo", None), ("grpo", FastLanguageModel)], [("grpo", FastLanguageModel), ("grpo", None)], [(None, None)],
-                                   [(None, FastLanguageModel), ("GRPO", FastLanguageModel)], [("rloo", None), ("grpo", FastLanguageModel), (None, None)]])
+@pytest.mark.parametrize("calls", [
+    [("grpo", None), ("grpo", FastLanguageModel)],
+    [("grpo", FastLanguageModel), ("grpo", None)],
+    [(None, None)],
+    [(None, FastLanguageModel), ("GRPO", FastLanguageModel)],
+    [("rloo", None), ("grpo", FastLanguageModel), (None, None)],
+])
 def test_everything_comes_back(classes, calls):
     "In whatever order it was asked for, once or twice; the fixture compares every attribute by identity."
     for algorithm, model in calls: patch.PatchFastRL(algorithm, model)
@@ -68,19 +73,25 @@ def test_fields_are_real(config_of, algorithm, tmp_path):
     from trl import TrlParser
 
     cls = config_of(algorithm)
-    names = ["unsloth_num_chunks", "max_tokens_per_pack", "step"] + (["skip_zero_advantage", "engine"] if algorithm in patch.GROUPS else [])
+    names = ["unsloth_num_chunks", "max_tokens_per_pack", "step"] + (
+        ["skip_zero_advantage", "engine"] if algorithm in patch.GROUPS else []
+    )
     given = ["--output_dir", str(tmp_path), "--max_tokens_per_pack", "512", "--step", "padded", "--use_cpu"]
     yaml = tmp_path / "config.yaml"
     yaml.write_text(f"output_dir: {tmp_path}\nmax_tokens_per_pack: 512\nstep: padded\nuse_cpu: true\n")
-    made = [HfArgumentParser(cls).parse_args_into_dataclasses(given)[0], TrlParser(cls).parse_args_and_config(["--config", str(yaml)])[0],
-            cls(str(tmp_path), use_cpu=True, max_tokens_per_pack=512, step="padded")]
+    made = [
+        HfArgumentParser(cls).parse_args_into_dataclasses(given)[0],
+        TrlParser(cls).parse_args_and_config(["--config", str(yaml)])[0],
+        cls(str(tmp_path), use_cpu=True, max_tokens_per_pack=512, step="padded"),
+    ]
     for config in made:
         assert (config.max_tokens_per_pack, config.step, config.unsloth_num_chunks) == (512, "padded", -1)
         assert config.to_dict()["max_tokens_per_pack"] == 512 and config.bf16 is False
         for name in names: assert f"{name}={getattr(config, name)!r}" in repr(config)
     assert set(names) <= {f.name for f in dataclasses.fields(cls)} and set(names) <= set(inspect.signature(cls).parameters)
     assert ("skip_zero_advantage" in repr(config)) == ("skip_zero_advantage" in names)
-    more = {"steps_per_generation": None} if algorithm in patch.GROUPS else {} # TRL sets it beside generation_batch_size and takes one of the two
+    # TRL sets it beside generation_batch_size and takes one of the two
+    more = {"steps_per_generation": None} if algorithm in patch.GROUPS else {}
     again = dataclasses.replace(config, unsloth_num_chunks=3, **more)
     assert (again.unsloth_num_chunks, again.max_tokens_per_pack, again.step) == (3, 512, "padded")
 
@@ -100,14 +111,19 @@ def test_each_configuration_is_told(config_of, tmp_path, capsys):
     "The reason once, the change every time."
     cls = config_of("grpo")
     said.clear()
-    for _ in range(3): cls(str(tmp_path), num_generations=8, per_device_train_batch_size=1, gradient_accumulation_steps=4, use_cpu=True, bf16=False)
+    for _ in range(3):
+        cls(
+            str(tmp_path), num_generations=8, per_device_train_batch_size=1, gradient_accumulation_steps=4, use_cpu=True, bf16=False
+        )
     lines = [line for line in capsys.readouterr().out.splitlines() if "is read as 2" in line]
     assert len(lines) == 3 and "whole groups" in lines[0] and lines[1] == lines[2] and len(lines[1]) < 80
     cls(str(tmp_path), num_generations=8, per_device_train_batch_size=2, gradient_accumulation_steps=4, use_cpu=True, bf16=False)
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bad", [dict(step="pack"), dict(unsloth_num_chunks=0), dict(max_tokens_per_pack=0), dict(generation_batch_size=12)])
+@pytest.mark.parametrize(
+    "bad", [dict(step="pack"), dict(unsloth_num_chunks=0), dict(max_tokens_per_pack=0), dict(generation_batch_size=12)]
+)
 def test_bad_fields(classes, bad):
     patch.PatchFastRL("grpo")
     with pytest.raises(ValueError, match=next(iter(bad))): classes[1]("o", use_cpu=True, **bad)
@@ -142,5 +158,7 @@ def test_a_model_is_left_as_it_was(had):
     assert installed(model) and model.forward is not before.get("forward")
     install(model)
     uninstall(model)
-    assert model.__dict__.keys() == before.keys() and model.__dict__.get("forward") is before.get("forward") and not installed(model)
+    assert model.__dict__.keys() == before.keys()
+    assert model.__dict__.get("forward") is before.get("forward")
+    assert not installed(model)
     assert torch.isfinite(model(torch.tensor([[3, 4]])).logits).all()

@@ -21,15 +21,21 @@ PATHS = {"grpo": "trl.trainer.grpo_trainer:GRPOTrainer", "rloo": "trl.trainer.rl
 def trainer_of(algorithm, tmp_path, model=None, engine="auto", tok=None, prompts="w3 w4|w5 w6 w7|w8|w9 w10", reward=None, **more):
     import trl
 
-    config = dict(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True,
-                  report_to=[], gradient_checkpointing=False, max_steps=2, save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0)
+    config = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=10, bf16=False, use_cpu=True, report_to=[],
+        gradient_checkpointing=False, max_steps=2, save_strategy="no", learning_rate=1e-2,
+        logging_steps=1, beta=0.0,
+    )
     kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
     args = kinds[0](**{**config, **{k: v for k, v in more.items() if k != "tools"}})
     args.engine = engine
     data = Dataset.from_list([{"prompt": p} for p in prompts.split("|")] if isinstance(prompts, str) else prompts)
     reward = reward or (lambda completions, **_: [float(len(set(c.split()))) for c in completions])
     extra = {"tools": more["tools"]} if "tools" in more else {}
-    return kinds[1](model=model or tiny(), reward_funcs=reward, args=args, train_dataset=data, processing_class=tok or tokenizer(), **extra)
+    return kinds[1](
+        model=model or tiny(), reward_funcs=reward, args=args, train_dataset=data, processing_class=tok or tokenizer(), **extra
+    )
 
 
 def turn(trainer, prompts):
@@ -81,8 +87,13 @@ def test_unknown_models_are_left_to_trl(patched, tmp_path, capsys):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     said.clear()
-    other = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-                                             eos_token_id=1, bos_token_id=None))
+    other = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32,
+            num_hidden_layers=1, num_attention_heads=4, eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
     trainer_of(patched, tmp_path, model=other).train()
     assert capsys.readouterr().out.count("TRL's own path: GPTNeoXForCausalLM is none of the shapes") == 1
 
@@ -99,7 +110,11 @@ def test_settings_that_are_not_known_are_left_to_trl(tmp_path, capsys):
 def test_adapter(tmp_path):
     from peft import LoraConfig, get_peft_model
     with PatchSet(engine_patches(PATHS["grpo"])):
-        trainer = trainer_of("grpo", tmp_path, model=get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear")), generation_kwargs=dict(do_sample=False))
+        trainer = trainer_of(
+            "grpo", tmp_path,
+            model=get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear")),
+            generation_kwargs=dict(do_sample=False),
+        )
         trainer.train()
         ours = turn(trainer, [[3, 4], [5]] * 4)[0]
         trainer.args.engine = "hf"
@@ -109,14 +124,24 @@ def test_adapter(tmp_path):
 def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
     from grpo_nb.engines.inplace import engine as inplace
     monkeypatch.setattr(inplace, "free_bytes", lambda device: 2000)
-    with PatchSet(engine_patches(PATHS["grpo"])), pytest.raises(EngineError, match="cache_tokens"): trainer_of("grpo", tmp_path).train()
+    with PatchSet(engine_patches(PATHS["grpo"])), pytest.raises(EngineError, match="cache_tokens"):
+        trainer_of("grpo", tmp_path).train()
 
 
 def test_the_field_is_checked():
-    for good in (dict(engine="auto"), dict(engine="auto", use_vllm=True), dict(engine="vllm", use_vllm=True), dict(engine="vllm-server", use_vllm=True, vllm_mode="server")):
+    for good in (
+        dict(engine="auto"),
+        dict(engine="auto", use_vllm=True),
+        dict(engine="vllm", use_vllm=True),
+        dict(engine="vllm-server", use_vllm=True, vllm_mode="server"),
+    ):
         check_engine(**good)
-    for bad, words in ((dict(engine="vlm"), "Did you mean 'vllm'"), (dict(engine="inplace", use_vllm=True), "contradict"), (dict(engine="vllm-server", use_vllm=True), "contradict"),
-                       (dict(engine="vllm", use_vllm=True, vllm_mode="server"), "contradict")):
+    for bad, words in (
+        (dict(engine="vlm"), "Did you mean 'vllm'"),
+        (dict(engine="inplace", use_vllm=True), "contradict"),
+        (dict(engine="vllm-server", use_vllm=True), "contradict"),
+        (dict(engine="vllm", use_vllm=True, vllm_mode="server"), "contradict"),
+    ):
         with pytest.raises(ValueError, match=words): check_engine(**bad)
 
 
@@ -150,13 +175,16 @@ class Server:
                 found.append([float(at.max())])
             whole += [ids[len(prompt):]] * n
             logps += [found] * n
-        return dict(prompt_ids=[list(p) for p in prompts], completion_ids=whole, logprobs=logps, logprob_token_ids=[[[t] for t in ids] for ids in whole])
+        return dict(
+            prompt_ids=[list(p) for p in prompts], completion_ids=whole,
+            logprobs=logps, logprob_token_ids=[[[t] for t in ids] for ids in whole],
+        )
 
 
 @pytest.mark.skipif(Version(version("trl")) < Version("1.16"), reason="the client of an older TRL has other methods")
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_server_samples(lora, tmp_path, monkeypatch, capsys):
-    "engine='vllm-server' is TRL's server mode: the same completions, weights and losses as stock TRL, each sampling with the weights of then."
+    "engine='vllm-server' is TRL's server mode: completions, weights and losses of stock TRL, sampled with the weights of then."
     from peft import LoraConfig, get_peft_model
     from trl.generation import vllm_generation
 
@@ -171,24 +199,35 @@ def test_a_server_samples(lora, tmp_path, monkeypatch, capsys):
         torch.manual_seed(0)
         model = tiny()
         if lora: model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-        spread = lambda completions, **_: [float(i) for i in range(len(completions))] # greedy completions of a group are equal
-        trainer = trainer_of("grpo", tmp_path / tries, model=model, reward=spread, max_steps=3, shuffle_dataset=False, vllm_server_base_url="http://127.0.0.1:1", **how)
+        def spread(completions, **_): return [float(i) for i in range(len(completions))] # greedy completions of a group are equal
+        trainer = trainer_of(
+            "grpo", tmp_path / tries, model=model, reward=spread, max_steps=3,
+            shuffle_dataset=False, vllm_server_base_url="http://127.0.0.1:1", **how,
+        )
         trainer.train()
         assert trainer.use_vllm and trainer.vllm_generation.mode == "server"
         server = Server.made[-1][1]
         assert len(server.fingerprints) == server.resets == 3
-        return [x["loss"] for x in trainer.state.log_history if "loss" in x], server.fingerprints, trainer.state.log_history[-2]["sampling/sampling_logp_difference/max"]
+        return (
+            [x["loss"] for x in trainer.state.log_history if "loss" in x],
+            server.fingerprints,
+            trainer.state.log_history[-2]["sampling/sampling_logp_difference/max"],
+        )
 
     stock, theirs, _ = losses("stock", use_vllm=True, vllm_mode="server")
-    with PatchSet([*engine_patches(PATHS["grpo"]), *colocate_patches(), choice_patch(PATHS["grpo"])]): ours, mine, apart = losses("ours", engine="vllm-server")
+    with PatchSet([*engine_patches(PATHS["grpo"]), *colocate_patches(), choice_patch(PATHS["grpo"])]):
+        ours, mine, apart = losses("ours", engine="vllm-server")
     assert "engine='vllm-server' means use_vllm=True and vllm_mode='server'" in capsys.readouterr().out
     assert ours == stock and [a for a, _ in Server.made] == ["http://127.0.0.1:1"] * 2 and apart < 1e-4
     for a, b in zip(mine, theirs): assert all(torch.equal(a[n], b[n]) for n in b)
     assert any(not torch.equal(mine[0][n], mine[2][n]) for n in mine[0])
 
 
-TOOL_TEMPLATE = ("{% for m in messages %}{{ m['role'] }} {{ m['content'] or '' }} "
-                 "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }} {% endfor %}{% endfor %}")
+TOOL_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] or '' }} "
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }} {% endfor %}"
+    "{% endfor %}"
+)
 
 
 def test_tools(tmp_path, monkeypatch):
@@ -215,21 +254,29 @@ def test_tools(tmp_path, monkeypatch):
     real = rollout.InPlace.generate
     sizes = []
     monkeypatch.setattr(theirs, "parse_response", parse)
-    monkeypatch.setattr(rollout.InPlace, "generate", lambda self, prompts, n, s: sizes.append((len(prompts), sum(n))) or real(self, prompts, n, s))
+    monkeypatch.setattr(
+        rollout.InPlace, "generate", lambda self, prompts, n, s: sizes.append((len(prompts), sum(n))) or real(self, prompts, n, s)
+    )
     tok = tokenizer()
     tok.chat_template, tok.response_schema = TOOL_TEMPLATE, {"type": "object"}
     with PatchSet(engine_patches(PATHS["grpo"])):
         monkeypatch.setattr(theirs.GRPOTrainer, "_get_tool_suffix_ids", lambda self, messages: [4, 5])
-        trainer = trainer_of("grpo", tmp_path, tok=tok, tools=[double], prompts=[{"prompt": [{"role": "user", "content": f"w{i} w5"}]} for i in (6, 7)], max_steps=1,
-                             reward=lambda completions, **_: [float(i) for i in range(len(completions))], max_completion_length=24)
+        trainer = trainer_of(
+            "grpo", tmp_path, tok=tok, tools=[double],
+            prompts=[{"prompt": [{"role": "user", "content": f"w{i} w5"}]} for i in (6, 7)], max_steps=1,
+            reward=lambda completions, **_: [float(i) for i in range(len(completions))], max_completion_length=24,
+        )
         trainer.train()
     assert calls == [3] * 8 and sizes[0] == (2, 8) and len(sizes) == 2 and sizes[1][1] >= 1
 
 
 # A model that has learnt to call a tool: twice, each time with what the last answer was
 
-TALK = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}<tool_call>{{ c['function'] | tojson }}</tool_call>"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TALK = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
+    "{% for c in m['tool_calls'] or [] %}<tool_call>{{ c['function'] | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ANSWER = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assistant\n",
           "fields": {"tool_calls": {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "repeats": True, "content": "json",
                                     "transform": {"type": "function", "function": "{content}"}},
@@ -237,9 +284,18 @@ ANSWER = {"defaults": {"role": "assistant"}, "start_anchor": "<|im_start|>assist
 NUMBERS = (1, 2)
 
 
-def call(number): return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "double", "arguments": {"number": number}}}]}
+def call(number):
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "double", "arguments": {"number": number}}}],
+    }
 def told(number): return {"role": "tool", "name": "double", "content": str(number)}
-def conversation(n): return [{"role": "user", "content": str(n)}, call(n), told(2 * n), call(2 * n), told(4 * n), {"role": "assistant", "content": str(4 * n)}]
+def conversation(n):
+    return [
+        {"role": "user", "content": str(n)}, call(n), told(2 * n), call(2 * n),
+        told(4 * n), {"role": "assistant", "content": str(4 * n)},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -262,49 +318,60 @@ def caller():
     return model, tok
 
 
-@pytest.mark.parametrize("how", ["tools", "environment"])
-def test_a_tool_calling_loop(tmp_path, caller, how):
-    "Three turns: the calls that the model makes, what it is told, and what comes of it, with each engine."
-    import trl
-    if Version(trl.__version__) < Version("1.16"): pytest.skip("this TRL parses answers in another way")
-    found = {}
-    for engine in ("hf", "inplace"):
-        calls, seen = [], []
+def doubling(calls): # -> the tool as a function, and an environment that has it
+    def double(number: int) -> int:
+        """Double a number.
 
-        def double(number: int) -> int:
+        Args:
+            number: the number
+        """
+        calls.append(number)
+        return 2 * number
+
+    class Doubling:
+        "An environment with one tool."
+        def reset(self, **_): return None
+        def double(self, number: int) -> int:
             """Double a number.
 
             Args:
                 number: the number
             """
-            calls.append(number)
-            return 2 * number
+            return double(number)
+    return double, Doubling
 
-        class Doubling:
-            "An environment with one tool."
-            def reset(self, **_): return None
-            def double(self, number: int) -> int:
-                """Double a number.
 
-                Args:
-                    number: the number
-                """
-                return double(number)
+def three_turns(engine, how, folder, caller): # -> calls, completions with their ids, how often a tool was called
+    import trl
+    calls, seen = [], []
+    double, environment = doubling(calls)
 
-        def reward(completions, completion_ids, **_):
-            seen.extend(zip(completions, completion_ids))
-            return [float(i) for i in range(len(completions))]
+    def reward(completions, completion_ids, **_):
+        seen.extend(zip(completions, completion_ids))
+        return [float(i) for i in range(len(completions))]
 
-        args = trl.GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_completion_length=80, bf16=False, use_cpu=True, report_to=[],
-                              gradient_checkpointing=False, max_steps=1, save_strategy="no", learning_rate=0.0, logging_steps=1, generation_kwargs=dict(do_sample=False))
-        args.engine = engine
-        extra = dict(tools=[double]) if how == "tools" else dict(environment_factory=Doubling)
-        with PatchSet(engine_patches(PATHS["grpo"])):
-            trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
-                                      train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
-            trainer.train()
-            assert (state_of(trainer).rollouts is not None) == (engine == "inplace")
-        found[engine] = sorted(calls), seen, [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log]
+    args = trl.GRPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=80,
+        bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, max_steps=1, save_strategy="no",
+        learning_rate=0.0, logging_steps=1, generation_kwargs=dict(do_sample=False),
+    )
+    args.engine = engine
+    extra = dict(tools=[double]) if how == "tools" else dict(environment_factory=environment)
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trl.GRPOTrainer(model=caller[0], reward_funcs=reward, args=args, processing_class=caller[1], **extra,
+                                  train_dataset=Dataset.from_list([{"prompt": conversation(n)[:1]} for n in NUMBERS]))
+        trainer.train()
+        assert (state_of(trainer).rollouts is not None) == (engine == "inplace")
+    frequency = [log["tools/call_frequency"] for log in trainer.state.log_history if "tools/call_frequency" in log]
+    return sorted(calls), seen, frequency
+
+
+@pytest.mark.parametrize("how", ["tools", "environment"])
+def test_a_tool_calling_loop(tmp_path, caller, how):
+    "Three turns: the calls that the model makes, what it is told, and what comes of it, with each engine."
+    import trl
+    if Version(trl.__version__) < Version("1.16"): pytest.skip("this TRL parses answers in another way")
+    found = {engine: three_turns(engine, how, tmp_path, caller) for engine in ("hf", "inplace")}
     assert found["hf"] == found["inplace"]
     calls, seen, frequency = found["inplace"]
     assert calls == [1] * 4 + [2] * 8 + [4] * 4 and frequency == [2.0]
@@ -321,10 +388,16 @@ def test_without_stop_tokens_every_engine_goes_on_to_the_length(greedy):
     from grpo_nb.engines.inplace.engine import InPlace
     model = tiny()
     model.generation_config.eos_token_id = list(range(1, VOCAB))
-    found = [engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, seed=0)) for engine in (HuggingFace(model), InPlace(model))]
+    found = [
+        engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, seed=0))
+        for engine in (HuggingFace(model), InPlace(model))
+    ]
     assert all(f.finished == ["length"] * 4 and f.tokens == 28 for f in found)
     assert not greedy or found[0].completions == found[1].completions
-    stopped = [engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, stop_token_ids=range(VOCAB))) for engine in (HuggingFace(model), InPlace(model))]
+    stopped = [
+        engine.generate([[3, 4], [5]], 2, Sampling(max_tokens=7, greedy=greedy, stop_token_ids=range(VOCAB)))
+        for engine in (HuggingFace(model), InPlace(model))
+    ]
     assert all(f.finished == ["eos"] * 4 for f in stopped)
 
 
@@ -351,6 +424,12 @@ def test_a_ctrl_c_is_no_request(patched, tmp_path, monkeypatch):
     assert type(caught.value) is KeyboardInterrupt
 
 
-@pytest.mark.parametrize("error, lost", [(torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("CUDA error: out of memory"), True),
-                                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (RuntimeError("shapes differ"), False), (ValueError("out of memory"), False)])
+@pytest.mark.parametrize("error, lost", [
+    (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (MemoryError(), True),
+    (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("shapes differ"), False),
+    (ValueError("out of memory"), False),
+])
 def test_what_counts_as_out_of_memory(error, lost): assert rollout.out_of_memory(error) == lost

@@ -88,7 +88,8 @@ def test_bad_input(parts, change, kind, words):
 def test_tokenizer_without_eos_or_pad(tmp_path, token):
     model, tokenizer = tiny_model(TASK, **SMALL)
     setattr(tokenizer, f"{token}_token", None)
-    with pytest.raises(ValueError, match=f"{token}_token is None"): GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path))
+    with pytest.raises(ValueError, match=f"{token}_token is None"):
+        GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path))
 
 
 def test_chat_prompts_need_a_template(tmp_path):
@@ -99,7 +100,8 @@ def test_chat_prompts_need_a_template(tmp_path):
 
 def test_frozen_model():
     model, tokenizer = tiny_model(TASK, **SMALL)
-    with pytest.raises(ValueError, match="no parameter"): GRPORun(model.requires_grad_(False), tokenizer, share_of_digits, TASK.train)
+    with pytest.raises(ValueError, match="no parameter"):
+        GRPORun(model.requires_grad_(False), tokenizer, share_of_digits, TASK.train)
 
 
 def test_an_unknown_reward_name_gets_the_nearest(parts):
@@ -170,7 +172,8 @@ def test_pause_resume_stop(tmp_path):
     run.resume()
     with pytest.raises(RuntimeError, match="not paused"): run.resume()
     while run.step < step + 2: time.sleep(0.01)
-    run.pause(); until(run, "paused")
+    run.pause()
+    until(run, "paused")
     run.stop(save=False).wait(30)
     assert run.state == "stopped" and run.step < 500 and run.result.global_step == run.step
     assert seen == ["RunPaused", "RunResumed", "RunPaused", "RunStopped"]
@@ -182,7 +185,8 @@ def test_pause_resume_stop(tmp_path):
 def test_a_pause_without_a_log_and_a_stop_in_the_last_step(tmp_path):
     run = make(tmp_path, max_steps=3, logging_steps=50)
     run.events.subscribe(lambda e: run.pause(), events.RunStarted) # before three steps can be over
-    run.start(background=True); until(run, "paused")
+    run.start(background=True)
+    until(run, "paused")
     run.resume()
     assert run.wait(60).state == "finished"
     run = make(tmp_path, max_steps=2)
@@ -206,14 +210,15 @@ def test_stop_then_resume_equals_an_uninterrupted_run(tmp_path, how, adapter):
     whole = make(tmp_path / "whole", **options).start(background=False)
     run = make(tmp_path / "parts", **options)
     off = run.events.subscribe(lambda e: run.stop() if e.step == 3 else None, events.StepLogged)
-    run.start(background=False); off()
+    run.start(background=False)
+    off()
     assert run.state == "stopped" and run.step == 3 and (tmp_path / "parts" / "checkpoint-3").is_dir()
     torch.manual_seed(999)
     if how == "new run": run = make(tmp_path / "parts", **options)
     run.start(resume=True, background=False)
     assert run.state == "finished" and run.step == 6
     assert [r["step"] for r in run.history if r["name"] == "reward"] == [1, 2, 3, 4, 5, 6]
-    rewards = lambda r: [h["value"] for h in r.history if h["name"] == "reward"]
+    def rewards(r): return [h["value"] for h in r.history if h["name"] == "reward"]
     assert rewards(run) == pytest.approx(rewards(whole), abs=1e-6)
     for name, value in weights(whole).items(): torch.testing.assert_close(weights(run)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -269,14 +274,16 @@ def test_adapters_and_a_second_run_on_the_same_model(tmp_path):
     model, tokenizer = tiny_model(TASK, **SMALL)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     for _ in range(2):
-        run = GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path, max_steps=2, beta=0.1)).start(background=False)
+        run = GRPORun(model, tokenizer, share_of_digits, TASK.train, config(tmp_path, max_steps=2, beta=0.1)).start(
+            background=False
+        )
         assert run.state == "finished" and any(r["name"] == "kl" for r in run.history)
     assert not [n for n, p in model.named_parameters() if ".ref." in n and p.requires_grad and p.grad is not None]
 
 
 def test_progress_display_is_the_users_choice(tmp_path):
     from transformers.trainer_callback import ProgressCallback
-    has = lambda run: any(isinstance(c, ProgressCallback) for c in run.trainer.callback_handler.callbacks)
+    def has(run): return any(isinstance(c, ProgressCallback) for c in run.trainer.callback_handler.callbacks)
     assert not has(make(tmp_path)) and has(make(tmp_path, run=dict(progress=True), disable_tqdm=False))
 
 
@@ -305,7 +312,9 @@ class Kernel:
         from jupyter_client.manager import start_new_kernel
         self.folder = folder
         for left in (2, 1, 0): # the ports are chosen before the kernel takes them; another process may have been faster
-            try: self.manager, self.client = start_new_kernel(kernel_name="python3", startup_timeout=120); break
+            try:
+                self.manager, self.client = start_new_kernel(kernel_name="python3", startup_timeout=120)
+                break
             except RuntimeError:
                 if not left: raise
         self.run(SETUP.format(folder=str(folder)))
@@ -360,17 +369,23 @@ def kernel(tmp_path_factory):
 def test_a_real_kernel_stays_free_while_it_trains(kernel):
     kernel.run("run = make(2000); at = time.time(); run.start(); took = time.time() - at")
     assert kernel.run("", "took") < 50 and kernel.run("", "run.state") == "running"
-    kernel.run("run.pause()"); kernel.until("paused")
+    kernel.run("run.pause()")
+    kernel.until("paused")
     step = kernel.run("", "run.step")
     kernel.run("run.resume(); time.sleep(0.5)")
     assert kernel.run("run.stop(); run.wait(30)", "run.state") == "stopped" and kernel.run("", "run.step") >= step
 
 
 def test_settings_change_from_another_cell(kernel):
-    kernel.run("run, told = make(2000), []; run.events.subscribe(lambda e: told.append((e.name, e.new)), events.SettingChanged); run.start()")
+    kernel.run(
+        "run, told = make(2000), []\n"
+        "run.events.subscribe(lambda e: told.append((e.name, e.new)), events.SettingChanged)\n"
+        "run.start()"
+    )
     kernel.run("run.change(learning_rate=1e-4, temperature=0.8).save()")
     kernel.run("while len(told) < 2 or run.checkpoint is None: time.sleep(0.05)")
-    assert kernel.run("", "told") == [("learning_rate", 1e-4), ("temperature", 0.8)] and kernel.run("", "run.settings['temperature']") == 0.8
+    assert kernel.run("", "told") == [("learning_rate", 1e-4), ("temperature", 0.8)]
+    assert kernel.run("", "run.settings['temperature']") == 0.8
     assert kernel.run("run.stop(save=False).wait(60)", "run.state") == "stopped"
 
 
@@ -447,7 +462,9 @@ print(run.state, run.step)
 
 @pytest.mark.parametrize("times, last", [(1, "stopped 2"), (2, "stopped 2")])
 def test_a_script_ends_cleanly_at_the_first_interrupt_and_breaks_off_at_the_second(tmp_path, times, last):
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), times=times)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), times=times)], capture_output=True, text=True, timeout=240
+    )
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == last and ("broken off" in lines) == (times == 2), done.stdout + done.stderr
 
@@ -456,7 +473,14 @@ def test_a_configuration_made_during_a_run_does_not_end_it(tmp_path):
     import threading
     from trl import GRPOConfig
     run = make(tmp_path, max_steps=6)
-    other = lambda e: (t := threading.Thread(target=lambda: GRPOConfig(output_dir=str(tmp_path / "other"), report_to="none", use_cpu=True, bf16=False)), t.start(), t.join())
+    def other(e):
+        return (
+            t := threading.Thread(
+                target=lambda: GRPOConfig(output_dir=str(tmp_path / "other"), report_to="none", use_cpu=True, bf16=False)
+            ),
+            t.start(),
+            t.join(),
+        )
     run.events.subscribe(other, events.StepLogged)
     run.start(background=True).wait(120)
     assert run.state == "finished" and run.step == 6
@@ -482,7 +506,9 @@ class Long:
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
         if engine != "trl": more["engine"] = engine
         self.asked, self.act, self.at = [], act, at
-        self.run = GRPORun(model, tokenizer, share_of_digits, TASK.train, config(folder, **{"max_steps": 4, **more}), eval_dataset=eval_dataset)
+        self.run = GRPORun(
+            model, tokenizer, share_of_digits, TASK.train, config(folder, **{"max_steps": 4, **more}), eval_dataset=eval_dataset
+        )
         self.ends, self.length = self.run.trainer.generation_config.eos_token_id, self.run.trainer.generation_config.max_new_tokens
         generate = self.run.trainer._generate
         def longer(*args):
@@ -523,10 +549,19 @@ def pause_then_stop(run): run.pause().stop()
 def interrupt(run): os.kill(os.getpid(), signal.SIGINT)
 
 
-MORE = (dict(), dict(at=0), dict(adapter=True, beta=0.05), dict(gradient_accumulation_steps=2, steps_per_generation=1), dict(save_strategy="steps", save_steps=2))
+MORE = (
+    dict(),
+    dict(at=0),
+    dict(adapter=True, beta=0.05),
+    dict(gradient_accumulation_steps=2, steps_per_generation=1),
+    dict(save_strategy="steps", save_steps=2),
+)
 
 
-@pytest.mark.parametrize("engine, more", [("trl", {}), *((e, m) for e in ("hf", "inplace") for m in MORE)], indirect=["engine"], ids=lambda x: x if isinstance(x, str) else " ".join(x) or "plain")
+@pytest.mark.parametrize(
+    "engine, more", [("trl", {}), *((e, m) for e in ("hf", "inplace") for m in MORE)],
+    indirect=["engine"], ids=lambda x: x if isinstance(x, str) else " ".join(x) or "plain",
+)
 def test_a_stop_while_sampling_then_resume_equals_an_uninterrupted_run(tmp_path, engine, long, more):
     at, more = more.get("at", 2), {k: v for k, v in more.items() if k != "at"}
     whole = long(tmp_path / "whole", engine, None, **more).run.start(background=False)
@@ -534,7 +569,8 @@ def test_a_stop_while_sampling_then_resume_equals_an_uninterrupted_run(tmp_path,
     run = one.run
     run.events.subscribe(lambda e: told.append(type(e).__name__), events.CheckpointSaved, events.RunStopped, events.RunFailed)
     run.start(background=False)
-    assert run.state == "stopped" and run.step == at == run.result.global_step and one.asked == [False] * 30 + [True] * 2 # asked once more on the way out
+    # asked once more on the way out
+    assert run.state == "stopped" and run.step == at == run.result.global_step and one.asked == [False] * 30 + [True] * 2
     assert told == ["CheckpointSaved", "RunStopped"] and run.checkpoint == str(tmp_path / "parts" / f"checkpoint-{at}")
     assert run.trainer.model.training and "generate" not in vars(run.trainer.model) and not run.trainer.is_in_train
     one.again()
@@ -544,17 +580,24 @@ def test_a_stop_while_sampling_then_resume_equals_an_uninterrupted_run(tmp_path,
     for name, value in weights(whole).items(): torch.testing.assert_close(weights(run)[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("act, saves", [(interrupt, "no"), (interrupt, "steps"), (pause_then_stop, "no"), (lambda run: run.stop(save=False), "no")],
-                         ids=["interrupt", "interrupt saves", "pause", "stop"])
+@pytest.mark.parametrize(
+    "act, saves",
+    [(interrupt, "no"), (interrupt, "steps"), (pause_then_stop, "no"), (lambda run: run.stop(save=False), "no")],
+    ids=["interrupt", "interrupt saves", "pause", "stop"],
+)
 @pytest.mark.parametrize("engine", ["hf", "inplace"], indirect=True)
 def test_what_is_left_when_sampling_is_left(tmp_path, engine, long, act, saves):
     "An interrupt, and a stop that does not ask for it, save what the config saves; the next run on the same model works."
     one = long(tmp_path, engine, act, save_strategy=saves, save_steps=1)
     run = one.run.start(background=False) # no KeyboardInterrupt comes out
     assert run.state == "stopped" and run.step == 2
-    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*"))] == (["checkpoint-1", "checkpoint-2"] if saves == "steps" else ["checkpoint-2"] if act is pause_then_stop else [])
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*"))] == (
+        ["checkpoint-1", "checkpoint-2"] if saves == "steps" else ["checkpoint-2"] if act is pause_then_stop else []
+    )
     assert "eval_loss" in evaluated(one) # outside the run nothing is left
-    again = GRPORun(run.trainer.model, run.trainer.processing_class, share_of_digits, TASK.train, config(tmp_path / "again", max_steps=1)).start(background=False)
+    again = GRPORun(
+        run.trainer.model, run.trainer.processing_class, share_of_digits, TASK.train, config(tmp_path / "again", max_steps=1)
+    ).start(background=False)
     assert again.state == "finished"
 
 
@@ -587,10 +630,20 @@ def test_an_evaluation_that_is_left(tmp_path, engine, long):
 
 # ---- an engine that fails
 
-FAULTS = {"dies": (lambda: EngineError("The engine died: its worker was killed. Start it with less."), "worker was killed"),
-          "gpu": (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "no memory left.*max_completion_length.*20.00 GiB"),
-          "cpu": (lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "no memory left"),
-          "other": (lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "mat1")}
+FAULTS = {
+    "dies": (lambda: EngineError("The engine died: its worker was killed. Start it with less."), "worker was killed"),
+    "gpu": (
+        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        "no memory left.*max_completion_length.*20.00 GiB",
+    ),
+    "cpu": (
+        lambda: RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        "no memory left",
+    ),
+    "other": (lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "mat1"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

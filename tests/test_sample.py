@@ -1,4 +1,4 @@
-"""The draw of a token: the plain form against engines.draw, the kernels under Triton's interpreter, and what the compiler makes of them."""
+"""The draw of a token: the plain form against the engine's, the kernels under Triton's interpreter, what is compiled."""
 import os
 import subprocess
 import sys
@@ -48,7 +48,10 @@ def agree(logits, u, found, temperature=1.0, softcap=None, logp_error=3e-6):
 
 @each_form
 @pytest.mark.parametrize("rules", [{}, dict(temperature=0.7), dict(softcap=4.0), dict(temperature=1.3, softcap=30.0)], ids=str)
-@pytest.mark.parametrize("vocabulary,dtype", [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097, torch.float32), (9_001, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "vocabulary,dtype",
+    [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097, torch.float32), (9_001, torch.bfloat16)],
+)
 def test_the_token_of_draw(forms, vocabulary, rules, dtype):
     logits, u = made(6, vocabulary, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u, **rules), **rules) <= 1
@@ -91,7 +94,8 @@ def test_whole_chunks_without_probability(forms):
     logits = torch.full((5, 3 * M.CHUNK + 5), -torch.inf)
     alone = M.CHUNK + 77
     logits[:, alone], logits[2:, 3 * M.CHUNK + 4], logits[3, 5] = 1.0, 1.0, -150.0
-    logits[4, 3], logits[4, 9] = -120.0, -80.0 # beside the second the first has some probability, beside the row's largest it has none in float32
+    # beside the second the first has some probability, beside the row's largest it has none in float32
+    logits[4, 3], logits[4, 9] = -120.0, -80.0
     u = torch.tensor([0, LARGEST, 0.75, 0, 0], dtype=torch.float64)
     assert forms[0](logits, u)[0].tolist() == [alone, alone, 3 * M.CHUNK + 4, alone, 9]
     assert forms[1](logits)[0].tolist() == [alone] * 5
@@ -127,7 +131,8 @@ def test_a_peak_and_a_long_tail(forms):
     logits[:, 7_000] = 12.0
     u = torch.tensor([0, 0.5, LARGEST], dtype=torch.float64)
     token, logp = forms[0](logits, u)
-    assert token.tolist() == [0, 7_000, 19_999] and (logp - logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0]).abs().max() < 3e-6
+    assert token.tolist() == [0, 7_000, 19_999]
+    assert (logp - logits.double().log_softmax(-1).gather(1, token[:, None])[:, 0]).abs().max() < 3e-6
 
 
 @each_form
@@ -165,8 +170,14 @@ def test_the_plain_form_reads_nothing_back():
 @interpreted
 def test_bad_input_is_named():
     logits, u = made(2, 8)
-    for call, message in [(lambda: sample(logits.double(), u), "logits="), (lambda: sample(logits.t(), u), "logits="), (lambda: sample(logits, u.float()), "u="),
-                          (lambda: sample(logits, u[:1]), "u="), (lambda: sample(logits, u, 0), "temperature="), (lambda: argmax(logits, softcap=-1.0), "softcap=")]:
+    for call, message in [
+        (lambda: sample(logits.double(), u), "logits="),
+        (lambda: sample(logits.t(), u), "logits="),
+        (lambda: sample(logits, u.float()), "u="),
+        (lambda: sample(logits, u[:1]), "u="),
+        (lambda: sample(logits, u, 0), "temperature="),
+        (lambda: argmax(logits, softcap=-1.0), "softcap="),
+    ]:
         with pytest.raises(ValueError, match=message): call()
     assert sample(logits[:0], u[:0])[0].shape == (0,)
 
@@ -175,16 +186,25 @@ def test_bad_input_is_named():
 def test_kernels_under_the_interpreter():
     assert not runs_on(torch.device("cpu"))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-k", "kernels or bad_input", __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-k", "kernels or bad_input", __file__],
+        env=environment, capture_output=True, text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 @compiled
 @pytest.mark.parametrize("kind,capability", [("bf16", 90), ("fp16", 75)])
 def test_it_compiles(kind, capability, tmp_path):
-    types = dict(logits="*" + kind, row_stride="i32+", tops="*fp32", sums="*fp64", places="*i32", u="*fp64", tokens="*i64", logps="*fp32", vocabulary="i32+",
-                 chunks="i32", inverse="fp32", cap="fp32")
-    for kernel, constants in [(M._fold, dict(HAS_CAP=True, GREEDY=True)), (M._pick, dict(HAS_CAP=True, CHUNKS=64)), (M._largest, dict(CHUNKS=64))]:
+    types = dict(
+        logits="*" + kind, row_stride="i32+", tops="*fp32", sums="*fp64", places="*i32", u="*fp64",
+        tokens="*i64", logps="*fp32", vocabulary="i32+", chunks="i32", inverse="fp32", cap="fp32",
+    )
+    for kernel, constants in [
+        (M._fold, dict(HAS_CAP=True, GREEDY=True)),
+        (M._pick, dict(HAS_CAP=True, CHUNKS=64)),
+        (M._largest, dict(CHUNKS=64)),
+    ]:
         built = build(kernel, {n: types[n] for n in kernel.arg_names if n in types}, constants, capability, 4, 3)
         assert resources(built, tmp_path)[1] == 0
 

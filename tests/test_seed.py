@@ -31,7 +31,10 @@ config.logging_steps = 1
 result = trainer.train()
 assert type(result).__name__ == "TrainOutput", result
 logged = {k for row in trainer.state.log_history for k in row}
-wanted = {"completion_length", "kl", "clip_ratio", "reward", "rewards/correctness_reward/mean", "packing/efficiency", "step/tokens_per_second"}
+wanted = {
+    "completion_length", "kl", "clip_ratio", "reward", "rewards/correctness_reward/mean", "packing/efficiency",
+    "step/tokens_per_second",
+}
 assert wanted <= logged, sorted(wanted - logged)
 assert config.per_device_train_batch_size == 2 and config.unsloth_num_chunks == -1
 print("trained", result.global_step, "steps")
@@ -51,7 +54,10 @@ def folder(tmp_path_factory):
 def test_example_runs_unchanged(folder, tmp_path, order):
     code = EXAMPLE.replace("Qwen/Qwen2.5-3B-Instruct", str(folder))
     if order == "trl first": code = "from trl import GRPOTrainer, GRPOConfig\n" + code
-    data = 'from datasets import Dataset\ndataset = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 5)])\n'
+    data = (
+        'from datasets import Dataset\n'
+        'dataset = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 5)])\n'
+    )
     # the first call of `train` logs every 10 steps, as TRL's default has it; the second, by the check, every step
     script = tmp_path / "example.py"
     script.write_text(data + code + textwrap.dedent(CHECK))

@@ -116,8 +116,9 @@ def test_countdown_is_solvable(seed, count):
 @pytest.mark.parametrize("text, score", [
     ("(3+5)*7", 1), ("7*(3+5) = 56", 1), ("First 3+5=8.\n8 times 7:\n(3 + 5) × 7", 1), ("<answer>7*(5+3)</answer>", 1),
     ("<think>7*8</think>(3+5)*7", 1), ("-(3+5)*-7", 1), ("(3+5)*(7/7)*7", 0), ("7*8", 0), ("56", 0), ("3*5+7", 0), ("", 0),
-    ("((3+5)*7", 0), ("3+5*7", 0), ("2**9**9**9", 0), ("(3+5)//7", 0), ("1/0", 0), ("(" * 190 + ")" * 3, 0), ("1+" * 5000 + "1", 0),
-    ("__import__('os').system('true')", 0), ("03+5", 0), ("(3+5)*7 or", 0), ("3 5", 0), ("3(5)", 0), ("9" * 199, 0), ("(3+5)*7.", 0),
+    ("((3+5)*7", 0), ("3+5*7", 0), ("2**9**9**9", 0), ("(3+5)//7", 0), ("1/0", 0), ("(" * 190 + ")" * 3, 0),
+    ("1+" * 5000 + "1", 0), ("__import__('os').system('true')", 0), ("03+5", 0), ("(3+5)*7 or", 0), ("3 5", 0), ("3(5)", 0),
+    ("9" * 199, 0), ("(3+5)*7.", 0),
 ])
 def test_countdown_reward(text, score):
     assert tasks.countdown_reward([text], numbers=[[3, 5, 7]], target=[56]) == [float(score)]
@@ -177,7 +178,8 @@ def test_gsm8k_file(tmp_path):
     file.write_text("\n".join(gsm(20)) + "\n\n")
     task = tasks.gsm8k(file, n_test=5)
     assert (len(task.train), len(task.test)) == (15, 5) and not set(questions(task.train)) & set(questions(task.test))
-    assert all(a.endswith("000") and "," not in a for a in task.train["answer"]) and all("####" in s for s in task.train["solution"])
+    assert all(a.endswith("000") and "," not in a for a in task.train["answer"])
+    assert all("####" in s for s in task.train["solution"])
     assert task.train.to_list() == tasks.gsm8k(str(file), n_test=5).train.to_list()
     assert task.train.to_list() != tasks.gsm8k(file, n_test=5, seed=1).train.to_list()
     assert task.reward(completions=list(task.train["solution"]), **columns(task.train)) == [1.0] * 15
@@ -205,7 +207,9 @@ def test_gsm8k_bad_lines(tmp_path, line, words):
     assert all(w in str(caught.value) for w in ["bad.jsonl", *words])
 
 
-@pytest.mark.parametrize("given", ["sampel.jsonl", "./nowhere/x", "/nowhere/gsm8k", "~/nowhere-at-all/x", "data/sampel.jsonl", "a/b/c", "nowhere"])
+@pytest.mark.parametrize(
+    "given", ["sampel.jsonl", "./nowhere/x", "/nowhere/gsm8k", "~/nowhere-at-all/x", "data/sampel.jsonl", "a/b/c", "nowhere"]
+)
 def test_gsm8k_missing_path_downloads_nothing(tmp_path, monkeypatch, given):
     import datasets
 
@@ -226,7 +230,11 @@ def test_gsm8k_hub_id(monkeypatch):
     import datasets
     rows = [json.loads(line) for line in gsm(6)]
     part = {k: [r[k] for r in rows] for k in ("question", "answer")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a: {"train": {k: v[:4] for k, v in part.items()}, "test": {k: v[4:] for k, v in part.items()}})
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a: {"train": {k: v[:4] for k, v in part.items()}, "test": {k: v[4:] for k, v in part.items()}},
+    )
     task = tasks.gsm8k()
     assert (len(task.train), len(task.test)) == (4, 2)
 

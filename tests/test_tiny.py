@@ -26,8 +26,10 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().valu
 # --- the tokenizer
 
 
-@pytest.mark.parametrize("text", ["Sort the digits: 4913", "a user says: xuserx", "Grüße, 你好 🙂\n\ttabs  two spaces", 'Reverse the letters: "cabed"',
-                                  "assistant system user", "don't 12,345.67"])
+@pytest.mark.parametrize("text", [
+    "Sort the digits: 4913", "a user says: xuserx", "Grüße, 你好 🙂\n\ttabs  two spaces",
+    'Reverse the letters: "cabed"', "assistant system user", "don't 12,345.67",
+])
 def test_tokenizer_reads_back(made, text):
     _, tokenizer = made
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -62,7 +64,8 @@ def test_size(task):
 
 
 def test_same_seed_same_model_and_random_state_untouched(task, made):
-    torch.manual_seed(5); random.seed(5)
+    torch.manual_seed(5)
+    random.seed(5)
     before = torch.random.get_rng_state(), random.getstate()
     again, _ = tiny.tiny_model(task, steps=2, **SMALL)
     assert torch.equal(before[0], torch.random.get_rng_state()) and before[1] == random.getstate()
@@ -133,7 +136,8 @@ def test_final_text(completion, text): assert final_text(completion) == text
 
 def test_accuracy_leaves_everything_as_it_was(task, made):
     model, tokenizer = made
-    model.train(); model.model.layers[0].eval()
+    model.train()
+    model.model.layers[0].eval()
     tokenizer.padding_side, model.config.use_cache = "right", False
     modes, config, generation = [m.training for m in model.modules()], model.config.to_dict(), model.generation_config.to_dict()
     backend, state = tokenizer.backend_tokenizer.to_str(), torch.random.get_rng_state()
@@ -142,7 +146,9 @@ def test_accuracy_leaves_everything_as_it_was(task, made):
     assert modes == [m.training for m in model.modules()] and config == model.config.to_dict()
     assert generation == model.generation_config.to_dict() and tokenizer.padding_side == "right"
     assert backend == tokenizer.backend_tokenizer.to_str() and torch.equal(state, torch.random.get_rng_state())
-    model.config.use_cache = True; model.eval(); tokenizer.padding_side = "left"
+    model.config.use_cache = True
+    model.eval()
+    tokenizer.padding_side = "left"
 
 
 def test_mode_comes_back_after_an_error(made):
@@ -172,7 +178,9 @@ def test_accuracy_passes_the_columns(made):
 
 @pytest.mark.parametrize("change, words", [
     (dict(dataset=lambda t: t.test.rename_column("prompt", "prompts")), "Did you mean 'prompts'"),
-    (dict(dataset=lambda t: t.test.select([])), "empty"), (dict(max_new_tokens=0), "max_new_tokens=0"), (dict(batch_size=1.5), "batch_size=1.5"),
+    (dict(dataset=lambda t: t.test.select([])), "empty"),
+    (dict(max_new_tokens=0), "max_new_tokens=0"),
+    (dict(batch_size=1.5), "batch_size=1.5"),
     (dict(reward=lambda completions, **k: [1.0]), "1 values for 24"),
 ])
 def test_accuracy_bad_input(task, made, change, words):

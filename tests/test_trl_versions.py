@@ -21,8 +21,12 @@ ABSENT = [name for name in seams.HOMES if not seams.has(name)]
 def everything():
     "All attributes of every trainer and configuration, and the entries of their dataclass fields and annotations."
     classes = [look_up(path) for name in HERE for path in (seams.HOMES[name].config, seams.HOMES[name].trainer)]
-    classes += [look_up(path.rpartition(".")[0]) for path in seams.SAMPLERS.values() if seams.has_module(path)] + [look_up(colocate.PATH)]
-    owners = [vars(c) for c in classes] + [vars(c)[n] for c in classes for n in ("__dataclass_fields__", "__annotations__") if n in vars(c)]
+    classes += [look_up(path.rpartition(".")[0]) for path in seams.SAMPLERS.values() if seams.has_module(path)] + [
+        look_up(colocate.PATH)
+    ]
+    owners = [vars(c) for c in classes] + [
+        vars(c)[n] for c in classes for n in ("__dataclass_fields__", "__annotations__") if n in vars(c)
+    ]
     return [(owner, dict(owner)) for owner in owners]
 
 
@@ -41,20 +45,33 @@ def stock():
     assert unchanged(before, order=False) # a test that deletes an attribute and sets it again finds it at the end
 
 
-@pytest.mark.parametrize("calls", [*([name] for name in HERE), [None], ["again"], ["sampling"], ["sampling", None, "one by one"]], ids=str)
+@pytest.mark.parametrize(
+    "calls", [*([name] for name in HERE), [None], ["again"], ["sampling"], ["sampling", None, "one by one"]], ids=str
+)
 def test_everything_comes_back(stock, calls):
     "Every attribute of every class is the very object that it was, in its place; nothing but the algorithm's own classes changes."
     for call in calls:
         if call == "sampling": patch.PatchRL(FastLanguageModel)
-        elif call == "again": patch.PatchFastRL(); patch.UnpatchFastRL(); patch.PatchFastRL(None, FastLanguageModel)
+        elif call == "again":
+            patch.PatchFastRL()
+            patch.UnpatchFastRL()
+            patch.PatchFastRL(None, FastLanguageModel)
         elif call == "one by one": [patch.UnpatchFastRL(name) for name in reversed(HERE)]
         else: patch.PatchFastRL(call, FastLanguageModel)
         if call == "one by one": assert set(patch.applied) <= {"online_dpo"}
-        elif call is None or call in HERE: assert all(p.is_applied and patch.checked(p).ok for n in ([call] if call else HERE) for p in patch.patches_of(n))
+        elif call is None or call in HERE:
+            assert all(p.is_applied and patch.checked(p).ok for n in ([call] if call else HERE) for p in patch.patches_of(n))
     if len(calls) == 1 and calls[0] in HERE:
         home = seams.HOMES[calls[0]]
-        others = [pair for pair in stock if not any(pair[1].get("__module__") == p.partition(":")[0] for p in (home.config, home.trainer, *([colocate.PATH] if calls[0] in patch.GROUPS else [])))
-                  and "__module__" in pair[1]]
+        others = [
+            pair
+            for pair in stock
+            if not any(
+                pair[1].get("__module__") == p.partition(":")[0]
+                for p in (home.config, home.trainer, *([colocate.PATH] if calls[0] in patch.GROUPS else []))
+            )
+            and "__module__" in pair[1]
+        ]
         assert unchanged(others)
     patch.UnpatchFastRL()
     assert unchanged(stock) and not patch.applied
@@ -64,9 +81,10 @@ def test_everything_comes_back(stock, calls):
 def test_the_way_to_vllm_is_shared(stock, first):
     "GRPO and RLOO have it in common: it comes with the first of them and goes with the last, whichever that is."
     second = {"grpo": "rloo", "rloo": "grpo"}[first]
-    on = lambda: {p.is_applied for p in patch.shared_patches("grpo")}
-    rows = lambda name: [r.state for r in table.patches(name) if r.patch == "vLLM in this process"]
-    assert patch.shared_patches("grpo") is patch.shared_patches("rloo") and on() == {False} and rows("grpo") == ["off"] and not patch.shared_patches("dpo")
+    def on(): return {p.is_applied for p in patch.shared_patches("grpo")}
+    def rows(name): return [r.state for r in table.patches(name) if r.patch == "vLLM in this process"]
+    assert patch.shared_patches("grpo") is patch.shared_patches("rloo")
+    assert on() == {False} and rows("grpo") == ["off"] and not patch.shared_patches("dpo")
     patch.PatchRL(FastLanguageModel)
     assert on() == {False}
     patch.PatchFastRL(first)
@@ -140,12 +158,15 @@ def test_a_changed_formula_is_found(stock):
         assert unchanged(now)
     finally: moved.restore()
     missing = [a.name for a in (*seams.GRPO_LOSS, *seams.RLOO_LOSS)]
-    assert all(repr(name) in str(caught.value) for name in missing) and "GRPOTrainer" in str(caught.value) and "RLOOTrainer" in str(caught.value)
+    assert all(repr(name) in str(caught.value) for name in missing)
+    assert "GRPOTrainer" in str(caught.value) and "RLOOTrainer" in str(caught.value)
 
 
 @pytest.mark.parametrize("line,anchor", [
-    ("per_token_loss = per_token_loss + 0.1 * entropies", "terms of a token's loss"), ("per_token_loss = per_token_loss * 2", "factors of a token's loss"),
-    ("loss = loss + self.penalty", "terms added to the loss"), ("loss = loss - self.bonus", "terms taken from the loss"),
+    ("per_token_loss = per_token_loss + 0.1 * entropies", "terms of a token's loss"),
+    ("per_token_loss = per_token_loss * 2", "factors of a token's loss"),
+    ("loss = loss + self.penalty", "terms added to the loss"),
+    ("loss = loss - self.bonus", "terms taken from the loss"),
 ])
 def test_a_new_term_of_the_loss_is_found(line, anchor):
     "A statement more in GRPO's loss, at its end."
@@ -169,7 +190,8 @@ def holds(anchor, source):
 @pytest.mark.parametrize("algorithm", ABSENT or ["none"])
 def test_an_algorithm_that_is_gone(algorithm, capsys):
     if algorithm == "none": pytest.skip("this TRL has them all")
-    with pytest.raises(ValueError, match=rf"{algorithm} is in TRL 1\.12 and 1\.13; this is {seams.trl_version()}"): patch.PatchFastRL(algorithm.upper())
+    with pytest.raises(ValueError, match=rf"{algorithm} is in TRL 1\.12 and 1\.13; this is {seams.trl_version()}"):
+        patch.PatchFastRL(algorithm.upper())
     row, = table.patches(algorithm)
     assert row.state == "not in this TRL" and "1.12 and 1.13" in row.why
 
@@ -186,9 +208,12 @@ def test_the_table_shows_what_is(capsys):
 
     patch.PatchFastRL("grpo")
     found = table.patches()
-    assert {r.algorithm for r in found} == {"objects"} | set(seams.HOMES) | {n for n, p in seams.SAMPLERS.items() if seams.has_module(p)}
+    assert {r.algorithm for r in found} == {"objects"} | set(seams.HOMES) | {
+        n for n, p in seams.SAMPLERS.items() if seams.has_module(p)
+    }
     assert {r.state for r in found if r.algorithm == "grpo" and r.patch != "inference mode"} == {"on"}
-    assert {r.state for r in found if r.algorithm == "dpo"} == {"off"} and all(r.saves and r.why for r in found if r.state in ("on", "off"))
+    assert {r.state for r in found if r.algorithm == "dpo"} == {"off"}
+    assert all(r.saves and r.why for r in found if r.state in ("on", "off"))
     lines = str(found).splitlines()
     assert lines[0] == f"TRL {seams.trl_version()}" and max(map(len, lines)) <= 120 and all(len(r.target) for r in found)
     assert json.loads(found.to_json())["patches"][0] == found.records[0]
@@ -261,7 +286,9 @@ def test_an_untested_version(tmp_path):
     assert text.count("per_token_kl = per_token_kl * coef_1") == 1
     file.write_text(text.replace("per_token_kl = per_token_kl * coef_1", "per_token_kl = per_token_kl * coef_1.detach()"))
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n{OTHER}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, cwd=Path(__file__).parent.parent
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "TRL 9.99.0 was not tested (trl 1.12 to 1.16 were)" in done.stdout
     assert "packed loss" in done.stdout and "'KL correction'" in done.stdout and "coef_1.detach()" in done.stdout, done.stdout

@@ -174,13 +174,17 @@ def test_neftune_in_sft(tmp_path):
     for patched in (False, True):
         if patched: PatchFastRL("sft")
         torch.manual_seed(0)
-        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], neftune_noise_alpha=5.0, max_steps=1, per_device_train_batch_size=2,
-                         gradient_checkpointing=False, learning_rate=0.0, save_strategy="no")
+        args = SFTConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to=[], neftune_noise_alpha=5.0, max_steps=1,
+            per_device_train_batch_size=2, gradient_checkpointing=False, learning_rate=0.0, save_strategy="no",
+        )
         trainer = SFTTrainer(tiny(), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
         sizes, embed = [], trainer.model.get_input_embeddings()
         activate_neftune(trainer.model, 5.0)
         trainer.model.train()
-        embed.register_forward_hook(lambda m, a, out, sizes=sizes: sizes.append((out - torch.nn.functional.embedding(a[0], m.weight)).abs().max().item()))
+        embed.register_forward_hook(
+            lambda m, a, out, sizes=sizes: sizes.append((out - torch.nn.functional.embedding(a[0], m.weight)).abs().max().item())
+        )
         trainer.current_gradient_accumulation_steps = 1
         trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
         noise[patched] = max(sizes)
@@ -197,8 +201,10 @@ def test_nothing_is_left_on_any_object(tmp_path):
     model = tiny()
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     PatchFastRL("grpo")
-    config = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=6, max_steps=1, use_cpu=True, bf16=False,
-                        report_to=[], gradient_checkpointing=False, save_strategy="no")
+    config = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=6, max_steps=1,
+        use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, save_strategy="no",
+    )
     data = Dataset.from_list([{"prompt": "w3 w4"}] * 8)
     run = GRPORun(model, tokenizer(), [lambda completions, **k: [float(len(c)) for c in completions]], data, config)
     run.start(background=False)

@@ -1,6 +1,7 @@
 """vLLM in this process: Hugging Face's tokens, the training step's log-probs, the weights of this moment; and what is refused.
 
-`pytest -m vllm` in an environment that has vLLM (`make test-vllm` makes one with its CPU build); the tests of what is refused run everywhere.
+`pytest -m vllm` in an environment that has vLLM (`make test-vllm` makes one with its CPU build); the tests of what is refused
+run everywhere.
 """
 import gc
 import io
@@ -35,9 +36,16 @@ from grpo_nb.engines.vllm.weights import adapter_of, adapter_problem, weights_of
 from grpo_nb.tasks.tiny import make_tokenizer
 from grpo_nb.trainers.state import vllm_engines
 
-needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` makes an environment with its CPU build")]
-SHAPE = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-             max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` makes an environment with its CPU build"
+    ),
+]
+SHAPE = dict(
+    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)
 ENDS = tuple(range(60, 70))
 
 
@@ -54,7 +62,9 @@ def model_of(family="Qwen3", tied=True):
 
 
 def adapted(model, adapter="default", **options):
-    model = get_peft_model(model, LoraConfig(**{**dict(r=4, lora_alpha=8, target_modules="all-linear"), **options}), adapter_name=adapter)
+    model = get_peft_model(
+        model, LoraConfig(**{**dict(r=4, lora_alpha=8, target_modules="all-linear"), **options}), adapter_name=adapter
+    )
     shake(model, 0.1, "lora_B")
     return model
 
@@ -101,8 +111,10 @@ def running():
     for e in kept.values(): e.close()
 
 
-SETTINGS = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, max_steps=3,
-                save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0)
+SETTINGS = dict(
+    per_device_train_batch_size=8, num_generations=4, max_completion_length=10, bf16=False, use_cpu=True, report_to=[],
+    gradient_checkpointing=False, max_steps=3, save_strategy="no", learning_rate=1e-2, logging_steps=1, beta=0.0,
+)
 DATA = [{"prompt": f"{i} 3"} for i in range(8)]
 
 
@@ -123,8 +135,11 @@ def patched(monkeypatch):
     def make(algorithm, model, folder, **more):
         import trl
         kinds = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[algorithm]
-        return kinds[1](model=model, args=kinds[0](**{**SETTINGS, "output_dir": str(folder), **more}), processing_class=make_tokenizer(["1 2"], 320),
-                        train_dataset=Dataset.from_list(DATA), reward_funcs=reward_of)
+        return kinds[1](
+            model=model, args=kinds[0](**{**SETTINGS, "output_dir": str(folder), **more}),
+            processing_class=make_tokenizer(["1 2"], 320), train_dataset=Dataset.from_list(DATA),
+            reward_funcs=reward_of,
+        )
     yield make
     UnpatchFastRL()
 
@@ -132,7 +147,11 @@ def patched(monkeypatch):
 # What is refused, before vLLM is imported
 
 def test_the_extra_asks_for_the_versions_that_work():
-    line = next(x for x in (Path(__file__).resolve().parent.parent / "settings.ini").read_text().splitlines() if x.strip().startswith("vllm>"))
+    line = next(
+        x
+        for x in (Path(__file__).resolve().parent.parent / "settings.ini").read_text().splitlines()
+        if x.strip().startswith("vllm>")
+    )
     asked = Requirement(line.strip()).specifier
     assert installed.OLDEST in asked and installed.NEWEST in asked and "0.21.0" not in asked and "0.34.0" not in asked
 
@@ -146,13 +165,19 @@ def test_versions(tmp_path, monkeypatch):
     (tmp_path / "lora/request.py").write_text("class LoRARequests: pass")
     assert {"lora/request.py: LoRARequest", "v1/worker/gpu_worker.py: wake_up"} <= set(installed.lacking(tmp_path))
     monkeypatch.setattr(installed, "lacking", lambda: ["sampling_params.py: min_p"])
-    with pytest.raises(EngineError, match="0.40.0 lacks what is used of it: sampling_params.py: min_p. 0.22.0 to 0.33.0 have it"): check_version("0.40.0", any_version=True)
+    with pytest.raises(EngineError, match="0.40.0 lacks what is used of it: sampling_params.py: min_p. 0.22.0 to 0.33.0 have it"):
+        check_version("0.40.0", any_version=True)
     with pytest.raises(EngineError, match="pip install vllm"): check_version("")
 
 
 @pytest.mark.parametrize("options,words", [
-    (dict(adapter="swop"), "Did you mean 'swap'"), (dict(adapter="swap"), "no adapter"), (dict(max_num_seqs=0), "max_num_seqs=0"), (dict(max_model_len=2.5), "max_model_len=2.5"),
-    (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"), (dict(log_level="loud"), "log_level='loud'")])
+    (dict(adapter="swop"), "Did you mean 'swap'"),
+    (dict(adapter="swap"), "no adapter"),
+    (dict(max_num_seqs=0), "max_num_seqs=0"),
+    (dict(max_model_len=2.5), "max_model_len=2.5"),
+    (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"),
+    (dict(log_level="loud"), "log_level='loud'"),
+])
 def test_arguments(options, words, monkeypatch):
     monkeypatch.setattr(installed, "vllm_version", lambda: "0.32.0")
     with pytest.raises(ValueError, match=words): VLLMEngine(model_of(), **options)
@@ -165,7 +190,11 @@ def test_another_version_starts_nothing(monkeypatch):
 
 
 def test_fast_inference(monkeypatch):
-    for found, name, words in (("", "inplace", "not installed, so the patched trainers sample in place"), ("0.9.0", "inplace", "vLLM 0.9.0 is not known"), ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it")):
+    for found, name, words in (
+        ("", "inplace", "not installed, so the patched trainers sample in place"),
+        ("0.9.0", "inplace", "vLLM 0.9.0 is not known"),
+        ("0.24.0", "vllm", "vLLM 0.24.0 is installed, and the patched trainers sample with it"),
+    ):
         monkeypatch.setattr(installed, "vllm_version", lambda: found)
         assert installed.fast_engine()[0] == name and words in installed.fast_engine()[1]
 
@@ -202,14 +231,17 @@ def test_fast_inference_under_sharding(monkeypatch, capsys):
 def test_request_options():
     s = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2, stop=("a",), stop_token_ids=(4,))
     found = request_options(s, 7, -1)
-    assert found["seed"] == 2**63 - 1 and found["max_tokens"] == 7 and found["top_k"] == 3 and found["detokenize"] and found["ignore_eos"]
+    assert found["seed"] == 2**63 - 1 and found["max_tokens"] == 7
+    assert found["top_k"] == 3 and found["detokenize"] and found["ignore_eos"]
     assert request_options(greedy(), 7, None)["temperature"] == 0 and not request_options(greedy(), 7, None)["detokenize"]
 
 
 # What the training model hands over
 
-@pytest.mark.parametrize("options", [{}, dict(use_rslora=True), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "embed_tokens"]),
-                                     dict(rank_pattern={"q_proj": 2})], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, dict(use_rslora=True), dict(use_dora=True), dict(modules_to_save=["lm_head"]),
+    dict(target_modules=["q_proj", "embed_tokens"]), dict(rank_pattern={"q_proj": 2}),
+], ids=str)
 def test_folded_weights_are_the_merged_models(options):
     model = adapted(model_of(tied=False), **options)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -232,8 +264,13 @@ def test_a_tied_head_with_an_adapter_is_refused():
 
 def test_what_can_be_swapped():
     assert not adapter_problem(adapted(model_of()), 4)
-    for options, words in ((dict(use_dora=True), "DoRA"), (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(rank_pattern={"q_proj": 2}), "different ranks"),
-                           (dict(bias="lora_only"), "biases"), (dict(r=8), "max_lora_rank=4")):
+    for options, words in (
+        (dict(use_dora=True), "DoRA"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(rank_pattern={"q_proj": 2}), "different ranks"),
+        (dict(bias="lora_only"), "biases"),
+        (dict(r=8), "max_lora_rank=4"),
+    ):
         assert words in adapter_problem(adapted(model_of(tied=False), **options), 4)
     model = adapted(model_of(), use_rslora=True)
     rank, tensors = adapter_of(model)
@@ -274,16 +311,21 @@ class TestVLLM:
 
     @pytest.mark.parametrize("family,tied", [("Llama", False), ("Qwen2", True), ("Qwen3", True), ("Qwen3", False)])
     def test_one_copy_of_trained_weights(self, family, tied, tokenizer):
-        "What changes in the training model shows in the very next sampling, without a sync; a long prompt has pages in the prefix cache by then."
+        "What changes in the training model shows in the very next sampling, without a sync, though a prompt's pages are cached."
         model = model_of(family, tied)
         objects, before = list(model.parameters()), {n: p.clone() for n, p in model.state_dict().items()}
         with VLLMEngine(model, tokenizer, share=True) as engine:
             inner = engine.llm.model_executor.driver_worker.worker.model_runner.get_model()
             theirs = {p.data_ptr() for p in inner.parameters()}
-            assert engine.way == "full" and engine.copied_bytes == 0 and engine.shared_bytes == sum(p.nbytes for p in model.parameters())
+            assert engine.way == "full" and engine.copied_bytes == 0
+            assert engine.shared_bytes == sum(p.nbytes for p in model.parameters())
             attention = model.model.layers[1].self_attn
-            assert {attention.q_proj.weight.data_ptr(), attention.o_proj.weight.data_ptr(), model.model.norm.weight.data_ptr(), model.lm_head.weight.data_ptr()} <= theirs
-            assert all(a is b for a, b in zip(objects, model.parameters())) and all(torch.equal(before[n], w) for n, w in model.state_dict().items())
+            assert {
+                attention.q_proj.weight.data_ptr(), attention.o_proj.weight.data_ptr(),
+                model.model.norm.weight.data_ptr(), model.lm_head.weight.data_ptr(),
+            } <= theirs
+            assert all(a is b for a, b in zip(objects, model.parameters()))
+            assert all(torch.equal(before[n], w) for n, w in model.state_dict().items())
             assert same(engine, model)
             for part in "k_proj", "up_proj", "norm", "embed_tokens":
                 with torch.no_grad(): [p.add_(torch.randn_like(p) * 0.2) for n, p in model.named_parameters() if part in n]
@@ -291,10 +333,12 @@ class TestVLLM:
             long = prompts_of(200)
             for _ in range(2):
                 shake(model, 0.1)
-                assert engine.generate(long, 2, greedy()).completions == HuggingFace(model, tokenizer).generate(long, 2, greedy()).completions
+                theirs = HuggingFace(model, tokenizer).generate(long, 2, greedy())
+                assert engine.generate(long, 2, greedy()).completions == theirs.completions
             model.float().to("cpu")
             attention.k_proj.weight.data = attention.k_proj.weight.data * -1 # moved
-            assert same(engine, model) and attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+            assert same(engine, model)
+            assert attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
             engine.sync(model)
             with pytest.raises(EngineError, match="another"): engine.sync(model_of(family, tied))
         assert inner.lm_head.weight.data_ptr() in theirs # closing freed nothing of ours
@@ -312,12 +356,18 @@ class TestVLLM:
                 assert same(engine, model)
                 assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
                 shake(model, 0.1, "lora_")
-            with torch.no_grad(): model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight.mul_(1.5) # changed by someone: kept
+            # changed by someone: kept
+            with torch.no_grad(): model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight.mul_(1.5)
             changed = model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight.clone()
             if way == "swap": engine.sync()
-            assert same(engine, model) and torch.equal(changed, model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight)
+            assert same(engine, model)
+            assert torch.equal(changed, model.base_model.model.model.layers[0].self_attn.v_proj.base_layer.weight)
 
-    @pytest.mark.parametrize("options", [dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "embed_tokens", "down_proj"], use_rslora=True), dict(rank_pattern={"v_proj": 2})], ids=str)
+    @pytest.mark.parametrize("options", [
+        dict(modules_to_save=["lm_head"]),
+        dict(target_modules=["q_proj", "embed_tokens", "down_proj"], use_rslora=True),
+        dict(rank_pattern={"v_proj": 2}),
+    ], ids=str)
     def test_other_adapters_on_one_copy(self, options, tokenizer):
         model = adapted(model_of("Qwen2", tied=False), **options)
         with VLLMEngine(model, tokenizer, share=True) as engine:
@@ -325,13 +375,17 @@ class TestVLLM:
             for _ in range(2):
                 shake(model, 0.1, "lora_" if "modules_to_save" not in options else "modules_to_save")
                 assert same(engine, model)
-        with pytest.raises(ValueError, match="share=True: .* variant of LoRA"): VLLMEngine(adapted(model_of(), use_dora=True), tokenizer, share=True)
+        with pytest.raises(ValueError, match="share=True: .* variant of LoRA"):
+            VLLMEngine(adapted(model_of(), use_dora=True), tokenizer, share=True)
 
     def test_never_left_folded(self, tokenizer, monkeypatch):
         model = adapted(model_of())
         engine = VLLMEngine(model, tokenizer, share=True)
         base = {n: p.clone() for n, p in model.named_parameters()}
-        whole = lambda: all(torch.equal(base[n], p) for n, p in model.named_parameters()) and not any(getattr(m, "merged", False) for m in model.modules())
+        def whole():
+            return all(torch.equal(base[n], p) for n, p in model.named_parameters()) and not any(
+                getattr(m, "merged", False) for m in model.modules()
+            )
         timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt): engine.generate(PROMPTS, 500, Sampling(max_tokens=200, top_k=1))
@@ -346,7 +400,9 @@ class TestVLLM:
 
     def test_a_vocabulary_that_is_padded_and_a_norm_that_is_not_shared(self, tokenizer):
         torch.manual_seed(0)
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**SHAPE, "vocab_size": 330}, tie_word_embeddings=True)).eval()
+        model = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**{**SHAPE, "vocab_size": 330}, tie_word_embeddings=True)
+        ).eval()
         shake(model, 0.15)
         model.model.norm.to(torch.float64)
         with VLLMEngine(model, tokenizer, share=True) as engine:
@@ -357,13 +413,16 @@ class TestVLLM:
             assert same(engine, model)
 
     def test_half_precision_beside_full_is_a_copy(self, tokenizer):
-        with pytest.raises(ValueError, match="share=True: the model holds float32, and vLLM computes in bfloat16"): VLLMEngine(plain_model(), tokenizer, dtype=torch.bfloat16, share=True)
+        with pytest.raises(ValueError, match="share=True: the model holds float32, and vLLM computes in bfloat16"):
+            VLLMEngine(plain_model(), tokenizer, dtype=torch.bfloat16, share=True)
 
     def test_too_little_room_for_the_originals(self, tokenizer, monkeypatch):
         monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
-        with pytest.raises(ValueError, match="share=True: the copy of the originals"): VLLMEngine(adapted(model_of()), tokenizer, adapter="fold", share=True)
+        with pytest.raises(ValueError, match="share=True: the copy of the originals"):
+            VLLMEngine(adapted(model_of()), tokenizer, adapter="fold", share=True)
         model = adapted(model_of())
-        with VLLMEngine(model, tokenizer, share=True) as engine: assert engine.way == "swap" and engine.shared_bytes and same(engine, model)
+        with VLLMEngine(model, tokenizer, share=True) as engine:
+            assert engine.way == "swap" and engine.shared_bytes and same(engine, model)
 
     def plain(self, running, tokenizer):
         model = plain_model()
@@ -372,11 +431,18 @@ class TestVLLM:
     def test_stop_strings_and_limits(self, running, tokenizer):
         engine, model = self.plain(running, tokenizer)
         free = engine.generate(PROMPTS, 1, greedy(12)).completions
-        at, k = next((i, j) for i, row in enumerate(free) for j, t in enumerate(row) if j and tokenizer.decode([t]).isascii() and tokenizer.decode([t]).strip())
+        at, k = next(
+            (i, j)
+            for i, row in enumerate(free)
+            for j, t in enumerate(row)
+            if j and tokenizer.decode([t]).isascii() and tokenizer.decode([t]).strip()
+        )
         word = tokenizer.decode(free[at][k:k + 1])
         assert same(engine, model, Sampling(greedy=True, max_tokens=12, stop=(word,), stop_token_ids=ENDS), 1)
         found = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12, stop=(word,), stop_token_ids=ENDS))
-        assert found.finished[at] == "stop" and word in tokenizer.decode(found.completions[at]) and len(found.completions[at]) <= k + 1
+        assert found.finished[at] == "stop"
+        assert word in tokenizer.decode(found.completions[at])
+        assert len(found.completions[at]) <= k + 1
         assert same(engine, model, Sampling(greedy=True, max_tokens=(3, 1, 9, 12), stop_token_ids=ENDS), 1)
         free = engine.generate(PROMPTS, 1, Sampling(greedy=True, max_tokens=12)).completions
         end = free[1][5]
@@ -388,11 +454,19 @@ class TestVLLM:
         engine, model = self.plain(running, tokenizer)
         sampling = greedy(12, repetition_penalty=1.7)
         ours = engine.generate(PROMPTS, 1, sampling)
-        assert ours.completions == [HuggingFace(model).generate([p], 1, sampling).completions[0] for p in PROMPTS] != engine.generate(PROMPTS, 1, greedy(12)).completions
+        assert (
+            ours.completions
+            == [HuggingFace(model).generate([p], 1, sampling).completions[0] for p in PROMPTS]
+            != engine.generate(PROMPTS, 1, greedy(12)).completions
+        )
 
     def test_logps_are_the_training_steps(self, running, tokenizer):
         engine, model = self.plain(running, tokenizer)
-        for sampling in (Sampling(max_tokens=20), Sampling(max_tokens=20, temperature=0.7), Sampling(max_tokens=20, temperature=1.3, top_p=0.8, top_k=40, min_p=0.02)):
+        for sampling in (
+            Sampling(max_tokens=20),
+            Sampling(max_tokens=20, temperature=0.7),
+            Sampling(max_tokens=20, temperature=1.3, top_p=0.8, top_k=40, min_p=0.02),
+        ):
             out = engine.generate(PROMPTS, 4, sampling)
             for i, ids, logps in zip(out.owner, out.completions, out.logps):
                 with torch.no_grad(): logits = model(torch.tensor([PROMPTS[i] + ids])).logits[0, len(PROMPTS[i]) - 1:-1]
@@ -408,8 +482,11 @@ class TestVLLM:
         assert alone.completions[0] == a.completions[4] # wherever it stands
         a, b, c = (engine.generate(PROMPTS, 2, Sampling(max_tokens=10, seed=s)).completions for s in (3, 3, 4))
         assert a == b != c
-        torch.manual_seed(5); a = engine.generate(PROMPTS, 2, Sampling(max_tokens=10)).completions; follow = torch.rand(1)
-        torch.manual_seed(5); b = engine.generate(PROMPTS, 2, Sampling(max_tokens=10)).completions
+        torch.manual_seed(5)
+        a = engine.generate(PROMPTS, 2, Sampling(max_tokens=10)).completions
+        follow = torch.rand(1)
+        torch.manual_seed(5)
+        b = engine.generate(PROMPTS, 2, Sampling(max_tokens=10)).completions
         assert a == b and follow == torch.rand(1) and engine.generate(PROMPTS, 2, Sampling(max_tokens=10)).completions != b
 
     def test_the_distribution(self, running, tokenizer):
@@ -428,7 +505,7 @@ class TestVLLM:
         engine, _ = self.plain(running, tokenizer)
         prompt = prompts_of(200)
         pool = engine.llm.engine_core.engine_core.scheduler.kv_cache_manager
-        cached = lambda: sum(b.block_hash is not None for b in pool.block_pool.blocks)
+        def cached(): return sum(b.block_hash is not None for b in pool.block_pool.blocks)
         engine.generate(prompt, 4, greedy(4))
         assert cached() >= 1 # a whole page of the prompt
         engine.sync()
@@ -436,8 +513,12 @@ class TestVLLM:
 
     def test_bad_requests_leave_it_running(self, running, tokenizer):
         engine, model = self.plain(running, tokenizer)
-        for prompts, sampling, words in (([], greedy(), "empty"), (PROMPTS, greedy(250), "max_model_len=256"), ([[5, 400]], greedy(), "token 400"),
-                                         (PROMPTS, Sampling(seeds=(1,)), "seeds")):
+        for prompts, sampling, words in (
+            ([], greedy(), "empty"),
+            (PROMPTS, greedy(250), "max_model_len=256"),
+            ([[5, 400]], greedy(), "token 400"),
+            (PROMPTS, Sampling(seeds=(1,)), "seeds"),
+        ):
             with pytest.raises(ValueError, match=words): engine.generate(prompts, 1, sampling)
         assert same(engine, model)
 
@@ -463,7 +544,8 @@ class TestVLLM:
         engine.close()
 
     def test_a_cache_that_holds_no_completion(self, tokenizer):
-        with pytest.raises(EngineError, match="(?s)could not start.*cache_bytes"): VLLMEngine(plain_model(), tokenizer, cache_bytes=1000)
+        with pytest.raises(EngineError, match="(?s)could not start.*cache_bytes"):
+            VLLMEngine(plain_model(), tokenizer, cache_bytes=1000)
         with VLLMEngine(plain_model(), tokenizer) as engine: assert same(engine, plain_model())
 
     def test_several_gpus_are_refused(self, tokenizer):
@@ -474,7 +556,8 @@ class TestVLLM:
 
     def test_a_model_that_vllm_does_not_know(self, tokenizer):
         config = transformers.CodeGenConfig(vocab_size=320, n_embd=32, n_layer=1, n_head=2, rotary_dim=8, n_positions=64)
-        with pytest.raises(EngineError, match="could not start"): VLLMEngine(transformers.CodeGenForCausalLM(config), tokenizer, model_impl="vllm")
+        with pytest.raises(EngineError, match="could not start"):
+            VLLMEngine(transformers.CodeGenForCausalLM(config), tokenizer, model_impl="vllm")
 
     def test_a_second_one_closes_the_first(self, tokenizer, capsys):
         first = VLLMEngine(plain_model(), tokenizer)
@@ -486,15 +569,26 @@ class TestVLLM:
 
     def test_a_small_cache_still_finishes(self, tokenizer):
         "More completions than the cache holds: vLLM lets some wait."
-        with VLLMEngine(plain_model(), tokenizer, cache_bytes=vllm_start.cache_bytes_for(plain_model().config, 4 * 256, 4)) as engine: assert same(engine, plain_model(), greedy(40), 6)
+        with VLLMEngine(
+            plain_model(), tokenizer, cache_bytes=vllm_start.cache_bytes_for(plain_model().config, 4 * 256, 4)
+        ) as engine:
+            assert same(engine, plain_model(), greedy(40), 6)
 
     def test_a_start_leaves_no_trace(self, tokenizer):
-        random.seed(1); np.random.seed(1); torch.manual_seed(1)
-        states, env, threads = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()), dict(os.environ), torch.set_num_threads
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+        env = dict(os.environ)
+        threads = torch.set_num_threads
         with VLLMEngine(plain_model(), tokenizer) as engine:
-            assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1] and torch.equal(torch.get_rng_state(), states[2])
-            assert dict(os.environ) == env and torch.set_num_threads is threads and torch.get_default_dtype() is torch.float32 and logging.root.manager.disable == 0
-            engine.sleep(); engine.wake() # nothing on a CPU
+            assert random.getstate() == states[0]
+            assert np.random.get_state()[1].tolist() == states[1]
+            assert torch.equal(torch.get_rng_state(), states[2])
+            assert dict(os.environ) == env and torch.set_num_threads is threads
+            assert torch.get_default_dtype() is torch.float32 and logging.root.manager.disable == 0
+            engine.sleep()
+            engine.wake() # nothing on a CPU
             assert same(engine, plain_model())
 
     def test_closing_gives_memory_back(self, tokenizer):
@@ -525,22 +619,33 @@ class TestVLLM:
 
     @pytest.mark.parametrize("algorithm,share", [("grpo", None), ("grpo", True), ("rloo", True)])
     def test_in_trls_trainers(self, algorithm, share, tmp_path, monkeypatch, patched):
-        "Our engine in the place of TRL's: groups, sync after each step, log-probs for the importance correction, weights untouched by it."
+        "Our engine in the place of TRL's: groups, a sync after each step, log-probs for the correction, weights untouched."
         seen, model = [], adapted(model_of(), target_modules="all-linear")
         real, made = VLLMEngine.generate, VLLMEngine.__init__
-        monkeypatch.setattr(VLLMEngine, "generate", lambda self, prompts, n, s: seen.append((len(prompts), n, s)) or real(self, prompts, n, s))
+        monkeypatch.setattr(
+            VLLMEngine, "generate", lambda self, prompts, n, s: seen.append((len(prompts), n, s)) or real(self, prompts, n, s)
+        )
         monkeypatch.setattr(VLLMEngine, "__init__", lambda self, *a, **k: made(self, *a, **{**k, "share": share}))
         base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
         trainer = patched(algorithm, model, tmp_path, use_vllm=True)
         trainer.train()
         engine = vllm_engines[trainer.vllm_generation]
-        assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen) and trainer.processing_class.eos_token_id in seen[0][2].stop_token_ids
-        assert bool(engine.shared) == bool(share) and all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
+        assert len(seen) == 3 and all(n == [4, 4] for _, n, _ in seen)
+        assert trainer.processing_class.eos_token_id in seen[0][2].stop_token_ids
+        assert bool(engine.shared) == bool(share)
+        assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if "lora_" not in n)
         engine.sync()
         assert same(engine, trainer.model) # as trained, to the last step
         if algorithm == "grpo":
-            rows = {k: v for e in trainer.state.log_history for k, v in e.items() if "importance_sampling_ratio/mean" in k or "logp_difference/mean" in k}
-            assert all(abs(v - 1) < 1e-3 for k, v in rows.items() if "ratio" in k) and all(abs(v) < 1e-3 for k, v in rows.items() if "difference" in k) and rows
+            rows = {
+                k: v
+                for e in trainer.state.log_history
+                for k, v in e.items()
+                if "importance_sampling_ratio/mean" in k or "logp_difference/mean" in k
+            }
+            assert all(abs(v - 1) < 1e-3 for k, v in rows.items() if "ratio" in k)
+            assert all(abs(v) < 1e-3 for k, v in rows.items() if "difference" in k)
+            assert rows
         engine.close()
 
     @pytest.mark.parametrize("how", ["engine", "fast_inference"])
@@ -554,12 +659,17 @@ class TestVLLM:
         monkeypatch.setattr(VLLMEngine, "__init__", lambda self, *a, **k: made(self, *a, **{**k, "share": True}))
         model = model_of()
         if how == "fast_inference": model._grpo_nb = Settings("digits", 128, torch.float32, False, True, 0.6, 16)
-        trainer = patched("grpo", model, tmp_path, save_strategy="steps", save_steps=3, **({"engine": "vllm"} if how == "engine" else {}))
+        trainer = patched(
+            "grpo", model, tmp_path, save_strategy="steps", save_steps=3, **({"engine": "vllm"} if how == "engine" else {})
+        )
         engine = vllm_engines[trainer.vllm_generation]
         trainer.train()
         told = capsys.readouterr().out
-        assert ("engine='vllm' means use_vllm=True" if how == "engine" else "fast_inference=True: completions are sampled by vLLM") in told and "are shared" in told
-        if how == "fast_inference": assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["share"] == 0.6
+        first = "engine='vllm' means use_vllm=True" if how == "engine" else "fast_inference=True: completions are sampled by vLLM"
+        assert first in told
+        assert "are shared" in told
+        if how == "fast_inference":
+            assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["share"] == 0.6
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3").state_dict()
         assert all(torch.equal(w, loaded[n]) for n, w in trainer.model.state_dict().items()) and same(engine, trainer.model)
         assert engine.copied_bytes == 0 # Adam's updates went into the shared tensors
@@ -570,11 +680,14 @@ class TestVLLM:
         assert "both sampled from their own weights" in in_two_processes("vllm_script.py", tmp_path)
 
     def test_a_run_is_stopped_while_it_samples(self, tmp_path, patched):
-        "`run.stop()` ends vLLM's sampling between two tokens; the weights are whole, the checkpoint is there, and the next run goes on from it."
+        "`run.stop()` ends vLLM's sampling between two tokens: the weights are whole, and the next run goes on from the checkpoint."
         from grpo_nb.run.run import GRPORun
 
         model = adapted(model_of())
-        run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_completion_length": 200, "max_steps": 50})
+        run = GRPORun(
+            model, make_tokenizer(["1 2"], 320), reward_of, DATA,
+            {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_completion_length": 200, "max_steps": 50},
+        )
         engine, started = vllm_engines[run.trainer.vllm_generation], threading.Event()
         real = engine._run
 
@@ -590,7 +703,10 @@ class TestVLLM:
         run.wait(30)
         assert run.state == "stopped" and run.checkpoint and time.perf_counter() - asked < 5
         assert not engine.llm.has_unfinished_requests() and not any(getattr(m, "merged", False) for m in model.modules())
-        again = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_steps": run.step + 1})
+        again = GRPORun(
+            model, make_tokenizer(["1 2"], 320), reward_of, DATA,
+            {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "max_steps": run.step + 1},
+        )
         again.start(resume=True, background=False)
         assert again.state == "finished" and engine.llm is None
         vllm_engines[again.trainer.vllm_generation].close()
@@ -599,13 +715,15 @@ class TestVLLM:
         "A clear error, the weights whole and the checkpoint intact; the same trainer, and the next one, go on with a new engine."
         from grpo_nb.run.run import GRPORun
 
-        model, settings = adapted(model_of()), {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "save_strategy": "steps", "save_steps": 1}
+        model = adapted(model_of())
+        settings = {**SETTINGS, "output_dir": str(tmp_path), "engine": "vllm", "save_strategy": "steps", "save_steps": 1}
         run = GRPORun(model, make_tokenizer(["1 2"], 320), reward_of, DATA, settings)
         engine = vllm_engines[run.trainer.vllm_generation]
         real = engine.llm.step
         engine.llm.step = lambda: real() if run.step < 1 else (_ for _ in ()).throw(RuntimeError("CUDA out of memory"))
         with pytest.raises(EngineError, match="failed while sampling, and was closed.*Make room"): run.start(background=False)
-        assert run.state == "failed" and engine.llm is None and (tmp_path / "checkpoint-1").is_dir() and not torch.distributed.is_initialized()
+        assert run.state == "failed" and engine.llm is None
+        assert (tmp_path / "checkpoint-1").is_dir() and not torch.distributed.is_initialized()
         run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         second = vllm_engines[run.trainer.vllm_generation]
         second.sync()
@@ -628,17 +746,23 @@ class TestVLLM:
         task = tasks.get("sort_digits", seed=0)
         model, tok = tiny_model(task, seed=0, measure=False)
         model = FastLanguageModel.get_peft_model(model, random_state=0, **adapter)
-        measure = lambda: tasks.accuracy(model, tok, task.test, task.reward, task.max_completion_length)
+        def measure(): return tasks.accuracy(model, tok, task.test, task.reward, task.max_completion_length)
         before = measure()
         PatchFastRL("grpo", FastLanguageModel)
         started = time.perf_counter()
-        run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "engine": "vllm"}).start(background=False)
+        run = GRPORun(model, tok, task.reward, task.train, {**quickstart_config(task, tmp_path, 100, 0), "engine": "vllm"}).start(
+            background=False
+        )
         seconds, after = time.perf_counter() - started, measure()
         engine = vllm_engines[run.trainer.vllm_generation]
         rewards = [row["value"] for row in run.history if row["name"] == "reward"]
         with capsys.disabled():
-            print(f"\nvLLM {engine.version}, {engine.way}: accuracy {before:.3f} -> {after:.3f}, reward {sum(rewards[:10]) / 10:.2f} -> {sum(rewards[-10:]) / 10:.2f}, "
-                  f"{len(rewards)} steps in {seconds:.0f} s, engine start {engine.start_seconds:.1f} s, last sync {1000 * engine.sync_seconds:.0f} ms", file=sys.stderr)
+            print(
+                f"\nvLLM {engine.version}, {engine.way}: accuracy {before:.3f} -> {after:.3f}, "
+                f"reward {sum(rewards[:10]) / 10:.2f} -> {sum(rewards[-10:]) / 10:.2f}, {len(rewards)} steps in {seconds:.0f} s, "
+                f"engine start {engine.start_seconds:.1f} s, last sync {1000 * engine.sync_seconds:.0f} ms",
+                file=sys.stderr,
+            )
         engine.close()
         UnpatchFastRL()
         assert after >= 0.93

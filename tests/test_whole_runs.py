@@ -16,7 +16,10 @@ pytestmark = pytest.mark.usefixtures("unpatched")
 def reward(completions, **_): return [float(sum(map(ord, c)) % 7) / 7 for c in completions]
 
 
-def rows(n): return Dataset.from_list([{"prompt": " ".join(f"w{3 + (i * 7 + j * (i + 3)) % 60}" for j in range(2 + i % 4))} for i in range(n)])
+def rows(n):
+    return Dataset.from_list(
+        [{"prompt": " ".join(f"w{3 + (i * 7 + j * (i + 3)) % 60}" for j in range(2 + i % 4))} for i in range(n)]
+    )
 
 
 def trainer_of(ours, folder, model=None, cls=None, callbacks=None, evaluated=False, **config):
@@ -26,17 +29,29 @@ def trainer_of(ours, folder, model=None, cls=None, callbacks=None, evaluated=Fal
     if config.get("beta"):
         model.save_pretrained(f"{folder}/model")
         model.config._name_or_path = f"{folder}/model"
-    given = dict(output_dir=str(folder), report_to=[], logging_steps=1, save_strategy="no", use_cpu=True, seed=1, learning_rate=1e-2, optim="sgd", bf16=False,
-                 lr_scheduler_type="constant", max_grad_norm=0.0, disable_tqdm=True, num_generations=4, max_completion_length=8, max_steps=3, temperature=0.9,
-                 per_device_train_batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing=False) | config
+    given = (
+        dict(
+            output_dir=str(folder), report_to=[], logging_steps=1, save_strategy="no", use_cpu=True, seed=1,
+            learning_rate=1e-2, optim="sgd", bf16=False, lr_scheduler_type="constant", max_grad_norm=0.0,
+            disable_tqdm=True, num_generations=4, max_completion_length=8, max_steps=3, temperature=0.9,
+            per_device_train_batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing=False,
+        )
+        | config
+    )
     if ours: given |= dict(engine="hf", max_tokens_per_pack=60)
     more = dict(eval_dataset=rows(4)) if evaluated else {}
-    return (cls or GRPOTrainer)(model=model, reward_funcs=reward, args=GRPOConfig(**given), train_dataset=rows(16), processing_class=tokenizer(),
-                                callbacks=callbacks, **more)
+    return (cls or GRPOTrainer)(
+        model=model, reward_funcs=reward, args=GRPOConfig(**given),
+        train_dataset=rows(16), processing_class=tokenizer(), callbacks=callbacks,
+        **more,
+    )
 
 
 def logged(trainer):
-    kept = [{k: v for k, v in r.items() if not any(part in k for part in NOT_COMPARED) and k not in ("clip_ratio", "eval_clip_ratio")} for r in trainer.state.log_history]
+    kept = [
+        {k: v for k, v in r.items() if not any(part in k for part in NOT_COMPARED) and k not in ("clip_ratio", "eval_clip_ratio")}
+        for r in trainer.state.log_history
+    ]
     return [{k: v for k, v in r.items() if isinstance(v, int | float)} for r in kept]
 
 
@@ -63,13 +78,22 @@ def trained(trainer):
 
 
 def test_evaluation_before_the_first_step(tmp_path):
-    same(lambda ours: trained(trainer_of(ours, tmp_path, evaluated=True, eval_on_start=True, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)))
+    same(
+        lambda ours: trained(
+            trainer_of(
+                ours, tmp_path, evaluated=True, eval_on_start=True,
+                eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4,
+            )
+        )
+    )
 
 
 def test_a_buffer_of_an_earlier_run_is_not_fresh(tmp_path):
     "The second run trains on the half of the generation batch that the first has left; the weights have moved since."
     def twice(ours):
-        t = trainer_of(ours, tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=1, epsilon=0.02, learning_rate=0.3)
+        t = trainer_of(
+            ours, tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=1, epsilon=0.02, learning_rate=0.3
+        )
         t.train()
         return trained(t)
     same(twice)
@@ -112,7 +136,8 @@ class Between(TrainerCallback):
 def zero(callback): callback.trainer.model.zero_grad()
 def evaluates(callback): callback.trainer.evaluate()
 def rescales(callback): callback.trainer._buffered_inputs[1]["advantages"] = callback.trainer._buffered_inputs[1]["advantages"] * 3
-def looks(callback): callback.seen.append(sum(p.grad.norm().item() for p in callback.trainer.model.parameters() if p.grad is not None))
+def looks(callback):
+    callback.seen.append(sum(p.grad.norm().item() for p in callback.trainer.model.parameters() if p.grad is not None))
 def probes(callback): callback.trainer.compute_loss(callback.trainer.model, callback.trainer._buffered_inputs[0])
 
 
@@ -122,7 +147,10 @@ def test_a_callback_between_micro_batches(tmp_path, act):
 
     def run(ours):
         between = Between(act)
-        t = between.trainer = trainer_of(ours, tmp_path, callbacks=[between], evaluated=act is evaluates, gradient_accumulation_steps=3, per_device_eval_batch_size=4)
+        t = between.trainer = trainer_of(
+            ours, tmp_path, callbacks=[between], evaluated=act is evaluates,
+            gradient_accumulation_steps=3, per_device_eval_batch_size=4,
+        )
         seen.append(between.seen)
         return trained(t)
     same(run)
@@ -159,12 +187,23 @@ def with_hook(kind):
     model = tiny()
     embed = model.get_input_embeddings()
     if kind == "second row": embed.register_forward_hook(lambda m, a, out: out + 0.1 * torch.arange(len(out))[:, None, None])
-    if kind == "by group": embed.register_forward_hook(lambda m, a, out: (out.view(-1, 4, *out.shape[1:]) * torch.tensor([1.0, 2, 1, 1])[None, :, None, None]).view_as(out))
-    if kind == "under grad": embed.register_forward_hook(lambda m, a, out: out + 0.1 * torch.arange(len(out))[:, None, None] if torch.is_grad_enabled() else out)
-    if kind == "backward": model.model.layers[0].register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else g / (1 + g.norm()) for g in gi))
+    if kind == "by group":
+        embed.register_forward_hook(
+            lambda m, a, out: (out.view(-1, 4, *out.shape[1:]) * torch.tensor([1.0, 2, 1, 1])[None, :, None, None]).view_as(out)
+        )
+    if kind == "under grad":
+        embed.register_forward_hook(
+            lambda m, a, out: out + 0.1 * torch.arange(len(out))[:, None, None] if torch.is_grad_enabled() else out
+        )
+    if kind == "backward":
+        model.model.layers[0].register_full_backward_hook(
+            lambda m, gi, go: tuple(g if g is None else g / (1 + g.norm()) for g in gi)
+        )
     if kind == "steering":
         vector = torch.nn.Parameter(0.1 * torch.randn(32, generator=torch.Generator().manual_seed(0)))
-        model.model.layers[0].register_forward_hook(lambda m, a, out: out + vector if isinstance(out, torch.Tensor) else (out[0] + vector, *out[1:]))
+        model.model.layers[0].register_forward_hook(
+            lambda m, a, out: out + vector if isinstance(out, torch.Tensor) else (out[0] + vector, *out[1:])
+        )
         model.__dict__["vector"] = vector
     return model
 

@@ -34,15 +34,22 @@ def with_reference(batches, beta, seed=3):
     return batches
 
 
-def compare(trainer, accumulation, per_generation, iterations, sizes=None, beta=0.0, algorithm="grpo", rows=4, seed=0, scale=None, windows=True, **shape):
+def compare(
+    trainer, accumulation, per_generation, iterations, sizes=None, beta=0.0,
+    algorithm="grpo", rows=4, seed=0, scale=None, windows=True, **shape,
+):
     "Losses, gradients and metrics of every optimiser step; the worst relative difference of a gradient."
     every = per_generation * iterations
     sizes = sizes or [accumulation] * max(2, -(-2 * every // accumulation))
-    batches = with_reference([generation_batch(rows * per_generation, seed=seed + i, **shape) for i in range(-(-sum(sizes) // every))], beta)
+    batches = with_reference(
+        [generation_batch(rows * per_generation, seed=seed + i, **shape) for i in range(-(-sum(sizes) // every))], beta
+    )
     logps = unwrapped(type(trainer), "_get_per_token_logps_and_entropies")
 
     def steps(change=lambda batch: batch):
-        prepare(trainer, accumulation, per_generation, iterations, [change(b) for b in batches], logps, old=accumulation % every != 0)
+        prepare(
+            trainer, accumulation, per_generation, iterations, [change(b) for b in batches], logps, old=accumulation % every != 0
+        )
         return optimiser_steps(trainer, sizes)
 
     theirs, wanted = steps()
@@ -50,7 +57,10 @@ def compare(trainer, accumulation, per_generation, iterations, sizes=None, beta=
     try: ours, found = steps()
     finally: UnpatchFastRL()
     worst = max(relative(g, h) for (_, g), (_, h) in zip(ours, theirs))
-    if worst >= TOLERANCE: assert_same(whole(ours, found), whole(theirs, wanted), lambda change: whole(*steps(change)), trainer.model, tolerance=TOLERANCE)
+    if worst >= TOLERANCE:
+        assert_same(
+            whole(ours, found), whole(theirs, wanted), lambda change: whole(*steps(change)), trainer.model, tolerance=TOLERANCE
+        )
     for (a, _), (b, _) in zip(ours, theirs): assert torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE), (a, b)
     for name, values in wanted.items(): assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), name
     assert set(found) - set(wanted) <= set(OURS)
@@ -60,7 +70,11 @@ def compare(trainer, accumulation, per_generation, iterations, sizes=None, beta=
 
 def whole(steps, metrics) -> tuple:
     "All optimiser steps as the loss, gradients and metrics of one."
-    return sum(losses.sum() for losses, _ in steps), {f"{n}: {k}": g for n, (_, gradients) in enumerate(steps) for k, g in gradients.items()}, metrics
+    return (
+        sum(losses.sum() for losses, _ in steps),
+        {f"{n}: {k}": g for n, (_, gradients) in enumerate(steps) for k, g in gradients.items()},
+        metrics,
+    )
 
 
 def unwrapped(cls, name):
@@ -88,7 +102,9 @@ def test_every_objective_under_every_cut(trainer, loss_type):
     worst = {}
     for level, beta, cut in itertools.product(("token", "sequence"), (0.0, 0.04), ALL):
         settle(trainer, loss_type, level, beta)
-        worst[level, beta] = max(worst.get((level, beta), 0), compare(trainer, *cut, beta=beta, windows=min(cut[0], cut[1] * cut[2]) > 1)[0])
+        worst[level, beta] = max(
+            worst.get((level, beta), 0), compare(trainer, *cut, beta=beta, windows=min(cut[0], cut[1] * cut[2]) > 1)[0]
+        )
     print(loss_type, {k: f"{v:.1e}" for k, v in worst.items()})
 
 
@@ -107,8 +123,11 @@ def test_number_of_chunks(trainer, chunks):
     assert set(found["packing/packs"]) == {float(chunks)}
 
 
-@pytest.mark.parametrize("shape", [dict(completion=(12, 12), full_mask_row=False), dict(prompt=(1, 2)), dict(groups=16), dict(groups=4, shuffled=False)],
-                         ids=["all to full length", "short prompts", "no prompt twice", "one prompt a micro-batch"])
+@pytest.mark.parametrize(
+    "shape",
+    [dict(completion=(12, 12), full_mask_row=False), dict(prompt=(1, 2)), dict(groups=16), dict(groups=4, shuffled=False)],
+    ids=["all to full length", "short prompts", "no prompt twice", "one prompt a micro-batch"],
+)
 def test_shapes(trainer, shape):
     settle(trainer)
     compare(trainer, 4, 4, 1, **shape)
@@ -155,7 +174,8 @@ def test_other_settings(trainer, setting):
     settle(trainer)
     try:
         if setting == "delta": trainer.args.delta = 1.3
-        if setting == "entropy bonus": trainer._entropy_bonus_enabled, trainer.entropy_coef, trainer.use_adaptive_entropy = True, 0.02, False
+        if setting == "entropy bonus":
+            trainer._entropy_bonus_enabled, trainer.entropy_coef, trainer.use_adaptive_entropy = True, 0.02, False
         compare(trainer, 4, 2, 2)
     finally: trainer.args.delta, trainer._entropy_bonus_enabled, trainer.entropy_coef = None, False, 0.0
 
@@ -163,10 +183,14 @@ def test_other_settings(trainer, setting):
 def test_rloo(tmp_path):
     from trl import RLOOConfig, RLOOTrainer
 
-    args = RLOOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=12, bf16=False,
-                      use_cpu=True, report_to=[], gradient_checkpointing=False, beta=0.0)
-    trainer = RLOOTrainer(model=tiny(), reward_funcs=lambda completions, **kw: [0.0] * len(completions), processing_class=tokenizer(), args=args,
-                          train_dataset=Dataset.from_list([{"prompt": "w3 w4"}] * 8))
+    args = RLOOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=12,
+        bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False, beta=0.0,
+    )
+    trainer = RLOOTrainer(
+        model=tiny(), reward_funcs=lambda completions, **kw: [0.0] * len(completions),
+        processing_class=tokenizer(), args=args, train_dataset=Dataset.from_list([{"prompt": "w3 w4"}] * 8),
+    )
     trainer.args.max_tokens_per_pack = 60
     for cut in ((4, 4, 1), (2, 4, 1), (4, 2, 2)):
         batches = [generation_batch(4 * cut[1], seed=i) for i in range(4)]
@@ -180,12 +204,14 @@ def test_rloo(tmp_path):
             def with_old(inputs, sampled=sampled, logps=logps):
                 b = sampled(inputs)
                 ids, mask = (torch.cat([b[f"prompt_{x}"], b[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-                with torch.no_grad(): b["old_logps"] = (logps(trainer, trainer.model, ids, mask, 12)[0] * b["completion_mask"]).sum(1)
+                with torch.no_grad():
+                    b["old_logps"] = (logps(trainer, trainer.model, ids, mask, 12)[0] * b["completion_mask"]).sum(1)
                 return b
             trainer._generate_and_score_completions = with_old
             found.append(optimiser_steps(trainer, [cut[0]] * 2))
         UnpatchFastRL()
-        for (a, g), (b, h) in zip(found[1][0], found[0][0]): assert torch.allclose(a, b, atol=TOLERANCE) and relative(g, h) < TOLERANCE
+        for (a, g), (b, h) in zip(found[1][0], found[0][0]):
+            assert torch.allclose(a, b, atol=TOLERANCE) and relative(g, h) < TOLERANCE
 
 
 # What must not be packed together
@@ -231,7 +257,8 @@ def test_a_subclass_keeps_its_say(tmp_path, name, capsys):
         trainer.calls, cls.skip = 0, (2, 5, 6, 7)
         prepare(trainer, 4, 4, 1, batches)
         runs.append(optimiser_steps(trainer, [4, 4]))
-    for (a, g), (b, h) in zip(runs[1][0], runs[0][0]): assert torch.allclose(a, b, atol=TOLERANCE) and relative(g, h) < TOLERANCE, name
+    for (a, g), (b, h) in zip(runs[1][0], runs[0][0]):
+        assert torch.allclose(a, b, atol=TOLERANCE) and relative(g, h) < TOLERANCE, name
     said = capsys.readouterr().out
     if name in ("skips", "doubles", "prepares"): assert "each micro-batch is packed by itself" in said and cls.__name__ in said
     else: assert "TRL's own path is taken there" in said
@@ -283,7 +310,7 @@ def test_losses_that_arrive_with_different_factors(trainer, monkeypatch):
 
 @pytest.mark.parametrize("cut", [(4, 4, 1), (2, 4, 1), (4, 2, 2)])
 def test_a_fresh_adapter_has_not_left_its_reference(tmp_path, cut):
-    "In bf16, packs that are cut differently round differently: on the window's own packs the KL divergence is exactly 0, as TRL's is."
+    "In bf16, packs that are cut differently round differently: on the window's own packs the KL divergence is 0, as TRL's is."
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny().to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear"))
@@ -316,13 +343,16 @@ def test_the_reference_is_asked_in_the_loss_and_is_the_same(tmp_path):
                 model.save_pretrained(f"{tmp_path}/model")
                 model.config._name_or_path = f"{tmp_path}/model"
             more = dict(engine="hf", max_tokens_per_pack=40) if patched else {}
-            args = GRPOConfig(str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=4, use_cpu=True, bf16=False,
-                              report_to=[], gradient_checkpointing=False, save_strategy="no", beta=0.04, gradient_accumulation_steps=cut[0], seed=3, optim="sgd",
-                              steps_per_generation=cut[1], num_iterations=cut[2], learning_rate=0.3, logging_steps=1, lr_scheduler_type="constant", **more)
+            args = GRPOConfig(
+                str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=4,
+                use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, save_strategy="no", beta=0.04,
+                gradient_accumulation_steps=cut[0], seed=3, optim="sgd", steps_per_generation=cut[1], num_iterations=cut[2],
+                learning_rate=0.3, logging_steps=1, lr_scheduler_type="constant", **more,
+            )
             trainer = GRPOTrainer(model, reward, args, train_dataset=data, processing_class=tokenizer())
             trainer.train()
-            found.append(([{k: r[k] for k in ("loss", "kl", "grad_norm", "entropy")} for r in trainer.state.log_history if "kl" in r],
-                          {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
+            rows = [{k: r[k] for k in ("loss", "kl", "grad_norm", "entropy")} for r in trainer.state.log_history if "kl" in r]
+            found.append((rows, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
         UnpatchFastRL()
         for ours, theirs in zip(found[1][0], found[0][0]):
             for name in theirs: assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (lora, cut, name)

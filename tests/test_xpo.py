@@ -23,15 +23,22 @@ def trainer_of(path, lora=False, budget=None, **config):
     reward_config = FAMILIES["llama"]()
     reward_config.num_labels = 1
     judge = AutoModelForSequenceClassification.from_config(reward_config)
-    args = XPOConfig(**dict(output_dir=str(path), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, max_new_tokens=8,
-                            per_device_train_batch_size=4, alpha=1e-2, temperature=0.7, missing_eos_penalty=None) | config)
+    args = XPOConfig(
+        **dict(
+            output_dir=str(path), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, max_new_tokens=8,
+            per_device_train_batch_size=4, alpha=1e-2, temperature=0.7, missing_eos_penalty=None,
+        )
+        | config
+    )
     args.max_tokens_per_pack = budget
     peft = {}
     if lora:
         from peft import LoraConfig
         peft["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    return XPOTrainer(model=tiny("llama"), reward_funcs=judge, reward_processing_classes=tokenizer(), args=args, processing_class=tokenizer(),
-                      train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS * 8]), **peft)
+    return XPOTrainer(
+        model=tiny("llama"), reward_funcs=judge, reward_processing_classes=tokenizer(), args=args,
+        processing_class=tokenizer(), train_dataset=Dataset.from_list([{"prompt": p} for p in PROMPTS * 8]), **peft,
+    )
 
 
 def step(trainer, model=None):

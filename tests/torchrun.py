@@ -10,7 +10,16 @@ HERE = Path(__file__).resolve().parent
 def in_two_processes(script, *args, **env) -> str: # what it printed
     "Run a script of this folder under torchrun; it must end well."
     paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / script), *map(str, args)], cwd=HERE,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env}, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2", str(HERE / script), *map(str, args),
+        ],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

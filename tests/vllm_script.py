@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: each has a vLLM engine of its own, on the weights that it trains; what they sample follows every step."""
+"""Run by torchrun in two processes: each has a vLLM engine of its own, on the weights that it trains; samples follow every step."""
 import sys
 
 import torch
@@ -23,10 +23,17 @@ model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
 def variety(completion_ids, **_): return [float(len(set(c))) for c in completion_ids]
 
 
-trainer = GRPOTrainer(model, variety, GRPOConfig(
-    output_dir=sys.argv[1], engine="vllm", use_cpu=True, bf16=False, max_steps=3, per_device_train_batch_size=8, num_generations=4, max_completion_length=8, learning_rate=1e-2, beta=0.0,
-    logging_steps=1, save_strategy="no", report_to=[], gradient_checkpointing=False, ddp_find_unused_parameters=False), Dataset.from_list([{"prompt": f"{i} 3"} for i in range(8)]),
-    processing_class=tokenizer)
+trainer = GRPOTrainer(
+    model,
+    variety,
+    GRPOConfig(
+        output_dir=sys.argv[1], engine="vllm", use_cpu=True, bf16=False, max_steps=3, per_device_train_batch_size=8,
+        num_generations=4, max_completion_length=8, learning_rate=1e-2, beta=0.0, logging_steps=1, save_strategy="no",
+        report_to=[], gradient_checkpointing=False, ddp_find_unused_parameters=False,
+    ),
+    Dataset.from_list([{"prompt": f"{i} 3"} for i in range(8)]),
+    processing_class=tokenizer,
+)
 rank = trainer.accelerator.process_index
 assert trainer.accelerator.num_processes == 2
 trainer.train()

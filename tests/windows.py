@@ -26,13 +26,14 @@ def prepare(trainer, accumulation, per_generation, iterations, batches, logps=No
         batch = dict(next(left))
         if old:
             ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-            with torch.no_grad(): batch["old_per_token_logps"] = logps(trainer, trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
+            with torch.no_grad():
+                batch["old_per_token_logps"] = logps(trainer, trainer.model, ids, mask, batch["completion_ids"].shape[1])[0]
         return batch
     trainer._generate_and_score_completions = sampled
 
 
 def optimiser_steps(trainer, sizes, lr=0.01, model=None, no_sync=False):
-    "Gradients and losses of optimiser steps with so many micro-batches each; the largest gradient moves its weight by `lr` between them."
+    "Gradients and losses of optimiser steps of so many micro-batches; between two, the largest gradient moves a weight by `lr`."
     model, found = model or trainer.model, []
     trainer._metrics["train"].clear()
     trainer._current_train_step_time = 0.0

@@ -52,7 +52,8 @@ def readme(write=False):
     "README.md must be what nbs/index.ipynb says."
     path, text = root / "README.md", readme_text()
     if write: path.write_text(text, encoding="utf-8")
-    elif not path.exists() or path.read_text(encoding="utf-8") != text: fail("README.md differs from nbs/index.ipynb: run `make readme`")
+    elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        fail("README.md differs from nbs/index.ipynb: run `make readme`")
     print(f"README.md agrees with nbs/index.ipynb ({len(text.splitlines())} lines)")
 
 
@@ -101,7 +102,9 @@ def docs():
     sidebar = yaml.safe_load((root / "nbs/sidebar.yml").read_text(encoding="utf-8"))
     listed = set(entries(sidebar["website"]["sidebar"]["contents"]))
     problems = [f"not in the sidebar: {name}" for name in sorted(notebooks.keys() - listed)]
-    problems += [f"in the sidebar without a notebook: {name}" for name in sorted(listed - notebooks.keys()) if name.endswith(".ipynb")]
+    problems += [
+        f"in the sidebar without a notebook: {name}" for name in sorted(listed - notebooks.keys()) if name.endswith(".ipynb")
+    ]
     ids = {page: set(re.findall(r'id="([^"]+)"', html)) for page, (_, html) in found.items()}
     links = 0
     for page, (_, html) in found.items():

@@ -1,7 +1,7 @@
 """Another TRL in a folder of its own: `python tools/overlay_trl.py 1.12.0` prints the folder, which goes first on PYTHONPATH.
 
-`newest` stands for the newest release, `main` for the head of TRL's repository. Only TRL itself is installed there; what it requires
-has to be met by the environment that runs this, and every requirement that is not is named.
+`newest` stands for the newest release, `main` for the head of TRL's repository. Only TRL itself is installed there; what it
+requires has to be met by the environment that runs this, and every requirement that is not is named.
 """
 import shutil
 import subprocess
@@ -26,8 +26,11 @@ def overlay(name):
     found = installed_in(folder)
     if found is None or name in SOURCES: # these two move
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), SOURCES.get(name, f"trl=={name}")]
-        if subprocess.run(command, stdout=sys.stderr).returncode: sys.exit(f"FAILED: pip could not install TRL {name} into {folder}")
+        command = [
+            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), SOURCES.get(name, f"trl=={name}"),
+        ]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            sys.exit(f"FAILED: pip could not install TRL {name} into {folder}")
         found = installed_in(folder)
     return folder, found
 

@@ -12,35 +12,40 @@ import sys
 
 from .. import __version__
 
-# %% ../../nbs/app/04_cli.ipynb #9d143a82
+# %% ../../nbs/app/04_cli.ipynb #42950b50
 class _Parser(argparse.ArgumentParser):
     "Reports wrong arguments in one line."
     def error(self, message):
         "Exit with code 2."
         self.exit(2, f"{self.prog}: {message}\n")
 
-def parser() -> argparse.ArgumentParser:
-    "The command line's grammar."
-    top = _Parser(prog="grpo-nb", description="Train language models with GRPO in a notebook.", allow_abbrev=False)
-    top.add_argument("--version", action="version", version=f"grpo-nb {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+def _add_demo(commands):
+    "`grpo-nb demo`."
     demo = commands.add_parser("demo", help="train a tiny model on a task and measure it before and after", allow_abbrev=False)
-    demo.add_argument("--task", default="sort_digits", help="a task of grpo_nb.tasks.library with a tiny model (default: %(default)s)")
+    demo.add_argument("--task", default="sort_digits",
+                      help="a task of grpo_nb.tasks.library with a tiny model (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the model, the task and the run (default: %(default)s)")
     demo.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as one line of JSON, the last one")
     demo.add_argument("--output-dir", metavar="DIR", help="keep the trained adapter in this folder")
     demo.set_defaults(run=_demo)
-    bench = commands.add_parser("bench", help="measure against stock TRL", allow_abbrev=False)
-    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+
+# %% ../../nbs/app/04_cli.ipynb #73e4de09
+def _add_step(kinds):
+    "`grpo-nb bench step`."
     step = kinds.add_parser("step", help="one optimiser step: stock TRL and patched TRL in turns", allow_abbrev=False)
     step.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    step.add_argument("--shape", nargs="*", help="shapes of grpo_nb.app.bench.SHAPES (default: the device's)")
+    step.add_argument("--shape", nargs="*", help="shapes of grpo_nb.tasks.shapes.SHAPES (default: the device's)")
     step.add_argument("--repeats", type=int, default=5, help="measured steps of each (default: %(default)s)")
     step.add_argument("--micro-batches", type=int, metavar="N", help="that a step accumulates (default: the shape's, mostly 4)")
     step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
     step.add_argument("--json", action="store_true", help="only lines of JSON")
     step.set_defaults(run=_bench_step)
+
+
+def _add_rollout(kinds):
+    "`grpo-nb bench rollout`."
     rollout = kinds.add_parser("rollout", help="sampling: Hugging Face generate and the engines, in turns", allow_abbrev=False)
     rollout.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     rollout.add_argument("--shape", nargs="*", help="shapes of grpo_nb.app.bench_rollout.ROLLOUTS (default: the device's)")
@@ -48,15 +53,37 @@ def parser() -> argparse.ArgumentParser:
     rollout.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
     rollout.add_argument("--json", action="store_true", help="only lines of JSON")
     rollout.set_defaults(run=_bench_rollout)
+
+# %% ../../nbs/app/04_cli.ipynb #03e17405
+def _add_doctor(commands):
+    "`grpo-nb doctor`."
     doctor = commands.add_parser("doctor", help="examine a run before it begins, in under two minutes", allow_abbrev=False)
     doctor.add_argument("config", metavar="CONFIG.yaml", help="a file as `trl grpo --config` takes it")
     doctor.add_argument("--prompts", type=int, default=8, help="how many to sample for; 0: none (default: %(default)s)")
     doctor.add_argument("--seconds", type=float, default=110, help="that it may take (default: %(default)s)")
     doctor.set_defaults(run=_doctor)
+
+
+def _add_patches(commands):
+    "`grpo-nb patches`."
     patches = commands.add_parser("patches", help="what is patched in the installed TRL, and what it saves", allow_abbrev=False)
     patches.add_argument("algorithm", nargs="?", help="one of them (default: all)")
     patches.add_argument("--json", action="store_true", help="print JSON")
     patches.set_defaults(run=_patches)
+
+# %% ../../nbs/app/04_cli.ipynb #3fdab69d
+def parser() -> argparse.ArgumentParser:
+    "The command line's grammar."
+    top = _Parser(prog="grpo-nb", description="Train language models with GRPO in a notebook.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"grpo-nb {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    bench = commands.add_parser("bench", help="measure against stock TRL", allow_abbrev=False)
+    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+    _add_step(kinds)
+    _add_rollout(kinds)
+    _add_doctor(commands)
+    _add_patches(commands)
     return top
 
 # %% ../../nbs/app/04_cli.ipynb #2a97ef6a
@@ -79,14 +106,17 @@ class _Bars:
         if self.bar is not None: self.bar.close()
         self.bar = self.phase = None
 
-# %% ../../nbs/app/04_cli.ipynb #35b0b746
+# %% ../../nbs/app/04_cli.ipynb #46e67e56
 def _summary(found) -> str:
     "A result in a few lines."
+    before, after = found["accuracy_before"], found["accuracy_after"]
+    first, last = found["reward_first10"], found["reward_last10"]
     return (f"task                {found['task']}\n"
-            f"held-out accuracy   {found['accuracy_before']:.3f} before, {found['accuracy_after']:.3f} after {found['steps']} steps\n"
-            f"mean reward         {found['reward_first10']:.3f} in the first 10 steps, {found['reward_last10']:.3f} in the last 10\n"
+            f"held-out accuracy   {before:.3f} before, {after:.3f} after {found['steps']} steps\n"
+            f"mean reward         {first:.3f} in the first 10 steps, {last:.3f} in the last 10\n"
             f"training            {found['seconds']:.1f} s")
 
+# %% ../../nbs/app/04_cli.ipynb #e46365ff
 def _demo(given) -> int: # the exit code
     "Run the first job."
     from grpo_nb.app.demo import check_demo, demo
@@ -105,7 +135,7 @@ def _demo(given) -> int: # the exit code
     print(json.dumps(found) if given.json else _summary(found))
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #f2a7b497
+# %% ../../nbs/app/04_cli.ipynb #547ec8b8
 def _bench_step(given) -> int: # the exit code
     "Measure the step."
     from grpo_nb.app.bench import DEFAULTS, bench_step, check_bench, machine, report
@@ -119,13 +149,13 @@ def _bench_step(given) -> int: # the exit code
         print(report(results, given.json), flush=True)
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #26752a43
+
 def _bench_rollout(given) -> int: # the exit code
     "Measure the engines."
     from grpo_nb.app.bench_rollout import main
     return main(given)
 
-# %% ../../nbs/app/04_cli.ipynb #35dc5704
+# %% ../../nbs/app/04_cli.ipynb #2a15bc60
 def _doctor(given) -> int: # the exit code: 0, 1 where a finding is an error, 2 for a file that cannot be used
     "Examine a run."
     from grpo_nb.advice.doctor import main
@@ -136,7 +166,7 @@ def _patches(given) -> int: # the exit code: 0, 1 where a patch does not fit, 2 
     from grpo_nb.trainers.table import main
     return main(given)
 
-# %% ../../nbs/app/04_cli.ipynb #f9b908f2
+
 def main(argv=None, # the arguments; None: those of the process
          ) -> int: # the exit code
     "The command `grpo-nb`."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['adapter', 'quickstart_config', 'check_demo', 'demo']
 
-# %% ../../nbs/app/03_demo.ipynb #d9917b31
+# %% ../../nbs/app/03_demo.ipynb #30d7e46b
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .. import tasks
-from ..ground.check import one_of
+from ..ground.check import one_of, whole
 from ..ground.events import StepLogged
 
 # %% ../../nbs/app/03_demo.ipynb #fe5abfd0
@@ -28,13 +28,12 @@ def quickstart_config(task, # a `Task` of `grpo_nb.tasks.library`
                 beta=0.0, loss_type="dapo", temperature=1.0, gradient_checkpointing=False, logging_steps=1,
                 save_strategy="no", report_to="none")
 
-# %% ../../nbs/app/03_demo.ipynb #17d4e5d6
+# %% ../../nbs/app/03_demo.ipynb #5c2b0b3f
 def check_demo(task:str, steps:int, seed:int, output_dir=None):
     "Raise `ValueError` or `NotADirectoryError` naming the argument; returns the `Task`."
     one_of("task", task, tasks.available())
-    for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    whole("steps", steps)
+    whole("seed", seed, least=0)
     if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise NotADirectoryError(f"output_dir={str(output_dir)!r} is a file; give a folder.")
     found = tasks.get(task, seed=seed)
@@ -43,14 +42,17 @@ def check_demo(task:str, steps:int, seed:int, output_dir=None):
         raise ValueError(f"task={task!r} has no tiny model to start from. Allowed: {able}.")
     return found
 
-# %% ../../nbs/app/03_demo.ipynb #dec351cb
+# %% ../../nbs/app/03_demo.ipynb #49a470ac
 def _rewards(run) -> list: # one number a step
     return [row["value"] for row in run.history if row["name"] == "reward"]
 
 def _mean(values): return round(sum(values) / len(values), 4) if values else None
 
-def _measure(model, tokenizer, task): return round(tasks.accuracy(model, tokenizer, task.test, task.reward, task.max_completion_length), 4)
+def _measure(model, tokenizer, task):
+    "Held-out accuracy."
+    return round(tasks.accuracy(model, tokenizer, task.test, task.reward, task.max_completion_length), 4)
 
+# %% ../../nbs/app/03_demo.ipynb #ed9d3e14
 def _train(task, model, tokenizer, config, progress):
     "Train `model` with the packed step; returns the run and its seconds."
     from grpo_nb.models.load import FastLanguageModel
@@ -62,13 +64,14 @@ def _train(task, model, tokenizer, config, progress):
     started = time.perf_counter()
     return run.start(background=False), time.perf_counter() - started
 
+# %% ../../nbs/app/03_demo.ipynb #103e7cc4
 def demo(task:str="sort_digits", # one of `tasks.available()` with a warm start
          seed:int=0, # of the model, the task and the run
          steps:int=100, # optimiser steps
          output_dir=None, # a folder for the trained adapter; None: it is not kept
          progress=lambda phase, done, total, value: None, # called as the work goes on; value: the loss or the reward
          ) -> dict: # task, accuracy_before, accuracy_after, steps, seconds, reward_first10, reward_last10
-    "Make a tiny model, train it with GRPO, and measure it before and after; an interrupt raises `KeyboardInterrupt` after its step."
+    "Make a tiny model, train it with GRPO, measure it before and after; an interrupt raises `KeyboardInterrupt` after its step."
     found = check_demo(task, steps, seed, output_dir)
     from grpo_nb.models.load import FastLanguageModel
     from grpo_nb.tasks.tiny import tiny_model
@@ -78,7 +81,9 @@ def demo(task:str="sort_digits", # one of `tasks.available()` with a warm start
     with TemporaryDirectory() as folder:
         run, seconds = _train(found, model, tokenizer, quickstart_config(found, output_dir or folder, steps, seed), progress)
     if run.state == "stopped": raise KeyboardInterrupt(f"stopped after step {run.step}")
-    if output_dir is not None: model.save_pretrained(output_dir); tokenizer.save_pretrained(output_dir)
+    if output_dir is not None:
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
     rewards = _rewards(run)
     return dict(task=task, accuracy_before=before, accuracy_after=_measure(model, tokenizer, found), steps=run.step,
                 seconds=round(seconds, 1), reward_first10=_mean(rewards[:10]), reward_last10=_mean(rewards[-10:]))
