@@ -22,7 +22,7 @@ from grpo_nb.app.bench_rollout import merge_and_copy
 from grpo_nb.engines.base import Sampling
 from grpo_nb.engines.vllm.engine import VLLMEngine
 from grpo_nb.models.installed import vllm_version
-from grpo_nb.models.modes import base_of
+from grpo_nb.models.unwrap import causal_lm
 
 STARTED = time.perf_counter()
 
@@ -60,7 +60,7 @@ class Case:
                 if "lora_B" in n: p.normal_(0, 0.02)
         self.frozen = {n: p for n, p in self.model.named_parameters() if "lora_" not in n}
         self.before = {n: p.detach().clone() for n, p in self.frozen.items()} # on the GPU; the benchmark's own, taken off the figures below
-        vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
+        vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]
         self.prompts = torch.randint(3, vocabulary, (g.prompts, g.prompt), generator=torch.Generator().manual_seed(0)).tolist()
 
     def whole(self) -> bool: return all(torch.equal(self.before[n], p) for n, p in self.frozen.items())

@@ -31,7 +31,7 @@ from grpo_nb.engines.hf import HuggingFace
 from grpo_nb.engines.vllm.engine import VLLMEngine
 from grpo_nb.models import installed
 from grpo_nb.engines.vllm.start import check_version, request_options
-from grpo_nb.engines.vllm.weights import adapter_of, adapter_problem, weights_of
+from grpo_nb.engines.vllm.weights import adapter_of, why_not_swap, weights_of
 from grpo_nb.tasks.tiny import make_tokenizer
 from grpo_nb.trainers.state import vllm_engines
 
@@ -231,10 +231,10 @@ def test_a_tied_head_with_an_adapter_is_refused():
 
 
 def test_what_can_be_swapped():
-    assert not adapter_problem(adapted(model_of()), 4)
+    assert not why_not_swap(adapted(model_of()), 4)
     for options, words in ((dict(use_dora=True), "DoRA"), (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(rank_pattern={"q_proj": 2}), "different ranks"),
                            (dict(bias="lora_only"), "biases"), (dict(r=8), "max_lora_rank=4")):
-        assert words in adapter_problem(adapted(model_of(tied=False), **options), 4)
+        assert words in why_not_swap(adapted(model_of(tied=False), **options), 4)
     model = adapted(model_of(), use_rslora=True)
     rank, tensors = adapter_of(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj

@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .base import Engine, Rollouts, Sampling, check_request
-from ..models.modes import Snapshot, base_of
+from ..models.modes import Snapshot
+from ..models.unwrap import causal_lm
 
 # %% ../../nbs/engines/02_hf.ipynb #9fabedc6
 NO_END = 2**31 - 1 # past every vocabulary, so it is never sampled
@@ -97,9 +98,9 @@ class HuggingFace(Engine):
 
     def _run(self, prompts, counts, sampling): # -> an iterator of ids and log-probs, one pair a row
         rows = [list(p) for p, n in zip(prompts, counts) for _ in range(n)]
-        device, width = base_of(self.model).device, max(map(len, rows))
+        device, width = causal_lm(self.model).device, max(map(len, rows))
         pad = getattr(self.tokenizer, "pad_token_id", None)
-        pad = next(x for x in (pad, base_of(self.model).generation_config.pad_token_id, 0) if isinstance(x, int))
+        pad = next(x for x in (pad, causal_lm(self.model).generation_config.pad_token_id, 0) if isinstance(x, int))
         ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
         config = generation_config(sampling, pad)

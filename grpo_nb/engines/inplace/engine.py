@@ -18,7 +18,7 @@ from ..base import Engine, EngineError, Rollouts, Sampling, check_request
 from .cache import Arrangement, Table, room_for
 from .decode import first_tokens, forward, prefill, step
 from .draw import seeds_of
-from .layers import Decoder, unsupported
+from .layers import Decoder, why_not_inplace
 from .static import Recorder, recorded
 from ...models.modes import Snapshot
 
@@ -55,7 +55,7 @@ class _Run:
         budget = engine.cache_tokens or kept + int(free_bytes(decoder.device) * (0.8 if decoder.device.type == "cuda" else 0.5)) // per
         lengths = [-(-len(p) // 64) * 64 if engine.static else len(p) for p in prompts] # so that a table serves batch after batch
         room = room_for(lengths, counts, limits, budget, engine.slots, per)
-        if reason := unsupported(engine.model, room.prompt + room.completion): raise EngineError(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
+        if reason := why_not_inplace(engine.model, room.prompt + room.completion): raise EngineError(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
         self.seeds = torch.tensor(sampling.seeds) if sampling.seeds is not None else seeds_of(
             int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed, len(self.owner))
         self.window = max(map(len, sampling.stop), default=0) + 8 # tokens that a stop string may begin in; some have no text of their own
@@ -176,7 +176,7 @@ class InPlace(Engine):
         for name, value in dict(cache_tokens=cache_tokens, slots=slots, prefill_tokens=prefill_tokens).items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} should be a whole number of at least 1.")
-        if reason := unsupported(model): raise EngineError(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
+        if reason := why_not_inplace(model): raise EngineError(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
         self.model, self.tokenizer, self.cache_tokens, self.slots = model, tokenizer, cache_tokens, slots
         self.prefill_tokens, self.dtype, self.decoder, self.keep_bytes, self.kept = prefill_tokens, dtype, Decoder(model), keep_bytes, None
         self.static = self.decoder.device.type == "cuda"

@@ -23,14 +23,14 @@ from fastcore.basics import patch
 from ...ground.check import one_of
 from ...models.device import best_dtype
 from ..base import Engine, EngineError, Rollouts, Sampling, check_request
-from .fold import Fold, fold_problem
+from .fold import Fold, why_not_fold
 from ..inplace.engine import free_bytes
-from .share import Layout, adopt, share_problem
+from .one_copy import Layout, adopt, why_not_one_copy
 from .start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled, process_group_kept, release_pools, request_options, untouched
-from .weights import adapter_of, adapter_problem, has_adapter, weights_of
+from .weights import adapter_of, why_not_swap, has_adapter, weights_of
 from ...ground.events import say
 from ...models.load import settings_of
-from ...models.modes import base_of
+from ...models.unwrap import causal_lm
 
 # %% ../../../nbs/engines/vllm/05_engine.ipynb #b136b3c3
 _live = lambda: None # a weak reference to the engine that is running
@@ -81,7 +81,7 @@ class VLLMEngine(Engine):
         self.version = check_version(any_version=any_version)
         one_of("share", share, (None, True, False))
         self.llm, self.model, self.tokenizer, self.lora, self.asleep, self.why, self._own_group = None, model, tokenizer, None, False, "", None
-        self.rank, self.fold, self.shared, base = told("max_lora_rank", max_lora_rank, 0), None, None, base_of(model)
+        self.rank, self.fold, self.shared, base = told("max_lora_rank", max_lora_rank, 0), None, None, causal_lm(model)
         self.device, self.dtype = base.device, dtype or getattr(settings, "dtype", None) or base.dtype
         if dtype is None and self.device.type == "cuda" and self.dtype == torch.float32: self.dtype = best_dtype()
         self.way = self._way(adapter)
@@ -95,24 +95,24 @@ class VLLMEngine(Engine):
 
     def _way(self, adapter): # -> "swap", "fold" or "full"
         "How weights come in; `ValueError` where an adapter cannot be swapped as asked."
-        problem = adapter_problem(self.model, self.rank or None)
+        problem = why_not_swap(self.model, self.rank or None)
         if not has_adapter(self.model):
             if adapter == "swap": raise ValueError(f"adapter='swap': {problem}.")
             return "full"
         if adapter == "swap" and problem: raise ValueError(f"adapter='swap': {problem}. Use adapter='fold'.")
         if adapter == "swap": return "swap"
-        quantised = any(type(p).__name__ == "Params4bit" for p in base_of(self.model).parameters())
+        quantised = any(type(p).__name__ == "Params4bit" for p in causal_lm(self.model).parameters())
         return "fold" if adapter == "fold" or problem or not quantised else "swap"
 
     def _one_copy(self, adapter, wanted, insist): # -> whether the weights are shared; `ValueError` where `insist` cannot be met
         "What can be shared, and how the adapter then comes in."
         if not wanted: return False
-        problem = share_problem(self.model, self.dtype) or (fold_problem(self.model) if self.way == "fold" else "")
+        problem = why_not_one_copy(self.model, self.dtype) or (why_not_fold(self.model) if self.way == "fold" else "")
         if not problem and self.way == "fold":
             self.fold = Fold(self.model)
             if (need := self.fold.nbytes) > (free := free_bytes(torch.device("cpu")) * 0.8):
                 self.fold, room = None, f"the copy of the originals needs {need / 1e9:.1f} GB of the host's memory, and {free / 1e9:.1f} GB can be had"
-                if adapter == "auto" and not adapter_problem(self.model, self.rank or None):
+                if adapter == "auto" and not why_not_swap(self.model, self.rank or None):
                     say(f"the adapter is swapped in, not folded in: {room}.")
                     self.way = "swap"
                 else: problem = room
@@ -261,11 +261,11 @@ def sync(self:VLLMEngine,
     model = self.model if model is None else model
     started = time.perf_counter()
     if self.shared:
-        if base_of(model) is not base_of(self.model): raise EngineError("This vLLM engine reads the weights of the model that it was started with, and this is another. Make a new VLLMEngine.")
+        if causal_lm(model) is not causal_lm(self.model): raise EngineError("This vLLM engine reads the weights of the model that it was started with, and this is another. Make a new VLLMEngine.")
         self.shared.layout.check()
     self.wake(weights=False)
     if self.way == "swap":
-        if problem := adapter_problem(model, self.llm.vllm_config.lora_config.max_lora_rank):
+        if problem := why_not_swap(model, self.llm.vllm_config.lora_config.max_lora_rank):
             raise EngineError(f"The adapter cannot be swapped in: {problem}. Start the engine with adapter='fold'.")
         number = next(_numbers)
         self.llm.collective_rpc(_put_adapter, args=(number, *adapter_of(model)))
@@ -374,7 +374,7 @@ def generate(self:VLLMEngine, prompts, n=1, sampling=Sampling()):
     if over := next(((i, len(p) + k) for i, (p, k) in enumerate(zip(rows, limits)) if len(p) + k > self.max_model_len), None):
         raise ValueError(f"completion {over[0]} may reach {over[1]} tokens with its prompt, and the engine was started with max_model_len={self.max_model_len}; "
                          "start it with more, or ask for a smaller max_tokens.")
-    vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
+    vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]
     if bad := next((t for p in prompts for t in p if not 0 <= t < vocabulary), None): raise ValueError(f"prompts has the token {bad}, and the model has {vocabulary}.")
     requests = [(p, request_options(sampling, k, s)) for p, k, s in zip(rows, limits, sampling.seeds or [None] * len(rows))]
     started = time.perf_counter()

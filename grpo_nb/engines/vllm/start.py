@@ -22,9 +22,9 @@ import torch
 from ...ground.check import known_arguments
 from ..base import EngineError, Sampling
 from ..inplace.engine import free_bytes
-from .share import thin
+from .one_copy import thin
 from ...models import installed
-from ...models.modes import base_of
+from ...models.unwrap import causal_lm
 from ...patch.core import Patch, PatchSet, Value
 
 # %% ../../../nbs/engines/vllm/04_start.ipynb #dca75596
@@ -86,9 +86,9 @@ def untouched():
 
 def _folder(model, tokenizer, path): # what vLLM reads of a model beside its weights
     "Write the configuration and the tokenizer."
-    config = copy.deepcopy(base_of(model).config)
+    config = copy.deepcopy(causal_lm(model).config)
     if hasattr(config, "quantization_config"): del config.quantization_config
-    config.architectures = [next(c.__name__ for c in type(base_of(model)).__mro__ if c.__module__.startswith("transformers"))] if not config.architectures else config.architectures
+    config.architectures = [next(c.__name__ for c in type(causal_lm(model)).__mro__ if c.__module__.startswith("transformers"))] if not config.architectures else config.architectures
     config.save_pretrained(path)
     if tokenizer is not None: tokenizer.save_pretrained(path)
 
@@ -182,9 +182,9 @@ def _arguments(engine, folder, load_format): # of an engine that is starting -> 
     cache = g["cache"]
     if cache is None and cpu:
         block = -(-engine.max_model_len // 128) * 128 # whole pages of the CPU's size
-        size = lambda n: cache_bytes_for(base_of(engine.model).config, n * block, engine.dtype.itemsize)
+        size = lambda n: cache_bytes_for(causal_lm(engine.model).config, n * block, engine.dtype.itemsize)
         cache = max(size(2), min(size(g["seqs"]), free_bytes(engine.device) // 2))
-    rank = engine.rank or max([1, *(m.r.get(m.active_adapters[0], 1) for _, m in base_of(engine.model).named_modules() if hasattr(m, "lora_A") and hasattr(m, "r"))])
+    rank = engine.rank or max([1, *(m.r.get(m.active_adapters[0], 1) for _, m in causal_lm(engine.model).named_modules() if hasattr(m, "lora_A") and hasattr(m, "r"))])
     lora = dict(enable_lora=True, max_loras=1, max_cpu_loras=1, max_lora_rank=next(r for r in _RANKS if r >= rank)) if engine.way == "swap" else {}
     given = dict(model=folder, tokenizer=folder, skip_tokenizer_init=engine.tokenizer is None, load_format=load_format, dtype=str(engine.dtype).removeprefix("torch."),
                  max_model_len=engine.max_model_len, max_num_seqs=g["seqs"], gpu_memory_utilization=g["share"], kv_cache_memory_bytes=cache, enforce_eager=cpu,
