@@ -361,7 +361,7 @@ def test_a_cache_too_small_says_so_before_anything_runs(monkeypatch):
     with pytest.raises(EngineError, match=r"20 tokens.*needs 25: a prompt of 9 and 16.*cache_tokens=25"): engine.generate(prompts_of(5, 9), 4, Sampling(max_tokens=16))
 
 
-@pytest.mark.parametrize("wrong,words", [(dict(temperature=0), "temperature=0 should be"), (dict(top_p=0), "top_p=0"), (dict(top_k=-1), "top_k=-1"), (dict(min_p=2), "min_p=2"),
+@pytest.mark.parametrize("wrong,words", [(dict(temperature=0), "temperature=0 must be"), (dict(top_p=0), "top_p=0"), (dict(top_k=-1), "top_k=-1"), (dict(min_p=2), "min_p=2"),
                                          (dict(max_tokens=0), "max_tokens=0"), (dict(repetition_penalty=0), "repetition_penalty"), (dict(stop=[""]), "stop=''"),
                                          (dict(seeds=[1.5]), "seed=1.5")])
 def test_wrong_sampling(wrong, words):

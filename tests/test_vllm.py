@@ -559,7 +559,7 @@ class TestVLLM:
         trainer.train()
         told = capsys.readouterr().out
         assert ("engine='vllm' means use_vllm=True" if how == "engine" else "fast_inference=True: completions are sampled by vLLM") in told and "are shared" in told
-        if how == "fast_inference": assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["share"] == 0.6
+        if how == "fast_inference": assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["gpu_share"] == 0.6
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3").state_dict()
         assert all(torch.equal(w, loaded[n]) for n, w in trainer.model.state_dict().items()) and same(engine, trainer.model)
         assert engine.copied_bytes == 0 # Adam's updates went into the shared tensors

@@ -16,7 +16,7 @@ from .draw import draw, likeliest
 from .layers import Decoder, turn
 from ...ops.decode.sample import argmax, runs_on, sample
 
-# %% ../../../nbs/engines/inplace/04_decode.ipynb #1364ed8b
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #f59f4daa
 def _seen(length, window, device): # (length, length) bool, or None where causality is all
     if window is None or window >= length: return None
     ahead = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -31,33 +31,37 @@ def _causal(q, k, v, scale, softcap, seen): # (g, H, P, D), (g, K, P, D) twice -
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
     return scores.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
-
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #34d9d893
 def prefill(decoder:Decoder, table:Table, prompts:list, lanes:list) -> None:
     "Run prompts and put their keys and values, and the hidden state that predicts the first token, into free lanes."
-    d, g, lengths = decoder.device, len(prompts), [len(p) for p in prompts]
+    device, g, lengths = decoder.device, len(prompts), [len(p) for p in prompts]
     width = max(lengths)
-    ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=d)
-    at = torch.tensor(lanes, device=d)
+    ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device) # (g, width)
+    at = torch.tensor(lanes, device=device)
     rotary = {name: (cos[:width], sin[:width]) for name, (cos, sin) in table.rotary.items()}
-    seen = {w: _seen(width, w, d) for w in (None, *decoder.windows)}
-    h, kv = decoder.heads, decoder.kv
-
-    def attend(i):
-        def run(layer, qkv):
-            heads = qkv.view(g, width, h + 2 * kv, -1)
-            both = heads[:, :, :h + kv] if layer.head_norm is None else layer.head_norm(heads[:, :, :h + kv])
-            both = turn(both, *rotary[layer.rope])
-            q, k, v = (t.transpose(1, 2) for t in (both[:, :, :h], both[:, :, h:], heads[:, :, h + kv:]))
-            for part, t in enumerate((k, v)): table.prompt_kv[i, part].index_put_((at,), F.pad(t, (0, 0, 0, table.room.prompt - width)))
-            return _causal(q, k, v, layer.scale, decoder.softcap, seen[layer.window]).transpose(1, 2).reshape(g * width, -1)
-        return run
-
+    seen = {w: _seen(width, w, device) for w in (None, *decoder.windows)}
     x = decoder.embed(ids).view(g * width, -1)
-    for i, layer in enumerate(decoder.layers): x = layer(x, attend(i))
-    table.length[at] = torch.tensor(lengths, device=d)
-    table.first[at] = x.view(g, width, -1)[torch.arange(g, device=d), table.length[at] - 1].float()
+    for i, layer in enumerate(decoder.layers):
+        def attend(la, qkv, i=i):
+            return _attend_prompts(i, la, qkv.view(g, width, -1), decoder, table, at, rotary[la.rope], seen[la.window])
+        x = layer(x, attend)
+    table.length[at] = torch.tensor(lengths, device=device)
+    table.first[at] = x.view(g, width, -1)[torch.arange(g, device=device), table.length[at] - 1].float()
 
-# %% ../../../nbs/engines/inplace/04_decode.ipynb #a3001270
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #7ba6d426
+def _attend_prompts(i, layer, qkv, decoder, table, lanes, rotary, seen): # (g, P, (heads + 2 kv) D) -> (g * P, heads * D)
+    "Attention of one layer for prompts; their keys and values go into their lanes, zeros behind them."
+    g, width, _ = qkv.shape
+    h, kv = decoder.heads, decoder.kv
+    heads = qkv.view(g, width, h + 2 * kv, -1)
+    both = heads[:, :, :h + kv] if layer.head_norm is None else layer.head_norm(heads[:, :, :h + kv])
+    both = turn(both, *rotary)
+    q, k, v = (t.transpose(1, 2) for t in (both[:, :, :h], both[:, :, h:], heads[:, :, h + kv:]))
+    room = table.room.prompt - width
+    for part, t in enumerate((k, v)): table.prompt_kv[i, part].index_put_((lanes,), F.pad(t, (0, 0, 0, room)))
+    return _causal(q, k, v, layer.scale, decoder.softcap, seen).transpose(1, 2).reshape(g * width, -1)
+
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #fd9a6aa8
 def masks(table:Table, shape:Arrangement, windows:list, n:int) -> dict: # {window: (slots, 1, 1, prompt + n) or None}
     "What each slot may see of its prompt and of `n` columns, 0 or -inf; None where that is everything."
     a, p, d = shape.slots, shape.prompt, table.token.device
@@ -76,47 +80,72 @@ def _store(cache, new, column): # (slots, kv, C, D), (slots, kv, D); a number or
     if isinstance(column, int): cache[:, :, column] = new
     else: cache[torch.arange(len(new), device=new.device), :, column] = new
 
-
-def _attend(i, layer, qkv, decoder, table, shape, rotary, mask, column, n): # (slots, (heads + 2 kv) D) -> (slots, heads * D)
-    "Attention of one layer for one token of each slot."
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #937d8c04
+def _turned(i, layer, qkv, decoder, table, shape, rotary, column): # -> (slots, kv, heads / kv, D)
+    "The queries of one layer; keys and values are written to where the slots keep them."
     a, h, kv, d = shape.slots, decoder.heads, decoder.kv, decoder.head_dim
-    rep, lanes, width, p = h // kv, shape.lanes, shape.width, shape.prompt
     heads = qkv.view(a, h + 2 * kv, d)
     both = heads[:, :h + kv] if layer.head_norm is None else layer.head_norm(heads[:, :h + kv])
     both = turn(both, *rotary[layer.rope])
     _store(table.own_kv[i, 0, :a], both[:, h:], column)
     _store(table.own_kv[i, 1, :a], heads[:, h + kv:], column)
-    q = both[:, :h].contiguous().view(a, kv, rep, d)
-    by_lane = shape.spread(q).view(lanes, width, kv, rep, d).transpose(1, 2).reshape(lanes * kv, width * rep, d)
-    keys, values = (table.prompt_kv[i, part, :lanes, :, :p].reshape(lanes * kv, p, d) for part in (0, 1))
-    own_keys, own_values = (table.own_kv[i, part, :a].flatten(0, 1)[:, :n] for part in (0, 1))
-    to_prompt = torch.bmm(by_lane, keys.transpose(1, 2)).reshape(lanes, kv, width, rep, p).transpose(1, 2)
-    to_prompt = to_prompt if shape.whole else shape.gather(to_prompt.reshape(lanes * width, kv, rep, p))
-    scores = torch.cat([to_prompt.reshape(a, kv, rep, p), torch.bmm(q.view(a * kv, rep, d), own_keys.transpose(1, 2)).reshape(a, kv, rep, n)], -1)
-    scores *= layer.scale
-    if decoder.softcap is not None: scores = torch.tanh(scores / decoder.softcap) * decoder.softcap
+    return both[:, :h].contiguous().view(a, kv, h // kv, d)
+
+
+def _by_lane(shape, x): # (slots, kv, rep, n) -> (lanes * kv, width * rep, n)
+    "All rows of a lane below one another, so that one product serves them."
+    _, kv, rep, n = x.shape
+    spread = shape.spread(x).reshape(shape.lanes, shape.width, kv, rep, n)
+    return spread.transpose(1, 2).reshape(shape.lanes * kv, shape.width * rep, n)
+
+
+def _by_slot(shape, x, kv, rep): # (lanes * kv, width * rep, n) -> (slots, kv, rep, n)
+    "The way back."
+    n = x.shape[-1]
+    spread = x.reshape(shape.lanes, kv, shape.width, rep, n).transpose(1, 2)
+    return shape.gather(spread.reshape(shape.lanes * shape.width, kv, rep, n))
+
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #99d7c925
+def _weights(scores, scale, softcap, mask): # (slots, kv, rep, prompt + n), changed in place
+    "What each query takes of each position."
+    scores *= scale
+    if softcap is not None: scores = torch.tanh(scores / softcap) * softcap
     if mask is not None: scores += mask
-    weights = scores.softmax(-1) if scores.dtype is torch.float32 else scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-    on_prompt = shape.spread(weights[..., :p]).reshape(lanes, width, kv, rep, p).transpose(1, 2).reshape(lanes * kv, width * rep, p)
-    out = torch.bmm(on_prompt, values).reshape(lanes, kv, width, rep, d).transpose(1, 2)
-    out = shape.gather(out.reshape(lanes * width, kv, rep, d)).reshape(a * kv, rep, d)
+    return scores.softmax(-1) if scores.dtype is torch.float32 else scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def _attend(i, layer, qkv, decoder, table, shape, rotary, mask, column, n): # (slots, (heads + 2 kv) D) -> (slots, heads * D)
+    "Attention of one layer for one token of each slot."
+    a, h, kv, d, p = shape.slots, decoder.heads, decoder.kv, decoder.head_dim, shape.prompt
+    rep = h // kv
+    q = _turned(i, layer, qkv, decoder, table, shape, rotary, column)
+    keys, values = (table.prompt_kv[i, part, :shape.lanes, :, :p].reshape(shape.lanes * kv, p, d) for part in (0, 1))
+    own_keys, own_values = (table.own_kv[i, part, :a].flatten(0, 1)[:, :n] for part in (0, 1)) # (slots * kv, n, D)
+    to_prompt = _by_slot(shape, torch.bmm(_by_lane(shape, q), keys.transpose(1, 2)), kv, rep)
+    to_own = torch.bmm(q.view(a * kv, rep, d), own_keys.transpose(1, 2)).reshape(a, kv, rep, n)
+    weights = _weights(torch.cat([to_prompt, to_own], -1), layer.scale, decoder.softcap, mask)
+    out = _by_slot(shape, torch.bmm(_by_lane(shape, weights[..., :p]), values), kv, rep).reshape(a * kv, rep, d)
     return torch.baddbmm(out, weights[..., p:].reshape(a * kv, rep, n), own_values).reshape(a, h * d)
 
-
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #80bb53fb
 def choose(logits:Tensor, # (R, V) fp32
            table:Table, rows, # a slice or an index of slots
            sampling:Sampling) -> None:
     "Draw and record the next token of some slots."
-    u = None if sampling.greedy else table.random[rows].gather(1, table.count[rows, None].clamp(max=table.room.completion - 1))[:, 0]
+    if sampling.greedy: u = None
+    else:
+        at = table.count[rows, None].clamp(max=table.room.completion - 1)
+        u = table.random[rows].gather(1, at)[:, 0]
     whole = sampling.repetition_penalty == 1 and (sampling.greedy or sampling.plain) # every token can be drawn
-    if whole and runs_on(logits.device): drawn = argmax(logits) if sampling.greedy else sample(logits, u, sampling.temperature)
+    if whole and runs_on(logits.device):
+        drawn = argmax(logits) if sampling.greedy else sample(logits, u, sampling.temperature)
     else:
         unchanged = whole and (sampling.greedy or sampling.temperature == 1)
         scores = logits if unchanged else sampling_logits(logits, sampling, None if table.seen is None else table.seen[rows])
         drawn = likeliest(scores) if sampling.greedy else draw(scores, u)
     table.record(rows, *drawn)
 
-
+# %% ../../../nbs/engines/inplace/04_decode.ipynb #c87cae13
 def first_tokens(decoder:Decoder, table:Table, slots:list, sampling:Sampling) -> None:
     "The first token of completions that have just been admitted, from their prompts' last hidden states."
     at = torch.tensor(slots, device=decoder.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VLLMEngine']
 
-# %% ../../../nbs/engines/vllm/05_engine.ipynb #94015b8a
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #7397eb3f
 import gc
 import logging
 import signal
@@ -20,143 +20,164 @@ from tempfile import TemporaryDirectory
 import torch
 from fastcore.basics import patch
 
-from ...ground.check import one_of
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #7d41b021
+from ...ground import check
 from ...models.device import best_dtype
 from ..base import Engine, EngineError, Rollouts, Sampling, check_request
 from .fold import Fold, why_not_fold
 from ..inplace.engine import free_bytes
 from .one_copy import Layout, adopt, why_not_one_copy
-from .start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled, process_group_kept, release_pools, request_options, untouched
+from .start import _arguments, _finished, _folder, _loader, check_version, plain_linear, pooled
+from .start import process_group_kept, release_pools, request_options, untouched
 from .weights import adapter_of, why_not_swap, has_adapter, weights_of
 from ...ground.events import say
 from ...models.load import settings_of
 from ...models.unwrap import causal_lm
 
-# %% ../../../nbs/engines/vllm/05_engine.ipynb #b136b3c3
-_live = lambda: None # a weak reference to the engine that is running
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0eca67f7
+_live = None # a weak reference to the engine that is running
 _numbers = count(1) # of requests and adapters
-
-
-def _advice(error): # what to change, by what the message speaks of
-    text = f"{type(error).__name__}: {error}".strip()
-    low = text.lower()
-    if "out of memory" in low or "kv cache" in low or "memory" in low:
-        return f"{text} Make room: a smaller max_model_len, max_num_seqs, or cache_bytes; on a GPU another gpu_memory_utilization."
-    return f"{text} engine='inplace' or engine='hf' sample without vLLM."
-
-
-def _check_whole(name, value):
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1): raise ValueError(f"{name}={value!r} should be a whole number of at least 1.")
 
 
 class VLLMEngine(Engine):
     "vLLM in this process."
     name = "vllm"
+    llm = None # vLLM's own engine, while it runs
+    lora = None # the adapter that is in its table
+    fold = None # the context in which the adapter is part of the weights
+    shared = None # what vLLM reads of the training model's memory
+    asleep, why = False, "" # why it does not run any more
+    _layout = _own_group = None # whether the process group is vLLM's own; None: not started, or closed
 
-    def __init__(self,
-                 model, # a Hugging Face model, with a PEFT adapter or without
-                 tokenizer=None, # for stop strings
-                 *,
-                 adapter:str="auto", # how an adapter comes in: "swap", "fold" or "auto"
-                 gpu_memory_utilization:float|None=None, # share of the GPU that vLLM may fill, beside weights that it shares; None: as `from_pretrained` was told, else 0.3
-                 max_lora_rank:int|None=None, # for "swap"; None: as `from_pretrained` was told, else the adapter's own
-                 max_model_len:int|None=None, # tokens of prompt and completion; None: as `from_pretrained` was told, else the model's
-                 max_num_seqs:int=256, # completions at a time
-                 cache_bytes:int|None=None, # of keys and values; None: on a GPU what its share leaves, on a CPU what is needed, up to half of what is free
-                 dtype:torch.dtype|None=None, # of vLLM's weights; None: the model's own, and for one in 32 bits on a GPU the half precision that it has
-                 share:bool|None=None, # one copy of the weights; None: on a GPU, where it can be
-                 sleep:bool=True, # on a GPU, give memory back between samplings; a CPU has no sleep mode, and nothing happens there
-                 any_version:bool=False, # also start a vLLM that has not been tried
-                 log_level:str="ERROR", # of vLLM's own messages once it runs
-                 **more, # other fields of `vllm.EngineArgs`
-                 ):
-        super().__init__()
-        one_of("adapter", adapter, ("auto", "swap", "fold"))
-        settings = settings_of(model)
-        told = lambda name, value, other: value if value is not None else getattr(settings, name, other)
-        gpu_share = told("gpu_memory_utilization", gpu_memory_utilization, 0.3)
-        if isinstance(gpu_share, bool) or not isinstance(gpu_share, int | float) or not 0 < gpu_share <= 1:
-            raise ValueError(f"gpu_memory_utilization={gpu_share!r} should be more than 0 and at most 1.")
-        for name, value in dict(max_lora_rank=max_lora_rank, max_model_len=max_model_len, max_num_seqs=max_num_seqs, cache_bytes=cache_bytes).items(): _check_whole(name, value)
-        self.version = check_version(any_version=any_version)
-        one_of("share", share, (None, True, False))
-        self.llm, self.model, self.tokenizer, self.lora, self.asleep, self.why, self._own_group = None, model, tokenizer, None, False, "", None
-        self.rank, self.fold, self.shared, base = told("max_lora_rank", max_lora_rank, 0), None, None, causal_lm(model)
-        self.device, self.dtype = base.device, dtype or getattr(settings, "dtype", None) or base.dtype
-        if dtype is None and self.device.type == "cuda" and self.dtype == torch.float32: self.dtype = best_dtype()
-        self.way = self._way(adapter)
-        self._sharing = self._one_copy(adapter, self.device.type == "cuda" and not more.get("quantization") if share is None else share, insist=bool(share))
-        longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 4096
-        self.max_model_len = min(told("max_model_len", max_model_len, None) or getattr(settings, "max_seq_length", longest), longest)
-        self.log_level = one_of("log_level", log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
-        self.sleeps = sleep and self.device.type == "cuda"
-        self._given = dict(share=gpu_share, seqs=max_num_seqs, cache=cache_bytes, more=more)
-        self._start()
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #4f4f6149
+@patch
+def __init__(self:VLLMEngine, model, # a Hugging Face model, with a PEFT adapter or without
+             tokenizer=None, *, # for stop strings
+             adapter:str="auto", # how an adapter comes in: "swap", "fold" or "auto"
+             gpu_memory_utilization:float|None=None, # share of the GPU, beside weights that are shared; None: as told, else 0.3
+             max_lora_rank:int|None=None, # for "swap"; None: as told, else the adapter's own
+             max_model_len:int|None=None, # tokens of prompt and completion; None: as told, else the model's
+             max_num_seqs:int=256, # completions at a time
+             cache_bytes:int|None=None, # of keys and values; None: what a GPU's share leaves, on a CPU up to half of what is free
+             dtype:torch.dtype|None=None, # of vLLM's weights; None: the model's own, and on a GPU its half precision for 32 bits
+             share:bool|None=None, # one copy of the weights; None: on a GPU, where it can be
+             sleep:bool=True, # on a GPU, give memory back between samplings; a CPU has no sleep mode
+             any_version:bool=False, # also start a vLLM that has not been tried
+             log_level:str="ERROR", # of vLLM's own messages once it runs
+             **more): # other fields of `vllm.EngineArgs`
+    Engine.__init__(self)
+    self.model, self.tokenizer, self.log_level = model, tokenizer, log_level
+    sizes = dict(max_lora_rank=max_lora_rank, max_model_len=max_model_len, max_num_seqs=max_num_seqs, cache_bytes=cache_bytes)
+    gpu_share = self._check_asked(adapter, share, gpu_memory_utilization, sizes)
+    self.version = check_version(any_version=any_version)
+    self._given = dict(gpu_share=gpu_share, seqs=max_num_seqs, cache=cache_bytes, more=more)
+    self._place(dtype, max_lora_rank, max_model_len, sleep)
+    self._choose(adapter, share)
+    self._start()
 
-    def _way(self, adapter): # -> "swap", "fold" or "full"
-        "How weights come in; `ValueError` where an adapter cannot be swapped as asked."
-        problem = why_not_swap(self.model, self.rank or None)
-        if not has_adapter(self.model):
-            if adapter == "swap": raise ValueError(f"adapter='swap': {problem}.")
-            return "full"
-        if adapter == "swap" and problem: raise ValueError(f"adapter='swap': {problem}. Use adapter='fold'.")
-        if adapter == "swap": return "swap"
-        quantised = any(type(p).__name__ == "Params4bit" for p in causal_lm(self.model).parameters())
-        return "fold" if adapter == "fold" or problem or not quantised else "swap"
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0a92ca09
+@patch
+def _told(self:VLLMEngine, name, value, other):
+    "An argument: as given, else as `from_pretrained` was told, else `other`."
+    return value if value is not None else getattr(settings_of(self.model), name, other)
 
-    def _one_copy(self, adapter, wanted, insist): # -> whether the weights are shared; `ValueError` where `insist` cannot be met
-        "What can be shared, and how the adapter then comes in."
-        if not wanted: return False
-        problem = why_not_one_copy(self.model, self.dtype) or (why_not_fold(self.model) if self.way == "fold" else "")
-        if not problem and self.way == "fold":
-            self.fold = Fold(self.model)
-            if (need := self.fold.nbytes) > (free := free_bytes(torch.device("cpu")) * 0.8):
-                self.fold, room = None, f"the copy of the originals needs {need / 1e9:.1f} GB of the host's memory, and {free / 1e9:.1f} GB can be had"
-                if adapter == "auto" and not why_not_swap(self.model, self.rank or None):
-                    say(f"the adapter is swapped in, not folded in: {room}.")
-                    self.way = "swap"
-                else: problem = room
-        if problem and insist: raise ValueError(f"share=True: {problem}.")
-        if problem: say(f"vLLM holds a copy of the weights: {problem}.")
-        return not problem
+@patch
+def _check_asked(self:VLLMEngine, adapter, share, gpu_memory_utilization, sizes) -> float: # the GPU's share
+    "Raise `ValueError` for an argument that cannot be."
+    check.one_of("adapter", adapter, ("auto", "swap", "fold"))
+    check.one_of("share", share, (None, True, False))
+    check.one_of("log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
+    for name, value in sizes.items():
+        if value is not None: check.whole(name, value)
+    told = self._told("gpu_memory_utilization", gpu_memory_utilization, 0.3)
+    return check.share("gpu_memory_utilization", told, above=0)
 
-    @property
-    def shared_bytes(self) -> int:
-        "Of the training model's weights, that vLLM reads where they lie."
-        return self.shared.shared_bytes if self.shared else 0
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #368924a8
+@patch
+def _place(self:VLLMEngine, dtype, max_lora_rank, max_model_len, sleep):
+    "Where vLLM computes, in what, and for how long a completion."
+    base, settings = causal_lm(self.model), settings_of(self.model)
+    self.device, self.dtype = base.device, dtype or getattr(settings, "dtype", None) or base.dtype
+    if dtype is None and self.device.type == "cuda" and self.dtype == torch.float32: self.dtype = best_dtype()
+    self.rank = self._told("max_lora_rank", max_lora_rank, 0)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 4096
+    self.max_model_len = min(max_model_len or getattr(settings, "max_seq_length", longest), longest)
+    self.sleeps = sleep and self.device.type == "cuda"
 
-    @property
-    def copied_bytes(self) -> int | None:
-        "Of weights that vLLM holds beside them; None where all are a copy."
-        return self.shared.copied_bytes if self.shared else None
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0f72823c
+@patch
+def _choose(self:VLLMEngine, adapter, share):
+    "How an adapter comes in, and whether the weights are shared."
+    self.way = self._way(adapter)
+    usual = self.device.type == "cuda" and not self._given["more"].get("quantization")
+    self._sharing = self._one_copy(adapter, usual if share is None else share, insist=bool(share))
 
-# %% ../../../nbs/engines/vllm/05_engine.ipynb #63ef3ddc
+@patch
+def _way(self:VLLMEngine, adapter): # -> "swap", "fold" or "full"
+    "How weights come in; `ValueError` where an adapter cannot be swapped as asked."
+    problem = why_not_swap(self.model, self.rank or None)
+    if not has_adapter(self.model):
+        if adapter == "swap": raise ValueError(f"adapter='swap': {problem}.")
+        return "full"
+    if adapter == "swap" and problem: raise ValueError(f"adapter='swap': {problem}. Use adapter='fold'.")
+    if adapter == "swap": return "swap"
+    quantised = any(type(p).__name__ == "Params4bit" for p in causal_lm(self.model).parameters())
+    return "fold" if adapter == "fold" or problem or not quantised else "swap"
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #62e7b08f
+@patch
+def _one_copy(self:VLLMEngine, adapter, wanted, insist): # -> whether the weights are shared
+    "What can be shared, and how the adapter then comes in; `ValueError` where `insist` cannot be met."
+    if not wanted: return False
+    why = why_not_one_copy(self.model, self.dtype) or (why_not_fold(self.model) if self.way == "fold" else "")
+    if not why and self.way == "fold": why = self._make_fold(adapter)
+    if why and insist: raise ValueError(f"share=True: {why}.")
+    if why: say(f"vLLM holds a copy of the weights: {why}.")
+    return not why
+
+@patch
+def _make_fold(self:VLLMEngine, adapter): # -> why not; empty where it can be folded, or is swapped instead
+    "The fold, where the host has room for the originals; else the adapter is swapped where that is left open."
+    self.fold = Fold(self.model)
+    need, free = self.fold.nbytes, free_bytes(torch.device("cpu")) * 0.8
+    if need <= free: return ""
+    self.fold = None
+    room = f"the copy of the originals needs {need / 1e9:.1f} GB of the host's memory, and {free / 1e9:.1f} GB can be had"
+    if adapter != "auto" or why_not_swap(self.model, self.rank or None): return room
+    say(f"the adapter is swapped in, not folded in: {room}.")
+    self.way = "swap"
+    return ""
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #1e8a7d6d
+@patch(as_prop=True)
+def shared_bytes(self:VLLMEngine) -> int:
+    "Of the training model's weights, that vLLM reads where they lie."
+    return self.shared.shared_bytes if self.shared else 0
+
+@patch(as_prop=True)
+def copied_bytes(self:VLLMEngine) -> int | None:
+    "Of weights that vLLM holds beside them; None where all are a copy."
+    return self.shared.copied_bytes if self.shared else None
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #c79e3c9a
+def _advice(error): # what to change, by what the message speaks of
+    "An error of vLLM's with the way out."
+    text = f"{type(error).__name__}: {error}".strip()
+    if any(word in text.lower() for word in ("out of memory", "kv cache", "memory")):
+        return f"{text} Make room: a smaller max_model_len, max_num_seqs, or cache_bytes; on a GPU another gpu_memory_utilization."
+    return f"{text} engine='inplace' or engine='hf' sample without vLLM."
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #fea03e1b
 @patch
 def _start(self:VLLMEngine):
-    global _live
-    if (other := _live()) is not None and other.llm is not None:
-        say("one vLLM engine runs in a process at a time: the one that was started before is closed.")
-        other.close()
-    started, own, fill = time.perf_counter(), not torch.distributed.is_initialized(), [self._fill]
+    "Start vLLM; where that fails, what was taken is given back."
+    started, fill = time.perf_counter(), [self._fill]
+    self._make_room()
     try:
         self._layout = Layout(self.model) if self._sharing else None
-        if self.sleeps and (left := pooled()):
-            say(f"{left / 1e9:.2g} GB of vLLM's memory pool could not be given back when the last engine was closed: this one does not sleep between samplings.")
-            self.sleeps = False
         self._settle()
         with untouched(), TemporaryDirectory() as folder, plain_linear(self._sharing and self.device.type == "cpu"):
-            from vllm import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
-            from vllm.v1.executor import Executor
-            self._own_group = own
-            _folder(self.model, self.tokenizer, folder)
-            args = EngineArgs(**_arguments(self, folder, _loader(fill, self._sharing)))
-            config = args.create_engine_config()
-            if config.parallel_config.world_size > 1: raise ValueError(f"{config.parallel_config.world_size} GPUs for one vLLM: this engine works in one process, on one. TRL's own vLLM takes several (vllm_tensor_parallel_size).")
-            config.device_config.device = self.device # else vLLM would take the first GPU
-            config.parallel_config.distributed_executor_backend = "uni" # the CPU build of vLLM 0.22 would work in a process of its own
-            self.llm = LLMEngine(vllm_config=config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False)
-        _live = weakref.ref(self)
+            self._build(folder, fill)
         if self.shared: self._check_shared()
         logging.getLogger("vllm").setLevel(self.log_level)
         if self.way == "swap": self.sync(self.model)
@@ -169,7 +190,46 @@ def _start(self:VLLMEngine):
     finally: fill.clear()
     self.start_seconds = time.perf_counter() - started
 
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #814d455c
+@patch
+def _make_room(self:VLLMEngine):
+    "Close the engine that runs, and look at what it could not give back."
+    other = _live() if _live is not None else None
+    if other is not None and other.llm is not None:
+        say("one vLLM engine runs in a process at a time: the one that was started before is closed.")
+        other.close()
+    if self.sleeps and (left := pooled()):
+        say(f"{left / 1e9:.2g} GB of vLLM's memory pool could not be given back when the last engine was closed: "
+            "this one does not sleep between samplings.")
+        self.sleeps = False
 
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #3e7c6adb
+@patch
+def _build(self:VLLMEngine, folder, fill):
+    "vLLM's engine, in this process and on the model's device."
+    global _live
+    own = not torch.distributed.is_initialized()
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+    self._own_group = own
+    _folder(self.model, self.tokenizer, folder)
+    config = EngineArgs(**_arguments(self, folder, _loader(fill, self._sharing))).create_engine_config()
+    _one_process(config, self.device)
+    executor = Executor.get_class(config)
+    self.llm = LLMEngine(vllm_config=config, executor_class=executor, log_stats=False, multiprocess_mode=False)
+    _live = weakref.ref(self)
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0fc73128
+def _one_process(config, device): # vLLM's configuration, changed in place
+    "Work here, on this device; `ValueError` for a configuration of several GPUs."
+    if config.parallel_config.world_size > 1:
+        raise ValueError(f"{config.parallel_config.world_size} GPUs for one vLLM: this engine works in one process, on one. "
+                         "TRL's own vLLM takes several (vllm_tensor_parallel_size).")
+    config.device_config.device = device
+    config.parallel_config.distributed_executor_backend = "uni"
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #def46f90
 @patch
 def _fill(self:VLLMEngine, inner): # vLLM's model, while it is loaded
     "What vLLM begins with: without the adapter where that is swapped in, or folded in later."
@@ -178,13 +238,17 @@ def _fill(self:VLLMEngine, inner): # vLLM's model, while it is loaded
         self.shared = adopt(inner, self.model, self._layout, default_weight_loader)
     else: inner.load_weights(weights_of(self.model, fold=self.way != "swap"))
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #318e21c2
 @patch
 def _check_shared(self:VLLMEngine):
     "`EngineError` unless vLLM still reads the training model's tensors after what it does with weights once they are loaded."
-    there = {p.data_ptr() for rows in self.llm.collective_rpc(lambda worker: list(worker.model_runner.get_model().parameters())) for p in rows}
-    if lost := self.shared.addresses - there: raise EngineError(f"it has replaced {len(lost)} of its {len(self.shared.addresses)} shared weights by others. Start the engine with share=False.")
-    say(f"vLLM reads the training model's weights where they lie: {self.shared_bytes / 1e9:.3g} GB are shared, {self.copied_bytes / 1e9:.3g} GB are a copy.")
+    of_workers = self.llm.collective_rpc(lambda worker: list(worker.model_runner.get_model().parameters()))
+    there = {p.data_ptr() for parameters in of_workers for p in parameters}
+    if lost := self.shared.addresses - there:
+        raise EngineError(f"it has replaced {len(lost)} of its {len(self.shared.addresses)} shared weights by others. "
+                          "Start the engine with share=False.")
+    say(f"vLLM reads the training model's weights where they lie: {self.shared_bytes / 1e9:.3g} GB are shared, "
+        f"{self.copied_bytes / 1e9:.3g} GB are a copy.")
 
 
 @patch
@@ -192,7 +256,7 @@ def _settle(self:VLLMEngine):
     "Wait for the GPU: vLLM may work on another stream than the training step."
     if self.device.type == "cuda": torch.cuda.synchronize(self.device)
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #ac262dc0
 @patch
 def close(self:VLLMEngine) -> None:
     "Shut vLLM down and give its memory back; may be called twice."
@@ -200,7 +264,7 @@ def close(self:VLLMEngine) -> None:
     fold, self.fold, self.shared, self._layout = self.fold, None, None, None
     if fold is not None: fold.close() # before anything else: the training model is whole again
     if self.asleep:
-        with suppress(Exception): llm.wake_up() # what sleeps cannot be freed; where there is no room to wake, the pool is left as it is
+        with suppress(Exception): llm.wake_up() # where there is no room to wake, the pool is left as it is
         self.asleep = False
     self.why = self.why or "it was closed"
     own, self._own_group = self._own_group, None # None: not started, or closed already
@@ -215,12 +279,12 @@ def close(self:VLLMEngine) -> None:
     release_pools()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #584347c3
 @patch
 def __del__(self:VLLMEngine):
     if sys is not None and not sys.is_finalizing() and getattr(self, "_own_group", None) is not None: self.close()
 
-# %% ../../../nbs/engines/vllm/05_engine.ipynb #287c1287
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #2169e879
 def _put_adapter(worker, number, rank, tensors): # runs in vLLM's worker
     "Add an adapter to the table of vLLM's worker; `EngineError` for a layer that vLLM cannot adapt."
     from vllm.lora.lora_model import LoRAModel
@@ -228,61 +292,80 @@ def _put_adapter(worker, number, rank, tensors): # runs in vLLM's worker
     runner = worker.model_runner
     manager = runner.lora_manager._adapter_manager
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    for name in ("get_rename_mapper", "get_unstacked_mapper"): # of vLLM 0.29 on, and of 0.25 to 0.28: names without the stacking of q, k and v
+    for name in ("get_rename_mapper", "get_unstacked_mapper"): # names without stacked q, k and v: of vLLM 0.29 on, of 0.25 to 0.28
         if hasattr(mapper, name): mapper = getattr(mapper, name)()
     targets = sorted({name.split(".")[-3] for name in tensors})
     known = {part for m in manager.supported_lora_modules for part in (m, *manager.packed_modules_mapping.get(m, ()))}
-    if strange := [t for t in targets if t not in known]: raise EngineError(f"vLLM cannot apply an adapter to {strange[0]!r} of this model; use adapter='fold'.")
-    lora = LoRAModel.from_lora_tensors(number, tensors, PEFTHelper(r=rank, lora_alpha=rank, target_modules=targets), device="cpu",
-                                       dtype=runner.lora_manager.lora_config.lora_dtype, weights_mapper=mapper)
+    if strange := [t for t in targets if t not in known]:
+        raise EngineError(f"vLLM cannot apply an adapter to {strange[0]!r} of this model; use adapter='fold'.")
+    helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=targets) # the scale stands in B already
+    lora = LoRAModel.from_lora_tensors(number, tensors, helper, device="cpu", weights_mapper=mapper,
+                                       dtype=runner.lora_manager.lora_config.lora_dtype)
     manager.remove_all_adapters()
     manager.add_adapter(lora)
     manager.activate_adapter(number)
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #7b233bee
 def _reload(worker, weights): # runs in vLLM's worker
-    "Lay all layers out anew; the head too where it is tied to the embedding, which `reload_weights` leaves as it was packed at first."
+    "Lay all layers out anew; also a head that is tied to the embedding, which `reload_weights` leaves as it was packed at first."
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     worker.reload_weights(weights_iterator=weights)
-    model, tied = worker.model_runner.get_model(), worker.model_runner.model_config.hf_config.get_text_config().tie_word_embeddings
-    if not tied: return
+    model, config = worker.model_runner.get_model(), worker.model_runner.model_config.hf_config.get_text_config()
+    if not config.tie_word_embeddings: return
     embedding = next(m for n, m in model.named_modules() if n.endswith("embed_tokens"))
     for head in (m for m in model.modules() if isinstance(m, ParallelLMHead) and m is not embedding):
         head.weight = embedding.weight
         head.quant_method.process_weights_after_loading(head)
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #2a48033f
 @patch
 def sync(self:VLLMEngine,
          model=None, # the model that has changed; None: the one the engine was made with
          ) -> None:
     "Take over the weights of `model`, and forget keys and values of the old ones."
     self._check_alive()
-    model = self.model if model is None else model
-    started = time.perf_counter()
-    if self.shared:
-        if causal_lm(model) is not causal_lm(self.model): raise EngineError("This vLLM engine reads the weights of the model that it was started with, and this is another. Make a new VLLMEngine.")
-        self.shared.layout.check()
+    model, started = self.model if model is None else model, time.perf_counter()
+    if self.shared: self._check_same(model)
     self.wake(weights=False)
-    if self.way == "swap":
-        if problem := why_not_swap(model, self.llm.vllm_config.lora_config.max_lora_rank):
-            raise EngineError(f"The adapter cannot be swapped in: {problem}. Start the engine with adapter='fold'.")
-        number = next(_numbers)
-        self.llm.collective_rpc(_put_adapter, args=(number, *adapter_of(model)))
-        from vllm.lora.request import LoRARequest
-        self.lora = LoRARequest(f"step {number}", number, "memory")
+    if self.way == "swap": self._swap(model)
     elif self.shared: pass
     elif self.device.type == "cpu": self.llm.collective_rpc(_reload, args=(weights_of(model),))
-    else: self.llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights(weights_of(model)) and None)
+    else: self._load(weights_of(model))
     self._forget()
     self.sync_seconds = time.perf_counter() - started
 
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #acda59ed
+@patch
+def _check_same(self:VLLMEngine, model):
+    "`EngineError` for another model than the one whose weights are read."
+    if causal_lm(model) is not causal_lm(self.model):
+        raise EngineError("This vLLM engine reads the weights of the model that it was started with, and this is another. "
+                          "Make a new VLLMEngine.")
+    self.shared.layout.check()
+
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #ce675785
+@patch
+def _swap(self:VLLMEngine, model):
+    "Give vLLM the adapter of now under a new number."
+    if why := why_not_swap(model, self.llm.vllm_config.lora_config.max_lora_rank):
+        raise EngineError(f"The adapter cannot be swapped in: {why}. Start the engine with adapter='fold'.")
+    number = next(_numbers)
+    self.llm.collective_rpc(_put_adapter, args=(number, *adapter_of(model)))
+    from vllm.lora.request import LoRARequest
+    self.lora = LoRARequest(f"step {number}", number, "memory")
+
+@patch
+def _load(self:VLLMEngine, weights):
+    "Copy weights into vLLM's, where they lie."
+    self.llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights(weights) and None)
 
 @patch
 def _forget(self:VLLMEngine):
-    if self.llm.reset_prefix_cache() is False: raise EngineError("vLLM did not empty its prefix cache: completions are still being sampled. Let generate() end before sync().")
+    "Empty the prefix cache."
+    if self.llm.reset_prefix_cache() is not False: return
+    raise EngineError("vLLM did not empty its prefix cache: completions are still being sampled. Let generate() end before sync().")
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #2b12ad59
 @patch
 @contextmanager
 def _ready(self:VLLMEngine):
@@ -294,7 +377,7 @@ def _ready(self:VLLMEngine):
         if self.way != "swap":
             if names := set(self.shared.copied):
                 live = [(n, w) for n, w in weights_of(self.model, fold=False) if n in names]
-                self.llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights(iter(live)) and None)
+                self._load(iter(live))
             self._forget()
         yield
 
@@ -323,7 +406,7 @@ def wake(self:VLLMEngine,
     self.asleep = False
     if weights and not self.shared and self.way != "swap": self.sync()
 
-# %% ../../../nbs/engines/vllm/05_engine.ipynb #f3e3072b
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #b6953657
 @contextmanager
 def _deferred(engine):
     "Ctrl-C waits for the end of a token, so that vLLM is not left in the middle of one."
@@ -333,7 +416,7 @@ def _deferred(engine):
     finally:
         if here: signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #364c3f95
 @patch
 def _run(self:VLLMEngine, requests): # list of (prompt ids, options) -> list of vLLM's outputs
     from vllm import SamplingParams
@@ -342,7 +425,8 @@ def _run(self:VLLMEngine, requests): # list of (prompt ids, options) -> list of 
     names = {str(next(_numbers)): i for i in range(len(requests))}
     done = [None] * len(requests)
     try:
-        for name, (ids, _), p in zip(names, requests, params): self.llm.add_request(name, {"prompt_token_ids": ids}, p, lora_request=self.lora)
+        for name, (ids, _), how in zip(names, requests, params):
+            self.llm.add_request(name, {"prompt_token_ids": ids}, how, lora_request=self.lora)
         while self.llm.has_unfinished_requests():
             self._check_interrupt()
             for out in self.llm.step():
@@ -351,33 +435,44 @@ def _run(self:VLLMEngine, requests): # list of (prompt ids, options) -> list of 
         if left := [name for name, i in names.items() if done[i] is None]: self.llm.abort_request(left)
     return done
 
-
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0bf28eca
 def _cut(output, sampling, tokenizer): # of vLLM -> ids, log-probs, why
     "One completion, up to and with the token that completes a stop string."
     ids, why = list(output.token_ids), _finished(output)
     logps = [at[t].logprob for t, at in zip(ids, output.logprobs)]
-    holds = lambda n: any(s in tokenizer.decode(ids[:n]) for s in sampling.stop)
+    def holds(n):
+        text = tokenizer.decode(ids[:n])
+        return any(stop in text for stop in sampling.stop)
     if sampling.stop and holds(len(ids) - (why == "stop")):
         end = next(n for n in range(1, len(ids) + 1) if holds(n))
         return ids[:end], logps[:end], "eos" if ids[end - 1] in sampling.stop_token_ids else "stop"
     return ids, logps, why
 
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #426f7b14
+@patch
+def _requests(self:VLLMEngine, prompts, counts, limits, sampling): # -> list of (prompt ids, options), one a completion
+    "What is asked of vLLM; `ValueError` for what it could not do."
+    if sampling.stop and self.tokenizer is None:
+        raise ValueError(f"stop={sampling.stop!r} needs the tokenizer: VLLMEngine(model, tokenizer).")
+    rows = [list(p) for p, n in zip(prompts, counts) for _ in range(n)]
+    for i, (ids, limit) in enumerate(zip(rows, limits)):
+        if len(ids) + limit <= self.max_model_len: continue
+        raise ValueError(f"completion {i} may reach {len(ids) + limit} tokens with its prompt, and the engine was started with "
+                         f"max_model_len={self.max_model_len}; start it with more, or ask for a smaller max_tokens.")
+    vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]
+    bad = next((t for p in prompts for t in p if not 0 <= t < vocabulary), None)
+    if bad is not None: raise ValueError(f"prompts has the token {bad}, and the model has {vocabulary}.")
+    seeds = sampling.seeds or [None] * len(rows)
+    return [(ids, request_options(sampling, limit, seed)) for ids, limit, seed in zip(rows, limits, seeds)]
 
+# %% ../../../nbs/engines/vllm/05_engine.ipynb #0a2a9448
 @patch
 @torch.no_grad()
 def generate(self:VLLMEngine, prompts, n=1, sampling=Sampling()):
     "Sample; a request that fails inside vLLM closes the engine and raises `EngineError`."
     counts, limits = check_request(prompts, n, sampling)
     self._check_alive()
-    if sampling.stop and self.tokenizer is None: raise ValueError(f"stop={sampling.stop!r} needs the tokenizer: VLLMEngine(model, tokenizer).")
-    rows = [list(p) for p, k in zip(prompts, counts) for _ in range(k)]
-    if over := next(((i, len(p) + k) for i, (p, k) in enumerate(zip(rows, limits)) if len(p) + k > self.max_model_len), None):
-        raise ValueError(f"completion {over[0]} may reach {over[1]} tokens with its prompt, and the engine was started with max_model_len={self.max_model_len}; "
-                         "start it with more, or ask for a smaller max_tokens.")
-    vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]
-    if bad := next((t for p in prompts for t in p if not 0 <= t < vocabulary), None): raise ValueError(f"prompts has the token {bad}, and the model has {vocabulary}.")
-    requests = [(p, request_options(sampling, k, s)) for p, k, s in zip(rows, limits, sampling.seeds or [None] * len(rows))]
-    started = time.perf_counter()
+    requests, started = self._requests(prompts, counts, limits, sampling), time.perf_counter()
     self._interrupted.clear()
     seed = int(torch.randint(2**62, ())) if sampling.seed is None else sampling.seed % 2**63
     try:

@@ -5,55 +5,60 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ROWS', 'grouped', 'padded', 'Piece', 'Layout', 'thin', 'noted', 'Shared', 'adopt', 'why_not_one_copy']
 
-# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #568a4456
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #3e2ea10c
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..base import EngineError
-from .weights import weights_of
+from .weights import trained_copy, weights_of
 from ...models.unwrap import causal_lm
 from ...patch.core import Patch, PatchSet, Wrap
 from ...patch.objects import changing
+from ...ops.layer.fuse import is_plain
 
-# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #f8c174b4
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #131f61cd
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROWS = 64 # vLLM rounds a vocabulary up to a multiple of this
 
 
 def _inner(module): # -> the layer that holds the weight which counts
+    "A layer without what PEFT has put around it."
     if isinstance(module, BaseTunerLayer): return module.get_base_layer()
-    if isinstance(module, ModulesToSaveWrapper):
-        return module.modules_to_save[module.active_adapter] if module.active_adapter in module.modules_to_save else module.original_module
-    return module
+    return trained_copy(module) if isinstance(module, ModulesToSaveWrapper) else module
+
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #3fc452c0
+def _alike(group): # parameters -> whether their rows can be those of one tensor
+    kinds = {(p.dtype, p.device, p.shape[1:]) for p in group}
+    return len(kinds) == 1 and len(set(map(id, group))) == len(group)
 
 
 def grouped(model, # a transformers model, with a PEFT adapter or without
             ) -> list: # of lists of Parameter
     "The parameters whose rows vLLM holds in one tensor."
-    found, plain = [], lambda p: type(p) is nn.Parameter and p.is_floating_point()
+    found = []
     for module in causal_lm(model).modules():
         for names in GROUPS:
             layers = [_inner(getattr(module, n, None)) for n in names]
             if not all(isinstance(x, nn.Linear) for x in layers): continue
-            for part in "weight", "bias":
-                group = [getattr(x, part, None) for x in layers]
-                if all(map(plain, group)) and len({(p.dtype, p.device, p.shape[1:]) for p in group}) == 1 and len(set(map(id, group))) == len(group): found.append(group)
+            groups = ([getattr(x, part, None) for x in layers] for part in ("weight", "bias"))
+            found += [group for group in groups if all(map(is_plain, group)) and _alike(group)]
     return found
 
-
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #bf36433d
 def padded(model) -> list: # of Parameter
     "The embedding and the head, where their rows are no multiple of `ROWS`."
     base = causal_lm(model)
     ends = [_inner(x) for x in (base.get_input_embeddings(), base.get_output_embeddings())]
     weights = {id(x.weight): x.weight for x in ends if isinstance(x, nn.Embedding | nn.Linear)}
-    return [w for w in weights.values() if type(w) is nn.Parameter and w.is_floating_point() and len(w) % ROWS]
+    return [w for w in weights.values() if is_plain(w) and len(w) % ROWS]
 
-# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #fc9b97db
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #38993247
 @dataclass(frozen=True)
 class Piece:
     "A parameter as rows of a tensor."
@@ -62,17 +67,19 @@ class Piece:
     whole: torch.Tensor
 
 
-def _whole(group, rows): # -> the tensor that these parameters' data are consecutive rows of, if they are
-    first, at = group[0].data, group[0].storage_offset()
+def _whole(group, rows): # -> the tensor that these parameters' data are consecutive rows of, or None
+    "What was laid out before."
+    first, end = group[0].data, group[0].storage_offset()
     for p in group:
-        if not p.is_contiguous() or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or p.storage_offset() != at: return None
-        at += p.numel()
-    shape = (rows, *first.shape[1:])
+        here = p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not p.is_contiguous() or not here or p.storage_offset() != end: return None
+        end += p.numel()
     size = rows * (first.numel() // len(first))
-    exact = first.untyped_storage().nbytes() == size * first.itemsize # a padded one is a tensor of its own
-    return first.as_strided(shape, first.stride(), first.storage_offset()) if at - first.storage_offset() == size or (exact and first.storage_offset() == 0) else None
+    full = end - first.storage_offset() == size
+    padded = first.untyped_storage().nbytes() == size * first.itemsize and first.storage_offset() == 0 # a tensor of its own
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset()) if full or padded else None
 
-
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #45eddcef
 class Layout:
     "Where a model's weights lie, for an engine that reads them there."
     @torch.no_grad()
@@ -83,42 +90,47 @@ class Layout:
 
     def _lay(self, group, rows):
         whole = _whole(group, rows)
-        if whole is None:
-            whole = torch.zeros(rows, *group[0].shape[1:], dtype=group[0].dtype, device=group[0].device)
-            for p, part in zip(group, whole.split([*map(len, group), *([left] if (left := rows - sum(map(len, group))) else [])])):
-                part.copy_(p.data)
-                p.data = part
+        laid = whole is not None
+        if not laid: whole = torch.zeros(rows, *group[0].shape[1:], dtype=group[0].dtype, device=group[0].device)
         at = 0
         for p in group:
-            self.pieces.append(Piece(p, whole[at:at + len(p)], whole))
+            part = whole[at:at + len(p)]
+            if not laid:
+                part.copy_(p.data)
+                p.data = part
+            self.pieces.append(Piece(p, part, whole))
             at += len(p)
 
-    def wholes(self) -> dict: # {address of a parameter's data: the tensor it is rows of}
-        "The tensors, by each of their pieces."
-        return {x.rows.data_ptr(): x.whole for x in self.pieces}
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #2570af5d
+@patch
+def wholes(self:Layout) -> dict: # {address of a parameter's data: the tensor it is rows of}
+    "The tensors, by each of their pieces."
+    return {x.rows.data_ptr(): x.whole for x in self.pieces}
 
-    def add(self, parameter): # one that is read as it lies
-        "Also watch a parameter that is no part of a group."
-        self.pieces.append(Piece(parameter, parameter.data, parameter.data))
+@patch
+def add(self:Layout, parameter): # one that is read as it lies
+    "Also watch a parameter that is no part of a group."
+    self.pieces.append(Piece(parameter, parameter.data, parameter.data))
 
-    @torch.no_grad()
-    def check(self) -> int: # how many had moved
-        "Bring back what has moved; `EngineError` for a weight that is no longer of its shape, dtype or device."
-        moved = [x for x in self.pieces if x.parameter.data_ptr() != x.rows.data_ptr()]
-        for x in moved:
-            p = x.parameter
-            if p.shape != x.rows.shape or p.dtype != x.rows.dtype or p.device != x.rows.device:
-                raise EngineError(f"A weight that vLLM reads was {tuple(x.rows.shape)}, {x.rows.dtype}, on {x.rows.device}, and is now {tuple(p.shape)}, {p.dtype}, on {p.device}. "
-                                  "Close the engine and start it again.")
-        for x in moved:
-            x.rows.copy_(x.parameter.data)
-            x.parameter.data = x.rows
-        return len(moved)
+@patch
+@torch.no_grad()
+def check(self:Layout) -> int: # how many had moved
+    "Bring back what has moved; `EngineError` for a weight that is no longer of its shape, dtype or device."
+    moved = [x for x in self.pieces if x.parameter.data_ptr() != x.rows.data_ptr()]
+    for x in moved:
+        p = x.parameter
+        if p.shape != x.rows.shape or p.dtype != x.rows.dtype or p.device != x.rows.device:
+            was, now = (f"{tuple(t.shape)}, {t.dtype}, on {t.device}" for t in (x.rows, p))
+            raise EngineError(f"A weight that vLLM reads was {was}, and is now {now}. Close the engine and start it again.")
+    for x in moved:
+        x.rows.copy_(x.parameter.data)
+        x.parameter.data = x.rows
+    return len(moved)
 
-# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #ff8f90f3
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #b0faa73f
 @contextmanager
 def thin():
-    "Parameters of two dimensions and more that modules are given meanwhile hold one element's memory; a function that ends this early is yielded."
+    "Matrices that modules are given meanwhile hold one element's memory; what is yielded is a function that ends this early."
     on = [True]
 
     def thinning(register):
@@ -127,11 +139,11 @@ def thin():
             if on[0] and param is not None and param.dim() > 1 and param.device.type != "meta":
                 param.data = param.data.new_empty(1).expand(param.shape)
         return register_parameter
-    patch = Patch("thin parameters", "torch.nn:Module.register_parameter", Wrap(thinning),
-                  why="a model that will read other tensors is built without memory for its own")
-    with PatchSet([patch], "engines.one_copy"): yield lambda: on.__setitem__(0, False)
+    change = Patch("thin parameters", "torch.nn:Module.register_parameter", Wrap(thinning),
+                   why="a model that will read other tensors is built without memory for its own")
+    with PatchSet([change], "engines.one_copy"): yield lambda: on.__setitem__(0, False)
 
-
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #1fb18c1e
 def noted(inner, weights, default) -> dict: # {id of a parameter: its calls, (tensor, arguments, named ones)}
     "Run vLLM's `load_weights` with loaders that take notes instead of copying."
     calls, loaders = {}, {id(p): getattr(p, "weight_loader", default) for p in inner.parameters()}
@@ -155,7 +167,33 @@ class Shared:
     copied: tuple = () # names of the training model's weights; these have to be handed over again when they change
     addresses: frozenset = frozenset() # of the tensors that are read
 
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #5c4e28cb
+def _filled(param, done): # the calls that load it
+    "vLLM's parameter, loaded as vLLM loads it into memory of its own."
+    filled = param.data = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    for loader, tensor, args, named in done: loader(param, tensor, *args, **named)
+    return filled
 
+
+def _same(ours, filled) -> bool:
+    "Whether a tensor can stand for another, to the last bit and to its layout."
+    alike = ours.shape == filled.shape and ours.stride() == filled.stride()
+    return alike and ours.dtype == filled.dtype and ours.device == filled.device and torch.equal(ours, filled)
+
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #ef812423
+def _watch(layout, model, addresses):
+    "Also watch the weights that vLLM reads and that were not laid out."
+    watched = {id(x.parameter) for x in layout.pieces}
+    for p in causal_lm(model).parameters():
+        if id(p) not in watched and p.data_ptr() in addresses: layout.add(p)
+
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #fd23afbc
+def _sources(done, names) -> set: # the calls that load a parameter, {address: name}; all names where one is not known
+    "Which of the model's weights went into a parameter."
+    found = {names.get(tensor.data_ptr()) for _, tensor, _, _ in done}
+    return set(names.values()) if None in found else found
+
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #a5a25334
 @torch.no_grad()
 def adopt(inner, # vLLM's model, its parameters thin
           model, # the training model, laid out
@@ -164,40 +202,37 @@ def adopt(inner, # vLLM's model, its parameters thin
           ) -> Shared: # raises `EngineError` for a parameter that gets no weight
     "Give vLLM's model the training model's tensors, and copies of what cannot be shared."
     live = dict(weights_of(model, fold=False))
-    names, wholes = {t.data_ptr(): n for n, t in live.items()}, layout.wholes()
+    names, wholes = {tensor.data_ptr(): name for name, tensor in live.items()}, layout.wholes()
     calls, found, copied, addresses = noted(inner, iter(live.items()), default), Shared(layout), set(), set()
     for name, param in inner.named_parameters():
         done = calls.get(id(param))
         if done is None: raise EngineError(f"vLLM's {name} gets no weight from this model. Start the engine with share=False.")
-        filled = param.data = torch.zeros(param.shape, dtype=param.dtype, device=param.device)
-        for loader, tensor, args, named in done: loader(param, tensor, *args, **named)
-        first = done[0][1]
+        filled, first = _filled(param, done), done[0][1]
         ours = wholes.get(first.data_ptr(), first)
-        same = ours.shape == filled.shape and ours.stride() == filled.stride() and ours.dtype == filled.dtype and ours.device == filled.device
-        if same and torch.equal(ours, filled):
+        if _same(ours, filled):
             param.data = ours.detach()
             found.shared_bytes += ours.nbytes
             addresses.add(ours.data_ptr())
         else:
             found.copied_bytes += filled.nbytes
-            sources = [names.get(tensor.data_ptr()) for _, tensor, _, _ in done]
-            copied |= set(live) if None in sources else set(sources)
+            copied |= _sources(done, names)
     found.copied, found.addresses = tuple(n for n in live if n in copied), frozenset(addresses)
-    watched = {id(x.parameter) for x in layout.pieces}
-    for p in causal_lm(model).parameters():
-        if id(p) not in watched and p.data_ptr() in addresses: layout.add(p)
+    _watch(layout, model, addresses)
     return found
 
-# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #1dc3dbe2
+# %% ../../../nbs/engines/vllm/03_one_copy.ipynb #ffa156a9
 def why_not_one_copy(model, # a transformers model, with a PEFT adapter or without
                   dtype:torch.dtype, # in which vLLM is to compute
                   ) -> str: # a reason; empty where vLLM can read the weights in place
     "Why vLLM needs a copy of the weights."
     base = causal_lm(model)
-    layers = [_inner(m) for m in base.modules()]
-    weights = [p for m in {id(x): x for x in layers}.values() if not isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) for p in m.parameters(recurse=False)]
-    if any(type(p).__name__ in ("Params4bit", "Int8Params") or not p.is_floating_point() for p in weights): return "the weights are quantised"
+    layers = {id(x): x for x in map(_inner, base.modules()) if not isinstance(x, BaseTunerLayer | ModulesToSaveWrapper)}
+    weights = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
+    quantised = any(type(p).__name__ in ("Params4bit", "Int8Params") or not p.is_floating_point() for p in weights)
+    if quantised: return "the weights are quantised"
     if len(places := {p.device for p in weights}) > 1: return f"the weights are on {len(places)} devices"
     if next(iter(places)).type == "meta": return "the weights are not in memory"
-    if base.get_input_embeddings().weight.dtype != dtype: return f"the model holds {str(base.get_input_embeddings().weight.dtype).removeprefix('torch.')}, and vLLM computes in {str(dtype).removeprefix('torch.')}"
-    return "the weights are spread over processes" if any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in weights) else ""
+    held, wanted = (str(d).removeprefix("torch.") for d in (base.get_input_embeddings().weight.dtype, dtype))
+    if held != wanted: return f"the model holds {held}, and vLLM computes in {wanted}"
+    spread = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in weights)
+    return "the weights are spread over processes" if spread else ""

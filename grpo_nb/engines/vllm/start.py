@@ -42,10 +42,11 @@ def request_options(sampling:Sampling, # `max_tokens` and the seeds are read fro
                     ) -> dict: # for `vllm.SamplingParams`, without `output_kind`
     "One completion's part of a `Sampling`."
     s = sampling
-    draw = dict(temperature=0.0) if s.greedy else dict(temperature=float(s.temperature), top_p=float(s.top_p), top_k=s.top_k, min_p=float(s.min_p))
-    return dict(**draw, n=1, repetition_penalty=float(s.repetition_penalty), max_tokens=max_tokens, seed=None if seed is None else seed % 2**63,
-                stop=list(s.stop) or None, stop_token_ids=list(s.stop_token_ids), ignore_eos=True, include_stop_str_in_output=True,
-                detokenize=bool(s.stop), skip_special_tokens=False, logprobs=0)
+    if s.greedy: draw = dict(temperature=0.0)
+    else: draw = dict(temperature=float(s.temperature), top_p=float(s.top_p), top_k=s.top_k, min_p=float(s.min_p))
+    return dict(**draw, n=1, repetition_penalty=float(s.repetition_penalty), max_tokens=max_tokens,
+                seed=None if seed is None else seed % 2**63, stop=list(s.stop) or None, stop_token_ids=list(s.stop_token_ids),
+                ignore_eos=True, include_stop_str_in_output=True, detokenize=bool(s.stop), skip_special_tokens=False, logprobs=0)
 
 
 def _finished(output): # of vLLM -> as `Rollouts.finished` says it
@@ -62,37 +63,52 @@ class _Described: # vLLM before 0.32 asks standard output for its file descripto
         try: return self.stream.fileno()
         except (AttributeError, OSError, ValueError): return self.null.fileno()
 
+# %% ../../../nbs/engines/vllm/04_start.ipynb #9f4899a4
+@contextmanager
+def _seeds_kept():
+    "Python's and NumPy's random numbers, environment and log levels come back."
+    env, state, theirs, quiet = dict(os.environ), random.getstate(), np.random.get_state(), logging.root.manager.disable
+    try: yield
+    finally:
+        os.environ.clear()
+        os.environ.update(env)
+        random.setstate(state)
+        np.random.set_state(theirs)
+        logging.disable(quiet)
 
+
+@contextmanager
+def _torch_kept():
+    "PyTorch's default dtype and threads come back, with the function that sets their number."
+    threads, dtype, many = torch.set_num_threads, torch.get_default_dtype(), torch.get_num_threads()
+    try: yield
+    finally:
+        torch.set_num_threads = threads
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != many: torch.set_num_threads(many)
+
+# %% ../../../nbs/engines/vllm/04_start.ipynb #f38d0a7c
 @contextmanager
 def untouched():
     "Random numbers, environment, thread count and log levels are afterwards what they were before."
-    env, threads, state, theirs = dict(os.environ), torch.set_num_threads, random.getstate(), np.random.get_state()
-    dtype, many, quiet = torch.get_default_dtype(), torch.get_num_threads(), logging.root.manager.disable
-    with torch.random.fork_rng(), warnings.catch_warnings(), redirect_stdout(_Described(sys.stdout)):
+    with (torch.random.fork_rng(), _seeds_kept(), _torch_kept(), warnings.catch_warnings(),
+          redirect_stdout(_Described(sys.stdout))):
         warnings.simplefilter("ignore")
-        logging.disable(max(quiet, logging.WARNING))
+        logging.disable(max(logging.root.manager.disable, logging.WARNING))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" # else vLLM would start a process of its own for the work
-        try: yield
-        finally:
-            os.environ.clear()
-            os.environ.update(env)
-            torch.set_num_threads = threads
-            torch.set_default_dtype(dtype)
-            if torch.get_num_threads() != many: torch.set_num_threads(many)
-            random.setstate(state)
-            np.random.set_state(theirs)
-            logging.disable(quiet)
+        yield
 
-
+# %% ../../../nbs/engines/vllm/04_start.ipynb #44435cad
 def _folder(model, tokenizer, path): # what vLLM reads of a model beside its weights
     "Write the configuration and the tokenizer."
     config = copy.deepcopy(causal_lm(model).config)
     if hasattr(config, "quantization_config"): del config.quantization_config
-    config.architectures = [next(c.__name__ for c in type(causal_lm(model)).__mro__ if c.__module__.startswith("transformers"))] if not config.architectures else config.architectures
+    if not config.architectures: # a model that was made from a configuration: its class, or the one of transformers that it extends
+        config.architectures = [next(c.__name__ for c in type(causal_lm(model)).__mro__ if c.__module__.startswith("transformers"))]
     config.save_pretrained(path)
     if tokenizer is not None: tokenizer.save_pretrained(path)
 
-
+# %% ../../../nbs/engines/vllm/04_start.ipynb #a64ea790
 def _loader(fill, # [a function that gives vLLM's model its weights]
             share:bool, # whether these are to be the training model's own
             ): # -> a `load_format` of vLLM
@@ -114,16 +130,16 @@ def _loader(fill, # [a function that gives vLLM's model its weights]
             fill[0](model)
     return "grpo_nb"
 
-
+# %% ../../../nbs/engines/vllm/04_start.ipynb #e73aad17
 @contextmanager
 def plain_linear(on:bool):
     "vLLM's CPU build multiplies with the weights as they lie, and packs none."
     def keep(layer, remove_weight): layer.cpu_linear = torch.nn.functional.linear
-    patch = Patch("plain linear", "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", Value(keep),
-                  why="weights that are shared stay where they lie: packing copies them and drops the original")
-    with PatchSet([patch] if on else [], "engines.vllm"): yield
+    change = Patch("plain linear", "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", Value(keep),
+                   why="weights that are shared stay where they lie: packing copies them and drops the original")
+    with PatchSet([change] if on else [], "engines.vllm"): yield
 
-# %% ../../../nbs/engines/vllm/04_start.ipynb #33fb6e41
+# %% ../../../nbs/engines/vllm/04_start.ipynb #b730a020
 @contextmanager
 def process_group_kept(on:bool): # -> vLLM's module of groups, where it is loaded
     "vLLM's shutdown destroys its own groups and leaves the process group, which the training needs, alone."
@@ -133,13 +149,15 @@ def process_group_kept(on:bool): # -> vLLM's module of groups, where it is loade
     def leave():
         if groups._WORLD: groups._WORLD.destroy()
         groups._WORLD = None
-    patch = Patch("process group kept", "vllm.distributed.parallel_state:destroy_distributed_environment", Value(leave),
-                  why="the process group is the training's, and outlives vLLM")
-    with PatchSet([patch], "engines.vllm"): yield groups
+    change = Patch("process group kept", "vllm.distributed.parallel_state:destroy_distributed_environment", Value(leave),
+                   why="the process group is the training's, and outlives vLLM")
+    with PatchSet([change], "engines.vllm"): yield groups
 
-
+# %% ../../../nbs/engines/vllm/04_start.ipynb #116a3f91
 def _allocator(): # -> vLLM's, where one was made
-    return getattr(getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None), "instance", None)
+    "The allocator of the sleep mode, without importing it."
+    there = sys.modules.get("vllm.device_allocator.cumem")
+    return getattr(getattr(there, "CuMemAllocator", None), "instance", None)
 
 
 def pooled() -> int:
@@ -158,7 +176,7 @@ def release_pools() -> None:
     torch.cuda.empty_cache()
     allocators.clear()
 
-# %% ../../../nbs/engines/vllm/04_start.ipynb #ff392c51
+# %% ../../../nbs/engines/vllm/04_start.ipynb #421177a1
 def cache_bytes_for(config, # a transformers config
                     tokens:int, # positions
                     itemsize:int, # bytes of a number
@@ -169,25 +187,35 @@ def cache_bytes_for(config, # a transformers config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return 2 * c.num_hidden_layers * heads * width * itemsize * tokens
 
-
+# %% ../../../nbs/engines/vllm/04_start.ipynb #23238b6a
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512) # that vLLM takes
 
 
+def _cache_bytes(engine): # -> int, or None: what the share of a GPU leaves
+    "Memory for keys and values: as asked, or on a CPU what is needed, within half of what is free."
+    if engine._given["cache"] is not None or engine.device.type != "cpu": return engine._given["cache"]
+    page = -(-engine.max_model_len // 128) * 128 # whole pages of the CPU's size
+    config = causal_lm(engine.model).config
+    def size(n): return cache_bytes_for(config, n * page, engine.dtype.itemsize)
+    return max(size(2), min(size(engine._given["seqs"]), free_bytes(engine.device) // 2))
+
+
+def _lora_arguments(engine): # -> a dict, empty where no adapter is swapped
+    "Room for one adapter, of the smallest rank that vLLM takes and that holds it."
+    if engine.way != "swap": return {}
+    layers = [m for m in causal_lm(engine.model).modules() if hasattr(m, "lora_A") and hasattr(m, "r")]
+    rank = engine.rank or max([1, *(m.r.get(m.active_adapters[0], 1) for m in layers)])
+    return dict(enable_lora=True, max_loras=1, max_cpu_loras=1, max_lora_rank=next(r for r in _RANKS if r >= rank))
+
+# %% ../../../nbs/engines/vllm/04_start.ipynb #0735cdae
 def _arguments(engine, folder, load_format): # of an engine that is starting -> a dict for `EngineArgs`
     "What vLLM is started with."
     from vllm import EngineArgs
-    g, cpu = engine._given, engine.device.type == "cpu"
-    known = EngineArgs.__dataclass_fields__
-    known_arguments("VLLMEngine", g["more"], known)
-    cache = g["cache"]
-    if cache is None and cpu:
-        block = -(-engine.max_model_len // 128) * 128 # whole pages of the CPU's size
-        size = lambda n: cache_bytes_for(causal_lm(engine.model).config, n * block, engine.dtype.itemsize)
-        cache = max(size(2), min(size(g["seqs"]), free_bytes(engine.device) // 2))
-    rank = engine.rank or max([1, *(m.r.get(m.active_adapters[0], 1) for _, m in causal_lm(engine.model).named_modules() if hasattr(m, "lora_A") and hasattr(m, "r"))])
-    lora = dict(enable_lora=True, max_loras=1, max_cpu_loras=1, max_lora_rank=next(r for r in _RANKS if r >= rank)) if engine.way == "swap" else {}
-    given = dict(model=folder, tokenizer=folder, skip_tokenizer_init=engine.tokenizer is None, load_format=load_format, dtype=str(engine.dtype).removeprefix("torch."),
-                 max_model_len=engine.max_model_len, max_num_seqs=g["seqs"], gpu_memory_utilization=g["share"], kv_cache_memory_bytes=cache, enforce_eager=cpu,
-                 enable_sleep_mode=engine.sleeps, enable_prefix_caching=True, logprobs_mode="processed_logprobs", generation_config="vllm",
-                 disable_log_stats=True, **lora)
-    return {**given, **g["more"]}
+    g = engine._given
+    known_arguments("VLLMEngine", g["more"], EngineArgs.__dataclass_fields__)
+    given = dict(model=folder, tokenizer=folder, skip_tokenizer_init=engine.tokenizer is None, load_format=load_format,
+                 dtype=str(engine.dtype).removeprefix("torch."), max_model_len=engine.max_model_len, max_num_seqs=g["seqs"],
+                 gpu_memory_utilization=g["gpu_share"], kv_cache_memory_bytes=_cache_bytes(engine),
+                 enforce_eager=engine.device.type == "cpu", enable_sleep_mode=engine.sleeps, enable_prefix_caching=True,
+                 logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True)
+    return {**given, **_lora_arguments(engine), **g["more"]}
