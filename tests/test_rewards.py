@@ -202,7 +202,7 @@ def test_weighted_in_weighted_and_by_name():
 
 def test_weighted_wrong():
     import torch
-    for parts, kind, text in (({}, ValueError, "no rewards"), ({"corectness": 1}, ValueError, "Did you mean"), ([len], TypeError, "pairs"), ({len: "1"}, ValueError, "weight '1' of 'len'"),
+    for parts, kind, text in (({}, ValueError, "no rewards"), ({"corectness": 1}, ValueError, "Did you mean"), ([len], TypeError, "pairs"), ({len: "1"}, ValueError, "weight of 'len'='1'"),
                               ({len: float("nan")}, ValueError, "finite"), ({torch.nn.Linear(1, 1): 1}, TypeError, "reward model"), ({"regex": 1}, TypeError, "'pattern'"), (3, TypeError, "pairs")):
         with pytest.raises(kind, match=text): rewards.weighted(parts)
 

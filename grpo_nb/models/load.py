@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Settings', 'settings_of', 'tokenizer_of', 'find_model', 'Default', 'check_tokenizer', 'agree', 'FastLanguageModel']
 
-# %% ../../nbs/models/06_load.ipynb #3df36d14
+# %% ../../nbs/models/06_load.ipynb #fda930cb
 import inspect
 import os
 import re
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
@@ -22,14 +23,15 @@ from peft import get_peft_model as add_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from ..ground.check import known_arguments, nearest, one_of
-from .installed import fast_engine
+# %% ../../nbs/models/06_load.ipynb #87a17100
+from ..ground.check import known_arguments, nearest, number, one_of, share, whole
 from .device import dtype_for, why_not_four_bit, keep_gradients, slow_dtype, target_device
 from ..ground.events import say
 from .modes import Switched, switch
 from .unwrap import causal_lm
+from .installed import fast_engine
 
-# %% ../../nbs/models/06_load.ipynb #9b9723aa
+# %% ../../nbs/models/06_load.ipynb #84a7093a
 @dataclass
 class Settings:
     "What `from_pretrained` was asked for and what it decided."
@@ -45,6 +47,7 @@ class Settings:
 
     def __getstate__(self): return {**self.__dict__, "tokenizer_ref": None}
 
+# %% ../../nbs/models/06_load.ipynb #8251d2c8
 def settings_of(model, # a model, with an adapter or without
                 ) -> Settings | None: # None for a model that was loaded in another way
     "The settings that `from_pretrained` left on `model`."
@@ -56,34 +59,38 @@ def tokenizer_of(model, # a model, with an adapter or without
     link = getattr(settings_of(model), "tokenizer_ref", None)
     return link() if link else None
 
-# %% ../../nbs/models/06_load.ipynb #d1f239e3
+# %% ../../nbs/models/06_load.ipynb #bbaa08ef
 def _meant_as_path(name):
     "Whether `name` can only be a path: it starts with . / or ~, is absolute, or has two separators or more."
-    return isinstance(name, os.PathLike) or name.startswith((".", "/", "~", os.sep)) or os.path.isabs(name) or name.count(os.sep) > 1
+    if isinstance(name, os.PathLike) or os.path.isabs(name): return True
+    return name.startswith((".", "/", "~", os.sep)) or name.count(os.sep) > 1
 
 def _missing_path(name, path):
     "The error for a path that is not there, with the nearest entry of the folder that would hold it."
     parent = next((p for p in path.parents if p.is_dir()), Path("."))
     part = path.relative_to(parent).parts[0] if parent in path.parents else path.name
     hint = nearest(part, [p.name for p in parent.iterdir()])
-    return FileNotFoundError(f"model_name={str(name)!r} is a path, and there is no such folder.{hint} "
-                             f"{str(parent)!r} is the last part of it that exists. Give a model's folder or a Hub id such as 'Qwen/Qwen3-0.6B'.")
+    return FileNotFoundError(f"model_name={str(name)!r} is a path, and there is no such folder.{hint} {str(parent)!r} is "
+                             "the last part of it that exists. Give a model's folder or a Hub id such as 'Qwen/Qwen3-0.6B'.")
 
+# %% ../../nbs/models/06_load.ipynb #fe1c62be
 def _check_folder(name, path):
     "Raise unless `path` holds a configuration, weights and a tokenizer."
-    has = lambda *patterns: any(next(path.glob(p), None) for p in patterns)
+    def has(*patterns): return any(next(path.glob(p), None) for p in patterns)
     what = f"model_name={str(name)!r}"
-    if not path.is_dir(): raise ValueError(f"{what} is a file. Give the folder that holds config.json, the weights and the tokenizer.")
+    if not path.is_dir():
+        raise ValueError(f"{what} is a file. Give the folder that holds config.json, the weights and the tokenizer.")
+    if not has("config.json") and has("adapter_config.json"):
+        raise ValueError(f"{what} holds an adapter and no model. Load the model it was made for (base_model_name_or_path in its "
+                         "adapter_config.json), then put the adapter on it with peft.PeftModel.from_pretrained.")
     if not has("config.json"):
-        if has("adapter_config.json"):
-            raise ValueError(f"{what} holds an adapter and no model. Load the model it was made for (base_model_name_or_path in its "
-                             "adapter_config.json), then put the adapter on it with peft.PeftModel.from_pretrained.")
         raise ValueError(f"{what} has no config.json. It should be a folder that model.save_pretrained wrote.")
-    if not has("*.safetensors", "*.bin"): raise ValueError(f"{what} has no weights: no file in it ends in .safetensors or .bin.")
+    if not has("*.safetensors", "*.bin"):
+        raise ValueError(f"{what} has no weights: no file in it ends in .safetensors or .bin.")
     if not has("tokenizer*", "vocab*", "*.model"):
         raise ValueError(f"{what} has no tokenizer. Save one beside the model with tokenizer.save_pretrained({str(name)!r}).")
 
-# %% ../../nbs/models/06_load.ipynb #45a1752d
+# %% ../../nbs/models/06_load.ipynb #bdc4bc04
 def find_model(model_name, # a folder, or an id on the Hub
                ) -> str: # the same, with ~ expanded
     "Check `model_name` without reaching out: `FileNotFoundError` for a missing path, `ValueError` for what cannot be a model."
@@ -95,52 +102,46 @@ def find_model(model_name, # a folder, or an id on the Hub
         return str(path) if str(model_name).startswith("~") else os.fspath(model_name)
     if _meant_as_path(model_name): raise _missing_path(model_name, path)
     try: validate_repo_id(model_name)
-    except HFValidationError as error: raise ValueError(f"model_name={model_name!r} is neither a folder here nor a Hub id. {error}") from error
+    except HFValidationError as error:
+        raise ValueError(f"model_name={model_name!r} is neither a folder here nor a Hub id. {error}") from error
     return model_name
 
-# %% ../../nbs/models/06_load.ipynb #be79c903
+# %% ../../nbs/models/06_load.ipynb #e02b60ea
 class Default(int):
     "`True` or `False`, where the caller has not said so."
     def __repr__(self): return str(bool(self))
-
-def _whole(name, value, least=1):
-    "Raise `ValueError` unless `value` is a whole number of at least `least`."
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} should be a whole number of at least {least}.")
-
-def _number(name, value, ok, allowed):
-    "Raise `ValueError` unless `value` is a number for which `ok` holds; `allowed` says in words what does."
-    if not isinstance(value, int | float) or isinstance(value, bool) or not ok(value):
-        raise ValueError(f"{name}={value!r} should be {allowed}.")
 
 def _check_passed(argument, given, reserved):
     "Raise unless `given` is None or a dict whose keys are not arguments of `from_pretrained` itself."
     if given is None: return {}
     if not isinstance(given, dict): raise TypeError(f"{argument}={given!r} should be a dict.")
     for key in given:
-        if key in reserved: raise TypeError(f"{argument} has {key!r}, which is an argument of from_pretrained() itself: pass {key}=... there.")
+        if key not in reserved: continue
+        raise TypeError(f"{argument} has {key!r}, which is an argument of from_pretrained() itself: pass {key}=... there.")
     return dict(given)
 
-# %% ../../nbs/models/06_load.ipynb #20f93915
+# %% ../../nbs/models/06_load.ipynb #fd877d90
 def _quantised_as(config): # "" for a checkpoint in full precision
     "The method by which a checkpoint is already quantised."
     found = getattr(config, "quantization_config", None)
-    get = found.get if isinstance(found, dict) else lambda key: getattr(found, key, None)
-    method = get("quant_method") if found is not None else None
-    return str(getattr(method, "value", method)) if method else "an unnamed method" if found is not None else ""
+    if found is None: return ""
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else "an unnamed method"
 
 def _four_bit(load_in_4bit, device, dtype): # None: load the weights in `dtype`
     "The quantisation to ask for; `RuntimeError` where it was asked for by name and does not work."
     if not load_in_4bit: return None
     problem = why_not_four_bit(device)
     if not problem:
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype)
     bits = 8 * dtype.itemsize
     if not isinstance(load_in_4bit, Default):
         raise RuntimeError(f"load_in_4bit=True: {problem} Or load the weights in {bits}-bit with load_in_4bit=False.")
-    say(f"4-bit weights are the default, but {problem} The weights are loaded in {bits}-bit; load_in_4bit=False says that this is meant.")
+    say(f"4-bit weights are the default, but {problem} The weights are loaded in {bits}-bit; "
+        "load_in_4bit=False says that this is meant.")
 
-# %% ../../nbs/models/06_load.ipynb #5ce80151
+# %% ../../nbs/models/06_load.ipynb #0d22aa29
 _pads = ("<|pad|>", "<pad>", "[PAD]", "<PAD>", "<|PAD|>", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<|vision_pad|>",
          "<|reserved_special_token_0|>", "<unused0>")
 _ends = "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|eos|>", "<eos>", "</s>", "[EOS]"
@@ -149,7 +150,7 @@ def _choose_pad(tokenizer, rows):
     "Give `tokenizer` a padding token that is not its end of sequence, if its vocabulary has one; say what was done."
     was, eos, known = tokenizer.pad_token, tokenizer.eos_token, tokenizer.get_vocab()
     if was is not None and tokenizer.pad_token_id != tokenizer.eos_token_id: return
-    fits = lambda t: t and t not in (eos, tokenizer.bos_token) and known.get(t, rows) < rows
+    def fits(token): return token and token not in (eos, tokenizer.bos_token) and known.get(token, rows) < rows
     found = next(filter(fits, (*_pads, tokenizer.unk_token)), None)
     why = "the tokenizer has no padding token" if was is None else f"the tokenizer pads with its end of sequence, {eos!r}"
     tokenizer.pad_token = found or eos
@@ -157,6 +158,7 @@ def _choose_pad(tokenizer, rows):
     else: say(f"{why}, and no unused special token: {eos!r} is padding and end of sequence at once. "
               "Tell padding by the attention mask, not by its id.")
 
+# %% ../../nbs/models/06_load.ipynb #1bba1971
 def check_tokenizer(tokenizer, # changed in place where padding has to be chosen
                     rows:int, # rows of the model's embedding
                     name:str, # the model's name, for the messages
@@ -169,32 +171,36 @@ def check_tokenizer(tokenizer, # changed in place where padding has to be chosen
                          "Name one with tokenizer_kwargs={'eos_token': ...}.")
     _choose_pad(tokenizer, rows)
     for role in "eos_token", "pad_token":
-        if getattr(tokenizer, f"{role}_id") >= rows:
-            raise ValueError(f"model_name={name!r}: {role}={getattr(tokenizer, role)!r} has id {getattr(tokenizer, f'{role}_id')}, and the model's "
-                             f"vocabulary ends at {rows - 1}. Name a token that the vocabulary has with tokenizer_kwargs={{{role!r}: ...}}.")
+        token, at = getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")
+        if at >= rows:
+            raise ValueError(f"model_name={name!r}: {role}={token!r} has id {at}, and the model's vocabulary ends at {rows - 1}. "
+                             f"Name a token that the vocabulary has with tokenizer_kwargs={{{role!r}: ...}}.")
     if not tokenizer.chat_template:
-        say(f"{name}: the tokenizer has no chat template, so prompts must be plain strings. For chat messages set tokenizer.chat_template "
-            "to a Jinja template and pass the tokenizer to the trainer as processing_class.")
+        say(f"{name}: the tokenizer has no chat template, so prompts must be plain strings. For chat messages set "
+            "tokenizer.chat_template to a Jinja template and pass the tokenizer to the trainer as processing_class.")
 
-# %% ../../nbs/models/06_load.ipynb #2b83b6f7
+# %% ../../nbs/models/06_load.ipynb #24e6a7f4
 def agree(model, # its configurations are changed in place
           tokenizer, # has padding and end of sequence
           ) -> None:
     "Let the model pad with the tokenizer's padding and end where the tokenizer ends, keeping the ends that it already had."
     base = causal_lm(model)
-    holders = [c for c in (base.config, base.config.get_text_config(), getattr(base, "generation_config", None)) if c is not None]
+    holders = base.config, base.config.get_text_config(), getattr(base, "generation_config", None)
     for holder in holders:
+        if holder is None: continue
         holder.pad_token_id = tokenizer.pad_token_id
         ends = holder.eos_token_id
         ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
         if tokenizer.eos_token_id in ends: continue
-        if ends: say(f"the model ends a completion with {ends}, the tokenizer with {tokenizer.eos_token_id}; each of them ends one now.")
+        if ends:
+            say(f"the model ends a completion with {ends}, the tokenizer with {tokenizer.eos_token_id}; each of them ends one now.")
         holder.eos_token_id = [tokenizer.eos_token_id, *ends] if ends else tokenizer.eos_token_id
 
-# %% ../../nbs/models/06_load.ipynb #fc1a14a1
+# %% ../../nbs/models/06_load.ipynb #db0cf742
 class FastLanguageModel:
     "Loads a language model, puts an adapter on it, and switches it between training and inference."
 
+# %% ../../nbs/models/06_load.ipynb #06901a5c
 def _length(asked, config):
     "`max_seq_length`, or what the model was made for if that is less."
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -202,23 +208,21 @@ def _length(asked, config):
     say(f"max_seq_length={asked} is more than the {limit} positions that this model was made for; {limit} is used.")
     return limit
 
+# %% ../../nbs/models/06_load.ipynb #8477359f
 def _config_of(name, **hub):
     "The model's configuration; an `OSError` for a name that leads nowhere tells both things it could have been."
     try: return AutoConfig.from_pretrained(name, **hub)
     except OSError as error:
         hint = nearest(name, [p.name for p in Path().iterdir() if p.is_dir()])
-        raise OSError(f"model_name={name!r} is no folder here, and the Hub did not give a model of that name.{hint} {error}") from error
+        raise OSError(f"model_name={name!r} is no folder here, and the Hub did not give a model of that name.{hint} "
+                      f"{error}") from error
 
-def _say_engine():
-    "Tell once what `fast_inference=True` comes to."
-    say(f"fast_inference=True: {fast_engine()[1]}")
-
-# %% ../../nbs/models/06_load.ipynb #56fdbc5e
+# %% ../../nbs/models/06_load.ipynb #8b53f95d
 @patch(cls_method=True)
 def from_pretrained(cls:FastLanguageModel,
                     model_name, # a folder, or an id on the Hub
                     max_seq_length:int=2048, # tokens of prompt and completion together
-                    dtype=None, # "bfloat16", "float16", "float32" or a torch dtype; None: bf16 from Ampere on, fp16 before, fp32 on a CPU
+                    dtype=None, # "bfloat16", "float16", "float32" or a torch dtype; None: chosen for the device
                     load_in_4bit:bool=Default(True), # NF4 weights; left out, a machine that cannot gets 16 or 32 bits
                     fast_inference:bool=False, # sample with vLLM where it is installed; one line says what it comes to
                     gpu_memory_utilization:float=0.5, # share of the GPU's memory for the engine, in (0, 1]
@@ -233,73 +237,100 @@ def from_pretrained(cls:FastLanguageModel,
                     tokenizer_kwargs:dict|None=None, # more for AutoTokenizer.from_pretrained
                     **unknown): # (model, tokenizer)
     "Load a model in evaluation mode and its tokenizer, padding on the left; all arguments are checked before anything is read."
+    asked = SimpleNamespace(**locals())
     known_arguments("from_pretrained", unknown, _own_arguments())
-    more = _check_passed("model_kwargs", model_kwargs, {*_own_arguments(), "torch_dtype"})
-    for_tokenizer = _check_passed("tokenizer_kwargs", tokenizer_kwargs, _own_arguments())
-    _whole("max_seq_length", max_seq_length)
-    _whole("max_lora_rank", max_lora_rank)
-    _number("gpu_memory_utilization", gpu_memory_utilization, lambda x: 0 < x <= 1, "a share of the GPU's memory: more than 0, at most 1")
-    for flag, value in (("load_in_4bit", load_in_4bit), ("fast_inference", fast_inference), ("trust_remote_code", trust_remote_code),
-                        ("local_files_only", local_files_only)):
-        one_of(flag, value, [True, False])
-    if "quantization_config" in more:
-        if load_in_4bit and not isinstance(load_in_4bit, Default):
-            raise ValueError("load_in_4bit=True and model_kwargs={'quantization_config': ...} both say how to quantise: give one of them.")
-        load_in_4bit = False
-    device = target_device(device_map)
-    dtype = dtype_for(dtype, device)
-    name = find_model(model_name)
+    _check_asked(asked)
+    return _load(asked)
 
-    hub = dict(token=token, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_files_only)
-    config = _config_of(name, **hub)
-    held_as = _quantised_as(config)
-    if not held_as and (quantisation := _four_bit(load_in_4bit, device, dtype)): more["quantization_config"] = quantisation
-    if held_as == "bitsandbytes" and (problem := why_not_four_bit(device)): raise RuntimeError(f"model_name={name!r} is in bitsandbytes' format: {problem}")
-    max_seq_length = _length(max_seq_length, config)
-    tokenizer = AutoTokenizer.from_pretrained(name, **{**hub, "padding_side": "left", "truncation_side": "left", **for_tokenizer})
-    check_tokenizer(tokenizer, config.get_text_config().vocab_size, name)
-    tokenizer.model_max_length = max_seq_length
-
-    if device_map is None and device.type != "cpu": device_map = {"": device}
-    if attn_implementation is not None: more["attn_implementation"] = attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map, **hub, **more)
-    four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
-    if four_bit: keep_gradients(model)
-    agree(model, tokenizer)
-    model._grpo_nb = Settings(name, max_seq_length, dtype, four_bit, fast_inference, gpu_memory_utilization, max_lora_rank,
-                              tokenizer_ref=weakref.ref(tokenizer))
-    _say_loaded(model, device, held_as)
-    if slow := slow_dtype(dtype, device): say(slow)
-    if fast_inference: _say_engine()
-    return model, tokenizer
-
-# %% ../../nbs/models/06_load.ipynb #8a2ad846
+# %% ../../nbs/models/06_load.ipynb #943f3fc2
 def _own_arguments():
     "The names that `from_pretrained` takes."
     return [n for n in inspect.signature(FastLanguageModel.from_pretrained).parameters if n not in ("cls", "unknown")]
 
-def _say_loaded(model, device, held_as):
+def _check_asked(asked): # what was asked for; device, dtype and name are filled in
+    "Raise for the first argument that cannot be, before anything is read."
+    asked.more = _check_passed("model_kwargs", asked.model_kwargs, {*_own_arguments(), "torch_dtype"})
+    asked.for_tokenizer = _check_passed("tokenizer_kwargs", asked.tokenizer_kwargs, _own_arguments())
+    for name in "max_seq_length", "max_lora_rank": whole(name, getattr(asked, name))
+    share("gpu_memory_utilization", asked.gpu_memory_utilization, above=0)
+    for flag in "load_in_4bit", "fast_inference", "trust_remote_code", "local_files_only":
+        one_of(flag, getattr(asked, flag), [True, False])
+    if "quantization_config" in asked.more:
+        if asked.load_in_4bit and not isinstance(asked.load_in_4bit, Default):
+            raise ValueError("load_in_4bit=True and model_kwargs={'quantization_config': ...} both say how to quantise: "
+                             "give one of them.")
+        asked.load_in_4bit = False
+    asked.device = target_device(asked.device_map)
+    asked.dtype = dtype_for(asked.dtype, asked.device)
+    asked.name = find_model(asked.model_name)
+
+# %% ../../nbs/models/06_load.ipynb #85cdd452
+def _load(asked) -> tuple: # (model, tokenizer)
+    "What was asked for, read in the order of its size."
+    hub = {name: getattr(asked, name) for name in ("token", "revision", "trust_remote_code", "local_files_only")}
+    config = _config_of(asked.name, **hub)
+    asked.held_as = _quantised_as(config)
+    asked.max_seq_length = _length(asked.max_seq_length, config)
+    how = _how_to_load(asked)
+    sides = dict(padding_side="left", truncation_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(asked.name, **{**hub, **sides, **asked.for_tokenizer})
+    check_tokenizer(tokenizer, config.get_text_config().vocab_size, asked.name)
+    tokenizer.model_max_length = asked.max_seq_length
+    model = AutoModelForCausalLM.from_pretrained(asked.name, **hub, **how)
+    four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    if four_bit: keep_gradients(model)
+    agree(model, tokenizer)
+    model._grpo_nb = Settings(asked.name, asked.max_seq_length, asked.dtype, four_bit, asked.fast_inference,
+                              asked.gpu_memory_utilization, asked.max_lora_rank, tokenizer_ref=weakref.ref(tokenizer))
+    _say_loaded(model, asked)
+    return model, tokenizer
+
+# %% ../../nbs/models/06_load.ipynb #bd38db58
+def _how_to_load(asked) -> dict: # for transformers
+    "Number format, device and quantisation."
+    how = dict(asked.more)
+    if not asked.held_as and (quantisation := _four_bit(asked.load_in_4bit, asked.device, asked.dtype)):
+        how["quantization_config"] = quantisation
+    if asked.held_as == "bitsandbytes" and (problem := why_not_four_bit(asked.device)):
+        raise RuntimeError(f"model_name={asked.name!r} is in bitsandbytes' format: {problem}")
+    if asked.attn_implementation is not None: how["attn_implementation"] = asked.attn_implementation
+    place = asked.device_map
+    if place is None and asked.device.type != "cpu": place = {"": asked.device}
+    return dict(**how, dtype=asked.dtype, device_map=place)
+
+# %% ../../nbs/models/06_load.ipynb #4875eea6
+def _say_loaded(model, asked):
     "One line about what came out."
     settings = settings_of(model)
-    weights = f"weights as stored, by {held_as}" if held_as else "weights in 4-bit NF4" if settings.load_in_4bit else "weights not quantised"
-    say(f"{settings.model_name}: {model.num_parameters() / 1e6:,.1f} M parameters on {device}, {str(settings.dtype).removeprefix('torch.')}, {weights}.")
+    weights = "weights in 4-bit NF4" if settings.load_in_4bit else "weights not quantised"
+    if asked.held_as: weights = f"weights as stored, by {asked.held_as}"
+    size, dtype = f"{model.num_parameters() / 1e6:,.1f} M parameters", str(settings.dtype).removeprefix("torch.")
+    say(f"{settings.model_name}: {size} on {asked.device}, {dtype}, {weights}.")
+    if slow := slow_dtype(asked.dtype, asked.device): say(slow)
+    if asked.fast_inference: say(f"fast_inference=True: {fast_engine()[1]}")
 
-# %% ../../nbs/models/06_load.ipynb #6a09d0dc
+# %% ../../nbs/models/06_load.ipynb #38ee1fc4
 _usual = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-_not_options = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"}
+_not_options = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+                "runtime_config"}
 
 def _layers(model, least=1): # names of modules without children
     "The layers whose weight has at least `least` dimensions; 2 leaves out norms, which take no adapter."
-    dims = lambda m: getattr(getattr(m, "weight", None), "ndim", 2)
-    return [n for n, m in model.named_modules() if n and next(m.children(), None) is None and dims(m) >= least and next(m.parameters(), None) is not None]
+    found = []
+    for name, m in model.named_modules():
+        leaf, dims = next(m.children(), None) is None, getattr(getattr(m, "weight", None), "ndim", 2)
+        if name and leaf and dims >= least and next(m.parameters(), None) is not None: found.append(name)
+    return found
 
 def _check_modules(argument, wanted, layers):
     "Raise `ValueError` for the first of `wanted` in which no name of `layers` ends."
     leaves = sorted({n.rsplit(".", 1)[-1] for n in layers})
     for target in wanted:
-        if not any(n == target or n.endswith(f".{target}") for n in layers):
-            raise ValueError(f"{argument}: {target!r} is no layer of this model that can be named here.{nearest(target, leaves)} It has {', '.join(leaves)}.")
+        if any(n == target or n.endswith(f".{target}") for n in layers): continue
+        raise ValueError(f"{argument}: {target!r} is no layer of this model that can be named here.{nearest(target, leaves)} "
+                         f"It has {', '.join(leaves)}.")
 
+# %% ../../nbs/models/06_load.ipynb #f0c7007b
 def _targets(target_modules, model): # what PEFT takes: a list, or a string
     "The layers to adapt; None: those of the usual seven that the model has, or every linear layer where it has none."
     if target_modules is None:
@@ -310,29 +341,37 @@ def _targets(target_modules, model): # what PEFT takes: a list, or a string
     if isinstance(target_modules, str):
         if any(re.fullmatch(target_modules, n) for n in layers): return target_modules
         target_modules = [target_modules]
-    if not target_modules: raise ValueError(f"target_modules={target_modules!r} is empty. Leave it out, or name layers, or give 'all-linear'.")
+    if not target_modules:
+        raise ValueError(f"target_modules={target_modules!r} is empty. Leave it out, or name layers, or give 'all-linear'.")
     _check_modules("target_modules", target_modules, layers)
     return list(target_modules)
 
-# %% ../../nbs/models/06_load.ipynb #20f2972d
-def _check_adapter(model, r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing, modules_to_save):
+# %% ../../nbs/models/06_load.ipynb #1b6dddbe
+def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     "Raise unless `model` can take an adapter with these settings."
-    if not isinstance(causal_lm(model), PreTrainedModel): raise TypeError(f"model={type(model).__name__} is not a transformers model.")
+    _check_bare(model)
+    r, most = whole("r", options["r"]), getattr(settings_of(model), "max_lora_rank", None)
+    if most is not None and r > most:
+        raise ValueError(f"r={r} is more than max_lora_rank={most}, with which the model was loaded. "
+                         f"Load it with max_lora_rank={r}, or take r={most} or less.")
+    number("lora_alpha", options["lora_alpha"], above=0)
+    number("lora_dropout", options["lora_dropout"], least=0, below=1)
+    whole("random_state", options["random_state"], least=0)
+    one_of("bias", options["bias"], ["none", "all", "lora_only"])
+    one_of("use_gradient_checkpointing", options["use_gradient_checkpointing"], [False, True, "auto"])
+    wanted = options["modules_to_save"]
+    if isinstance(wanted, str): raise TypeError(f"modules_to_save={wanted!r} should be a list of layer names.")
+    _check_modules("modules_to_save", wanted or [], _layers(model))
+
+def _check_bare(model):
+    "Raise for what is no model of transformers, and for one that has an adapter."
+    if not isinstance(causal_lm(model), PreTrainedModel):
+        raise TypeError(f"model={type(model).__name__} is not a transformers model.")
     if hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError("model has an adapter already. Train it as it is, or take it off first: model.unload() drops it, "
                          "model.merge_and_unload() adds it to the weights; both return the plain model.")
-    _whole("r", r)
-    most = getattr(settings_of(model), "max_lora_rank", None)
-    if most is not None and r > most:
-        raise ValueError(f"r={r} is more than max_lora_rank={most}, with which the model was loaded. Load it with max_lora_rank={r}, or take r={most} or less.")
-    _number("lora_alpha", lora_alpha, lambda x: x > 0, "a number greater than 0")
-    _number("lora_dropout", lora_dropout, lambda x: 0 <= x < 1, "a probability: at least 0, less than 1")
-    one_of("bias", bias, ["none", "all", "lora_only"])
-    one_of("use_gradient_checkpointing", use_gradient_checkpointing, [False, True, "auto"])
-    if isinstance(modules_to_save, str): raise TypeError(f"modules_to_save={modules_to_save!r} should be a list of layer names.")
-    _check_modules("modules_to_save", modules_to_save or [], _layers(model))
 
-# %% ../../nbs/models/06_load.ipynb #431aa8c8
+# %% ../../nbs/models/06_load.ipynb #36a4527d
 @patch(cls_method=True)
 def get_peft_model(cls:FastLanguageModel,
                    model, # from `from_pretrained`, or another transformers model; changed in place
@@ -341,34 +380,37 @@ def get_peft_model(cls:FastLanguageModel,
                    target_modules=None, # layer names, "all-linear" or a regular expression; None: attention and MLP projections
                    lora_dropout:float=0.0, # probability, on the adapter's input
                    bias:str="none", # which biases train: "none", "all", "lora_only"
-                   use_gradient_checkpointing=False, # recompute activations: True, "auto" (on a GPU only); False: the trainer decides
+                   use_gradient_checkpointing=False, # recompute activations: True, "auto" (on a GPU); False: the trainer decides
                    random_state:int=3407, # seed of the adapter's first weights
                    use_rslora:bool=False, # scale by lora_alpha / sqrt(r)
                    modules_to_save:list|None=None, # layers to train in full
                    **more, # other options of peft.LoraConfig
                    ): # a peft.PeftModel
     "Put a LoRA adapter in float32 on `model`; all arguments are checked before the model is changed."
-    options = {f.name for f in fields(LoraConfig)} - _not_options
-    own = [n for n in inspect.signature(FastLanguageModel.get_peft_model).parameters if n not in ("cls", "more")]
-    known_arguments("get_peft_model", more, options | set(own))
-    _check_adapter(model, r, lora_alpha, lora_dropout, bias, use_gradient_checkpointing, modules_to_save)
-    _whole("random_state", random_state, least=0)
-    config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias, use_rslora=use_rslora, task_type="CAUSAL_LM",
-                        target_modules=_targets(target_modules, model), modules_to_save=modules_to_save, **more)
-    with torch.random.fork_rng(): # the caller's random numbers stay as they were
-        torch.manual_seed(random_state)
+    options = {name: value for name, value in locals().items() if name not in ("cls", "model", "more")}
+    known_arguments("get_peft_model", more, {f.name for f in fields(LoraConfig)} - _not_options | {*options, "model"})
+    _check_adapter(model, options)
+    checkpointing, seed = options.pop("use_gradient_checkpointing"), options.pop("random_state")
+    options["target_modules"] = _targets(target_modules, model)
+    return _put_adapter(model, LoraConfig(task_type="CAUSAL_LM", **options, **more), seed, checkpointing)
+
+# %% ../../nbs/models/06_load.ipynb #e161bc8b
+def _put_adapter(model, config, seed, checkpointing): # -> a peft.PeftModel
+    "Put the adapter on, and note whether training recomputes activations."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         adapted = add_adapter(model, config)
-    checkpointing = model.device.type != "cpu" if use_gradient_checkpointing == "auto" else use_gradient_checkpointing
+    if checkpointing == "auto": checkpointing = model.device.type != "cpu"
     if checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings := settings_of(model): settings.gradient_checkpointing = checkpointing
     return adapted
 
-# %% ../../nbs/models/06_load.ipynb #375df5f8
+# %% ../../nbs/models/06_load.ipynb #b7f19876
 @patch(cls_method=True)
 def for_training(cls:FastLanguageModel,
                  model, # with an adapter or without; changed in place
                  ) -> Switched: # stands for the model; `with` puts it back at the block's end
-    "Dropout on, forward cache off, padding on the right, checkpointing if get_peft_model was asked for it; or as training was left."
+    "Dropout on, forward cache off, padding on the right, checkpointing as get_peft_model was told; or as training was left."
     return switch(model, "training", tokenizer_of(model), getattr(settings_of(model), "gradient_checkpointing", False))
 
 @patch(cls_method=True)

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['Snapshot', 'Switched', 'switch']
 
-# %% ../../nbs/models/04_modes.ipynb #3eed9c82
+# %% ../../nbs/models/04_modes.ipynb #ba987da5
 import weakref
+
+from fastcore.basics import patch
 
 from .unwrap import causal_lm
 
@@ -14,6 +16,7 @@ from .unwrap import causal_lm
 _absent = object()
 _flags = "training", "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks"
 
+# %% ../../nbs/models/04_modes.ipynb #f8bd7adf
 def _cache_settings(model):
     "The objects that hold a `use_cache` setting, each once."
     base = causal_lm(model)
@@ -27,7 +30,7 @@ def _input_hooks(model): # an ordered dict of the hooks, or an empty one
     embeddings = get() if get else None
     return getattr(embeddings, "_forward_hooks", {})
 
-# %% ../../nbs/models/04_modes.ipynb #54108d08
+# %% ../../nbs/models/04_modes.ipynb #ad12d853
 def _put(where, name, value):
     "Set or delete the instance attribute `name` so that `where` holds `value`."
     if value is _absent: where.__dict__.pop(name, None)
@@ -42,18 +45,20 @@ class Snapshot:
         self._flags = [(m, {f: m.__dict__.get(f, _absent) for f in _flags}) for m in model.modules()]
         self._caches = [(c, c.__dict__.get("use_cache", _absent)) for c in _cache_settings(model)]
         self._hooks, self._kept = _input_hooks(model), set(_input_hooks(model))
-        self._tokenizer = weakref.ref(tokenizer) if tokenizer is not None else lambda: None
+        self._tokenizer = weakref.ref(tokenizer) if tokenizer is not None else None
         self._padding_side = getattr(tokenizer, "padding_side", None)
 
-    def restore(self) -> None:
-        "Put everything back; modules added since are left alone."
-        for module, flags in self._flags:
-            for name, value in flags.items(): _put(module, name, value)
-        for config, value in self._caches: _put(config, "use_cache", value)
-        for key, hook in list(self._hooks.items()):
-            if key not in self._kept and "require_grad" in getattr(hook, "__name__", ""): del self._hooks[key]
-        tokenizer = self._tokenizer()
-        if tokenizer is not None: tokenizer.padding_side = self._padding_side
+# %% ../../nbs/models/04_modes.ipynb #5e6026b7
+@patch
+def restore(self:Snapshot) -> None:
+    "Put everything back; modules added since are left alone."
+    for module, flags in self._flags:
+        for name, value in flags.items(): _put(module, name, value)
+    for config, value in self._caches: _put(config, "use_cache", value)
+    for key, hook in list(self._hooks.items()):
+        if key not in self._kept and "require_grad" in getattr(hook, "__name__", ""): del self._hooks[key]
+    tokenizer = self._tokenizer() if self._tokenizer is not None else None
+    if tokenizer is not None: tokenizer.padding_side = self._padding_side
 
 # %% ../../nbs/models/04_modes.ipynb #b0387302
 def _to_training(model, tokenizer, checkpointing):
@@ -76,12 +81,13 @@ def _to_inference(model, tokenizer, checkpointing):
 
 _modes = {"training": _to_training, "inference": _to_inference}
 
-# %% ../../nbs/models/04_modes.ipynb #cf530252
+# %% ../../nbs/models/04_modes.ipynb #927c5ff6
 class _Memory:
     "Which mode a model is in, and how the other one looked when it was left; a copy of a model starts with an empty one."
     def __init__(self): self.mode, self.left = None, {}
     def __reduce__(self): return _Memory, ()
 
+# %% ../../nbs/models/04_modes.ipynb #9038ed94
 class Switched:
     "A model in a mode; `with` puts it back at the block's end. Other attributes, and calls, are the model's own."
     def __init__(self, model, before, memory, mode, left):
