@@ -24,7 +24,7 @@ from grpo_nb.app.bench_rollout import merge_and_copy
 from grpo_nb.engines.base import Sampling
 from grpo_nb.engines.vllm.engine import VLLMEngine
 from grpo_nb.models.installed import vllm_version
-from grpo_nb.models.modes import base_of
+from grpo_nb.models.unwrap import causal_lm
 from grpo_nb.tasks.shapes import Shape, make_model
 
 STARTED = time.perf_counter()
@@ -64,7 +64,7 @@ class Case:
         self.frozen = {n: p for n, p in self.model.named_parameters() if "lora_" not in n}
         # on the GPU; the benchmark's own, taken off the figures below
         self.before = {n: p.detach().clone() for n, p in self.frozen.items()}
-        vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
+        vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]
         self.prompts = torch.randint(3, vocabulary, (g.prompts, g.prompt), generator=torch.Generator().manual_seed(0)).tolist()
 
     def whole(self) -> bool: return all(torch.equal(self.before[n], p) for n, p in self.frozen.items())

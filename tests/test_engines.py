@@ -15,7 +15,7 @@ from grpo_nb.engines.base import EngineError, Sampling, sampling_logits
 from grpo_nb.engines.inplace.draw import draw, seeds_of, uniforms
 from grpo_nb.engines.hf import HuggingFace, read_config
 from grpo_nb.engines.inplace.engine import InPlace
-from grpo_nb.engines.inplace.layers import unsupported
+from grpo_nb.engines.inplace.layers import why_not_inplace
 from grpo_nb.packs.plan import plan
 from grpo_nb.step.forward import install, run_pack, uninstall
 from grpo_nb.step.read import HeadSettings, LogProbs
@@ -401,7 +401,7 @@ def test_a_cache_too_small_says_so_before_anything_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong,words", [
-    (dict(temperature=0), "temperature=0 should be"),
+    (dict(temperature=0), "temperature=0 must be"),
     (dict(top_p=0), "top_p=0"),
     (dict(top_k=-1), "top_k=-1"),
     (dict(min_p=2), "min_p=2"),
@@ -434,10 +434,10 @@ def test_what_is_not_known():
     with pytest.raises(EngineError, match="GPTNeoXForCausalLM is none of the shapes.*engine='hf'"): InPlace(other)
     hooked = fresh()
     hooked.model.layers[1].mlp.register_forward_hook(lambda m, i, o: o * 2)
-    assert "hook" in unsupported(hooked)
+    assert "hook" in why_not_inplace(hooked)
     dynamic = fresh("llama")
     dynamic.config.rope_parameters = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
-    assert not unsupported(dynamic, 100) and "dynamic rotary" in unsupported(dynamic, 200)
+    assert not why_not_inplace(dynamic, 100) and "dynamic rotary" in why_not_inplace(dynamic, 200)
 
 
 def test_a_model_that_computes_otherwise_is_found_out():

@@ -73,7 +73,7 @@ def sealed(monkeypatch):
     ({"max_seq_length": 0}, ValueError, ["max_seq_length=0"]),
     ({"max_seq_length": 1.5}, ValueError, ["max_seq_length=1.5"]),
     ({"max_lora_rank": True}, ValueError, ["max_lora_rank=True"]),
-    ({"gpu_memory_utilization": 0}, ValueError, ["gpu_memory_utilization=0", "more than 0"]),
+    ({"gpu_memory_utilization": 0}, ValueError, ["gpu_memory_utilization=0", "above 0"]),
     ({"gpu_memory_utilization": 1.01}, ValueError, ["gpu_memory_utilization=1.01"]),
     ({"gpu_memory_utilization": "0.5"}, ValueError, ["gpu_memory_utilization='0.5'"]),
     ({"gpu_memory_utilization": float("nan")}, ValueError, ["gpu_memory_utilization=nan"]),

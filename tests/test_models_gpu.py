@@ -3,7 +3,7 @@ import pytest
 import torch
 from test_models import adapter_gradients, bnb, write_model, written_out
 
-from grpo_nb.models.device import best_dtype, four_bit_problem
+from grpo_nb.models.device import best_dtype, why_not_four_bit
 from grpo_nb.models.load import FastLanguageModel, settings_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -15,7 +15,7 @@ def folder(tmp_path_factory): return write_model(tmp_path_factory.mktemp("models
 
 def test_defaults(folder):
     model, _ = FastLanguageModel.from_pretrained(folder)
-    assert four_bit_problem("cuda") == "" and settings_of(model).load_in_4bit
+    assert why_not_four_bit("cuda") == "" and settings_of(model).load_in_4bit
     assert model.device.type == "cuda" and model.dtype == best_dtype()
     assert all(m.compute_dtype == best_dtype() for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 

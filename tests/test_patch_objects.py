@@ -349,7 +349,7 @@ def test_what_is_changed_in_vllm_is_put_back(monkeypatch):
 
 
 def test_a_parameters_loader_is_put_back():
-    from grpo_nb.engines.vllm.share import noted, thin
+    from grpo_nb.engines.vllm.one_copy import noted, thin
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

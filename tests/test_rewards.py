@@ -256,7 +256,7 @@ def test_weighted_wrong():
         ({}, ValueError, "no rewards"),
         ({"corectness": 1}, ValueError, "Did you mean"),
         ([len], TypeError, "pairs"),
-        ({len: "1"}, ValueError, "weight '1' of 'len'"),
+        ({len: "1"}, ValueError, "weight of 'len'='1'"),
         ({len: float("nan")}, ValueError, "finite"),
         ({torch.nn.Linear(1, 1): 1}, TypeError, "reward model"),
         ({"regex": 1}, TypeError, "'pattern'"),

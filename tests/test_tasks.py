@@ -89,7 +89,7 @@ def test_parameters(parameters):
     (lambda: tasks.get("sort_digit"), ValueError, ["name='sort_digit'", "Did you mean 'sort_digits'?", "countdown"]),
     (lambda: tasks.get("sort_digits", digit=5), TypeError, ["'digit'", "Did you mean 'digits'?"]),
     (lambda: tasks.get("sort_digits", ntrain=5), TypeError, ["Did you mean 'n_train'?"]),
-    (lambda: tasks.get("sort_digits", digits=1), ValueError, ["digits=1", "2 to 12"]),
+    (lambda: tasks.get("sort_digits", digits=1), ValueError, ["digits=1", "at least 2 and at most 12"]),
     (lambda: tasks.get("sort_digits", digits=4.0), ValueError, ["digits=4.0"]),
     (lambda: tasks.get("sort_digits", n_test=0), ValueError, ["n_test=0", "at least 1"]),
     (lambda: tasks.get("reverse_string", alphabet="aab"), ValueError, ["alphabet='aab'"]),

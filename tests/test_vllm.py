@@ -32,7 +32,7 @@ from grpo_nb.engines.hf import HuggingFace
 from grpo_nb.engines.vllm.engine import VLLMEngine
 from grpo_nb.models import installed
 from grpo_nb.engines.vllm.start import check_version, request_options
-from grpo_nb.engines.vllm.weights import adapter_of, adapter_problem, weights_of
+from grpo_nb.engines.vllm.weights import adapter_of, why_not_swap, weights_of
 from grpo_nb.tasks.tiny import make_tokenizer
 from grpo_nb.trainers.state import vllm_engines
 
@@ -263,7 +263,7 @@ def test_a_tied_head_with_an_adapter_is_refused():
 
 
 def test_what_can_be_swapped():
-    assert not adapter_problem(adapted(model_of()), 4)
+    assert not why_not_swap(adapted(model_of()), 4)
     for options, words in (
         (dict(use_dora=True), "DoRA"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -271,7 +271,7 @@ def test_what_can_be_swapped():
         (dict(bias="lora_only"), "biases"),
         (dict(r=8), "max_lora_rank=4"),
     ):
-        assert words in adapter_problem(adapted(model_of(tied=False), **options), 4)
+        assert words in why_not_swap(adapted(model_of(tied=False), **options), 4)
     model = adapted(model_of(), use_rslora=True)
     rank, tensors = adapter_of(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -669,7 +669,7 @@ class TestVLLM:
         assert first in told
         assert "are shared" in told
         if how == "fast_inference":
-            assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["share"] == 0.6
+            assert "60% of the GPU" in told and engine.max_model_len == 128 and engine._given["gpu_share"] == 0.6
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3").state_dict()
         assert all(torch.equal(w, loaded[n]) for n, w in trainer.model.state_dict().items()) and same(engine, trainer.model)
         assert engine.copied_bytes == 0 # Adam's updates went into the shared tensors

@@ -27,7 +27,7 @@ from ..tasks.evaluate import _pad_left, _prompt_ids
 from .finding import Diagnosis, DoctorError, Report
 from ..tasks.guard import RewardError, guard, is_async, is_model, name_of
 from ..models.load import FastLanguageModel
-from ..models.modes import base_of
+from ..models.unwrap import causal_lm
 from .live import Verdict, Watcher, watch
 
 _all_ = ["Diagnosis", "Report", "DoctorError", "Verdict", "Watcher", "watch"] # the doctor's public names in one place
@@ -50,7 +50,7 @@ def same_randomness(device, seed:int=0):
 @contextmanager
 def inference(model, tokenizer):
     "The model in inference mode, and everything as it was afterwards."
-    base = base_of(model)
+    base = causal_lm(model)
     known, side = "_grpo_nb_modes" in base.__dict__, tokenizer.padding_side
     try:
         with FastLanguageModel.for_inference(model): yield

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..models.device import best_dtype, four_bit_problem, has_bfloat16, slow_dtype, target_device
+from ..models.device import best_dtype, why_not_four_bit, has_bfloat16, slow_dtype, target_device
 from ..run.inputs import check_reference
 from ..recipe.trl import alone
 from ..recipe.value import Recipe, config_fields, loading_fields, lora_fields, unplaced
@@ -159,7 +159,7 @@ def sampling(c, recipe, facts):
 
 # %% ../../nbs/advice/03_settings.ipynb #6a5b6499
 @cache
-def _four_bit_here(device): return four_bit_problem(device)
+def _four_bit_here(device): return why_not_four_bit(device)
 
 @rule
 def adapter(c, recipe, facts):

@@ -5,30 +5,23 @@
 # %% auto #0
 __all__ = ['EngineError', 'Sampling', 'sampling_logits', 'Rollouts', 'check_request', 'Engine']
 
-# %% ../../nbs/engines/01_base.ipynb #d97bf2af
+# %% ../../nbs/engines/01_base.ipynb #a796f550
 import math
 from dataclasses import dataclass, field
 from threading import Event
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
+from ..ground.check import number, share, whole
 from ..packs.batch import RolloutBatch
 
 # %% ../../nbs/engines/01_base.ipynb #1ccdf766
 class EngineError(RuntimeError):
     "An engine cannot start, or cannot go on: the message names the cause and what to change."
 
-# %% ../../nbs/engines/01_base.ipynb #e3d7b576
-def _number(name, value, fits, allowed): # `fits` holds for what is right, `allowed` says it in words
-    "Raise `ValueError` naming the argument unless the value is a number that fits."
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
-        raise ValueError(f"{name}={value!r} should be {allowed}.")
-
-
-def _tuple(value): return () if value is None else (value,) if isinstance(value, int | str) else tuple(value)
-
-
+# %% ../../nbs/engines/01_base.ipynb #1dd19644
 @dataclass(frozen=True)
 class Sampling:
     "How completions are drawn; checked when it is made."
@@ -36,7 +29,7 @@ class Sampling:
     top_p: float = 1.0 # keep the smallest set of tokens whose probabilities reach it; 1: all
     top_k: int = 0 # keep the k likeliest tokens; 0: all
     min_p: float = 0.0 # keep tokens at least this share of the likeliest one's probability; 0: all
-    repetition_penalty: float = 1.0 # logits of tokens in the prompt or the completion so far: divided by it if positive, multiplied if negative
+    repetition_penalty: float = 1.0 # of tokens that have occurred: a positive logit is divided by it, a negative one multiplied
     max_tokens: int|tuple = 256 # a completion's tokens at most, the end token counted; or one number a completion
     stop: tuple = () # strings that end a completion
     stop_token_ids: tuple = () # tokens that end a completion: the model's ends of sequence
@@ -45,38 +38,60 @@ class Sampling:
     greedy: bool = False # the likeliest token always; temperature, top_p, top_k and min_p have no effect
 
     def __post_init__(self):
-        whole = lambda x: isinstance(x, int)
-        for name in "stop", "stop_token_ids": object.__setattr__(self, name, _tuple(getattr(self, name)))
-        for name in "max_tokens", "seeds":
-            if isinstance(getattr(self, name), list | range): object.__setattr__(self, name, tuple(getattr(self, name)))
-        _number("temperature", self.temperature, lambda x: x > 0, "a number greater than 0; for the likeliest token always, set greedy=True")
-        _number("top_p", self.top_p, lambda x: 0 < x <= 1, "more than 0 and at most 1")
-        _number("top_k", self.top_k, lambda x: whole(x) and x >= 0, "a whole number, 0 for all tokens")
-        _number("min_p", self.min_p, lambda x: 0 <= x <= 1, "at least 0 and at most 1")
-        _number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number greater than 0")
-        for n in _tuple(self.max_tokens): _number("max_tokens", n, lambda x: whole(x) and x >= 1, "a whole number of at least 1, or one for each completion")
-        for n in self.stop_token_ids: _number("stop_token_ids", n, lambda x: whole(x) and x >= 0, "token ids")
-        for n in (*_tuple(self.seeds), *_tuple(self.seed)): _number("seed", n, lambda x: whole(x) and -2**63 <= x < 2**63, "a whole number of 64 bits")
-        if bad := [s for s in self.stop if not isinstance(s, str) or not s]: raise ValueError(f"stop={bad[0]!r} should be a string that is not empty.")
+        self._as_tuples()
+        self._check()
 
-    def limits(self, rows:int) -> list: # of int, one a completion
-        "`max_tokens` of each completion; `ValueError` where their number does not fit."
-        return self._each("max_tokens", rows) if isinstance(self.max_tokens, tuple) else [self.max_tokens] * rows
+# %% ../../nbs/engines/01_base.ipynb #8b1b4f1c
+def _tuple(value):
+    "One value or several as a tuple; nothing is an empty one."
+    if value is None: return ()
+    return (value,) if isinstance(value, int | str) else tuple(value)
 
-    def _each(self, name, rows):
-        values = getattr(self, name)
-        if len(values) != rows: raise ValueError(f"{name} has {len(values)} entries, and there are {rows} completions; give one for each.")
-        return list(values)
 
-    @property
-    def plain(self) -> bool:
-        "Whether the distribution is the model's own at this temperature, so that a sampled log-prob is the training step's."
-        return self.top_p == 1 and self.top_k == 0 and self.min_p == 0 and self.repetition_penalty == 1
+@patch
+def _as_tuples(self:Sampling):
+    for name in "stop", "stop_token_ids": object.__setattr__(self, name, _tuple(getattr(self, name)))
+    for name in "max_tokens", "seeds":
+        value = getattr(self, name)
+        if isinstance(value, list | range): object.__setattr__(self, name, tuple(value))
 
-# %% ../../nbs/engines/01_base.ipynb #b5dc0e7d
+# %% ../../nbs/engines/01_base.ipynb #df946095
+@patch
+def _check(self:Sampling):
+    "Raise `ValueError` naming the first field that is out of range."
+    if self.temperature == 0: raise ValueError("temperature=0 must be above 0; for the likeliest token always, set greedy=True.")
+    number("temperature", self.temperature, above=0)
+    share("top_p", self.top_p, above=0)
+    whole("top_k", self.top_k, least=0)
+    share("min_p", self.min_p)
+    number("repetition_penalty", self.repetition_penalty, above=0)
+    for n in _tuple(self.max_tokens): whole("max_tokens", n)
+    for n in self.stop_token_ids: whole("stop_token_ids", n, least=0)
+    for n in (*_tuple(self.seeds), *_tuple(self.seed)): whole("seed", n, least=-2**63, most=2**63 - 1)
+    for text in self.stop:
+        if not isinstance(text, str) or not text: raise ValueError(f"stop={text!r} must be a string that is not empty.")
+
+# %% ../../nbs/engines/01_base.ipynb #6132f949
+@patch
+def limits(self:Sampling, rows:int) -> list: # of int, one a completion
+    "`max_tokens` of each completion; `ValueError` where their number does not fit."
+    return self._each("max_tokens", rows) if isinstance(self.max_tokens, tuple) else [self.max_tokens] * rows
+
+@patch
+def _each(self:Sampling, name, rows):
+    values = getattr(self, name)
+    if len(values) == rows: return list(values)
+    raise ValueError(f"{name} has {len(values)} entries, and there are {rows} completions; give one for each.")
+
+@patch(as_prop=True)
+def plain(self:Sampling) -> bool:
+    "Whether the distribution is the model's own at this temperature, so that a sampled log-prob is the training step's."
+    return self.top_p == 1 and self.top_k == 0 and self.min_p == 0 and self.repetition_penalty == 1
+
+# %% ../../nbs/engines/01_base.ipynb #f1bfc2dc
 def sampling_logits(logits:Tensor, # (R, V), any floating type
                     sampling:Sampling,
-                    seen:Tensor|None=None, # (R, V) bool, tokens of the prompt and the completion so far; needed for the penalty only
+                    seen:Tensor|None=None, # (R, V) bool, tokens that have occurred; for the penalty alone
                     ) -> Tensor: # (R, V) fp32, -inf where a token cannot be drawn
     "Logits whose softmax is the distribution that a token is drawn from; under `greedy` the penalty alone."
     scores = logits.float()
@@ -97,7 +112,7 @@ def sampling_logits(logits:Tensor, # (R, V), any floating type
         scores = scores.masked_fill(scores < least, -torch.inf)
     return scores
 
-# %% ../../nbs/engines/01_base.ipynb #d66ea94c
+# %% ../../nbs/engines/01_base.ipynb #921f48e9
 @dataclass
 class Rollouts:
     "Sampled completions, those of the first prompt first."
@@ -110,31 +125,36 @@ class Rollouts:
 
     def __len__(self): return len(self.completions)
 
-    @property
-    def owner(self) -> list: # index into `prompts`, one a completion
-        "The prompt of each completion."
-        return [i for i, n in enumerate(self.counts) for _ in range(n)]
+# %% ../../nbs/engines/01_base.ipynb #4b3bde79
+@patch(as_prop=True)
+def owner(self:Rollouts) -> list: # index into `prompts`, one a completion
+    "The prompt of each completion."
+    return [i for i, n in enumerate(self.counts) for _ in range(n)]
 
-    @property
-    def tokens(self) -> int:
-        "Sampled tokens."
-        return sum(map(len, self.completions))
+@patch(as_prop=True)
+def tokens(self:Rollouts) -> int:
+    "Sampled tokens."
+    return sum(map(len, self.completions))
 
-    def batch(self, pad:int, device=None) -> RolloutBatch: # prompts padded on the left, completions on the right
-        "The completions as padded tensors with masks."
-        rows = [self.prompts[i] for i in self.owner]
-        p, c = max(map(len, rows)), max(map(len, self.completions))
-        left = lambda fill, full: torch.tensor([[fill] * (p - len(r)) + full(r) for r in rows], device=device)
-        right = lambda fill, full: torch.tensor([full(r) + [fill] * (c - len(r)) for r in self.completions], device=device)
-        ones = lambda r: [1] * len(r)
-        return RolloutBatch(left(pad, list), left(0, ones), right(pad, list), right(0, ones))
+@patch
+def batch(self:Rollouts, pad:int, device=None) -> RolloutBatch: # prompts padded on the left, completions on the right
+    "The completions as padded tensors with masks."
+    rows = [self.prompts[i] for i in self.owner]
+    p, c = max(map(len, rows)), max(map(len, self.completions))
+    prompts = [[pad] * (p - len(r)) + list(r) for r in rows]
+    real = [[0] * (p - len(r)) + [1] * len(r) for r in rows]
+    completions = [list(r) + [pad] * (c - len(r)) for r in self.completions]
+    sampled = [[1] * len(r) + [0] * (c - len(r)) for r in self.completions]
+    return RolloutBatch(*(torch.tensor(x, device=device) for x in (prompts, real, completions, sampled)))
 
-    def padded_logps(self, device=None) -> Tensor: # (completions, longest) fp32, 0 in the padding
-        "`logps` in the shape of the batch's completions."
-        c = max(map(len, self.completions))
-        return torch.tensor([r + [0.0] * (c - len(r)) for r in self.logps], device=device)
+# %% ../../nbs/engines/01_base.ipynb #6ab8964a
+@patch
+def padded_logps(self:Rollouts, device=None) -> Tensor: # (completions, longest) fp32, 0 in the padding
+    "`logps` in the shape of the batch's completions."
+    c = max(map(len, self.completions))
+    return torch.tensor([r + [0.0] * (c - len(r)) for r in self.logps], device=device)
 
-# %% ../../nbs/engines/01_base.ipynb #d39403ae
+# %% ../../nbs/engines/01_base.ipynb #bd7d19a5
 def check_request(prompts, # a list of lists of token ids
                   n, # completions of each prompt: a number, or one for each
                   sampling:Sampling,
@@ -142,14 +162,15 @@ def check_request(prompts, # a list of lists of token ids
     "Raise `ValueError` for what cannot be sampled, before anything runs."
     if not isinstance(sampling, Sampling): raise TypeError(f"sampling={sampling!r} is no Sampling.")
     if not len(prompts): raise ValueError("prompts is empty; give at least one list of token ids.")
-    if empty := [i for i, p in enumerate(prompts) if not len(p)]: raise ValueError(f"prompts[{empty[0]}] is empty; a prompt needs at least one token.")
+    empty = [i for i, p in enumerate(prompts) if not len(p)]
+    if empty: raise ValueError(f"prompts[{empty[0]}] is empty; a prompt needs at least one token.")
     counts = [n] * len(prompts) if isinstance(n, int) else list(n)
     if len(counts) != len(prompts): raise ValueError(f"n has {len(counts)} entries, and there are {len(prompts)} prompts.")
-    for count in counts: _number("n", count, lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1")
+    for count in counts: whole("n", count)
     if sampling.seeds is not None: sampling._each("seeds", sum(counts))
     return counts, sampling.limits(sum(counts))
 
-
+# %% ../../nbs/engines/01_base.ipynb #d7f58b33
 class Engine:
     "Samples completions."
     name = "" # as `GRPOConfig(engine=...)` calls it
@@ -161,7 +182,7 @@ class Engine:
                  n:int|list=1, # completions of each prompt, or one number a prompt
                  sampling:Sampling=Sampling(),
                  ) -> Rollouts:
-        "Sample; raises `ValueError` for a bad request, `EngineError` where the engine cannot, `KeyboardInterrupt` after `interrupt`."
+        "Sample; `ValueError` for a bad request, `EngineError` where the engine cannot, `KeyboardInterrupt` after `interrupt`."
         raise NotImplementedError(type(self).__name__)
 
     def sync(self, model) -> None:
@@ -173,18 +194,26 @@ class Engine:
     def wake(self) -> None:
         "Take it again; `generate` does so by itself."
 
-    def close(self) -> None:
-        "Give everything back; the engine is not used again."
-        self.sleep()
+# %% ../../nbs/engines/01_base.ipynb #e53e0384
+@patch
+def close(self:Engine) -> None:
+    "Give everything back; the engine is not used again."
+    self.sleep()
 
-    def interrupt(self) -> None:
-        "End a `generate` that is running in another thread; it raises `KeyboardInterrupt` there."
-        self._interrupted.set()
+@patch
+def __enter__(self:Engine): return self
 
-    def _check_interrupt(self):
-        if self._interrupted.is_set():
-            self._interrupted.clear()
-            raise KeyboardInterrupt("sampling was interrupted")
+@patch
+def __exit__(self:Engine, *error): self.close()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+# %% ../../nbs/engines/01_base.ipynb #9edbaeee
+@patch
+def interrupt(self:Engine) -> None:
+    "End a `generate` that is running in another thread; it raises `KeyboardInterrupt` there."
+    self._interrupted.set()
+
+@patch
+def _check_interrupt(self:Engine):
+    if self._interrupted.is_set():
+        self._interrupted.clear()
+        raise KeyboardInterrupt("sampling was interrupted")

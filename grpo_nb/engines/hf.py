@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['NO_END', 'generation_config', 'read_config', 'HuggingFace']
 
-# %% ../../nbs/engines/02_hf.ipynb #6f10f0cf
+# %% ../../nbs/engines/02_hf.ipynb #b8f2d0bd
 import time
 
 import torch
+from fastcore.basics import patch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .base import Engine, Rollouts, Sampling, check_request
-from ..models.modes import Snapshot, base_of
+from ..models.modes import Snapshot
+from ..models.unwrap import causal_lm
 
-# %% ../../nbs/engines/02_hf.ipynb #9fabedc6
+# %% ../../nbs/engines/02_hf.ipynb #2d3cfb8c
 NO_END = 2**31 - 1 # past every vocabulary, so it is never sampled
 
 
@@ -23,38 +25,52 @@ def generation_config(sampling:Sampling, # with one `max_tokens` for all
                       ) -> GenerationConfig:
     "A `Sampling` for `generate`."
     s = sampling
-    how = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0) if s.greedy else dict(
-        do_sample=True, temperature=float(s.temperature), top_k=s.top_k, top_p=float(s.top_p), min_p=s.min_p or None)
-    return GenerationConfig(**how, repetition_penalty=float(s.repetition_penalty), max_new_tokens=max(s.limits(1)) if isinstance(s.max_tokens, int) else max(s.max_tokens),
-                            eos_token_id=list(s.stop_token_ids) or [NO_END], pad_token_id=pad, stop_strings=list(s.stop) or None, disable_compile=True)
+    if s.greedy: how = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0)
+    else: how = dict(do_sample=True, temperature=float(s.temperature), top_k=s.top_k, top_p=float(s.top_p), min_p=s.min_p or None)
+    longest = s.max_tokens if isinstance(s.max_tokens, int) else max(s.max_tokens)
+    ends = dict(eos_token_id=list(s.stop_token_ids) or [NO_END], stop_strings=list(s.stop) or None)
+    return GenerationConfig(**how, **ends, repetition_penalty=float(s.repetition_penalty), max_new_tokens=longest, pad_token_id=pad,
+                            disable_compile=True)
+
+# %% ../../nbs/engines/02_hf.ipynb #a2d940ba
+_READ = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+         "max_new_tokens", "eos_token_id", "stop_strings")
+_HARMLESS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation",
+             "cache_config", "disable_compile", "compile_config", "transformers_version", "return_dict_in_generate",
+             "output_scores", "output_logits", "output_attentions", "output_hidden_states", "generation_kwargs",
+             "num_return_sequences", "prefill_chunk_size", "trust_remote_code", "continuous_batching_config", "chat_template")
+_NEUTRAL = dict(num_beams=1, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, length_penalty=1.0, diversity_penalty=0.0,
+                num_beam_groups=1, min_length=0, no_repeat_ngram_size=0, encoder_repetition_penalty=1.0,
+                encoder_no_repeat_ngram_size=0, guidance_scale=1.0) # what has no effect
 
 
-_READ = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "eos_token_id", "stop_strings")
-_HARMLESS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation", "cache_config", "disable_compile",
-             "compile_config", "transformers_version", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
-             "generation_kwargs", "num_return_sequences", "prefill_chunk_size", "trust_remote_code", "continuous_batching_config", "chat_template")
+def _unknown(settings:dict) -> str: # a name, or an empty string
+    "The first setting that changes what is drawn and that a `Sampling` cannot hold."
+    default = GenerationConfig().to_dict()
+    for name, value in settings.items():
+        if name.startswith("_") or name in (*_READ, *_HARMLESS): continue
+        if value in (None, False, [], {}, default.get(name)): continue
+        if name in _NEUTRAL and value == _NEUTRAL[name]: continue
+        return name
+    return ""
 
-
+# %% ../../nbs/engines/02_hf.ipynb #17e1fd71
 def read_config(config:GenerationConfig, # what a trainer passes to `generate`
                 own:GenerationConfig|None=None, # the model's, which fills in what the first leaves open
                 ) -> tuple: # Sampling; and the name of a setting that it cannot hold, or an empty string
     "A `GenerationConfig` as a `Sampling`."
-    default = GenerationConfig().to_dict()
     given = config.to_dict()
-    open_ = {k: v for k, v in (own.to_dict() if own is not None else {}).items() if given.get(k) is None}
-    merged = {**given, **open_}
-    for name, value in merged.items():
-        if name.startswith("_") or name in (*_READ, *_HARMLESS) or value in (None, False, [], {}, default.get(name)): continue
-        if (name, value) in (("num_beams", 1), ("typical_p", 1.0), ("epsilon_cutoff", 0.0), ("eta_cutoff", 0.0), ("length_penalty", 1.0), ("diversity_penalty", 0.0),
-                             ("num_beam_groups", 1), ("min_length", 0), ("no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0),
-                             ("encoder_no_repeat_ngram_size", 0), ("guidance_scale", 1.0)): continue
-        return Sampling(), name
-    get = lambda name, other: other if merged.get(name) is None else merged[name]
-    return Sampling(temperature=get("temperature", 1.0), top_p=get("top_p", 1.0), top_k=get("top_k", 50) if get("do_sample", False) else 0, min_p=get("min_p", 0.0),
-                    repetition_penalty=get("repetition_penalty", 1.0), max_tokens=get("max_new_tokens", 20), stop=get("stop_strings", ()),
-                    stop_token_ids=get("eos_token_id", ()), greedy=not get("do_sample", False)), ""
+    left_open = {k: v for k, v in (own.to_dict() if own is not None else {}).items() if given.get(k) is None}
+    merged = {**given, **left_open}
+    if name := _unknown(merged): return Sampling(), name
 
-# %% ../../nbs/engines/02_hf.ipynb #7eb3cef7
+    def get(name, other): return other if merged.get(name) is None else merged[name]
+    drawn = get("do_sample", False)
+    return Sampling(temperature=get("temperature", 1.0), top_p=get("top_p", 1.0), top_k=get("top_k", 50) if drawn else 0,
+                    min_p=get("min_p", 0.0), repetition_penalty=get("repetition_penalty", 1.0), greedy=not drawn,
+                    max_tokens=get("max_new_tokens", 20), stop=get("stop_strings", ()), stop_token_ids=get("eos_token_id", ())), ""
+
+# %% ../../nbs/engines/02_hf.ipynb #be532022
 class _Stop(LogitsProcessor):
     "Looks for an interrupt before each token."
     def __init__(self, engine): self.engine = engine
@@ -76,47 +92,62 @@ class HuggingFace(Engine):
         super().__init__()
         self.model, self.tokenizer, self.logps = model, tokenizer, logps
 
-    @torch.no_grad()
-    def generate(self, prompts, n=1, sampling=Sampling()):
-        counts, limits = check_request(prompts, n, sampling)
-        if sampling.seeds is not None: raise ValueError("seeds: Hugging Face generate has no seeds per completion; engine='inplace' has.")
-        if sampling.stop and self.tokenizer is None: raise ValueError(f"stop={sampling.stop!r} needs the tokenizer: HuggingFace(model, tokenizer).")
-        started, before = time.perf_counter(), Snapshot(self.model)
-        self._interrupted.clear()
-        try:
-            self.model.eval()
-            if sampling.seed is None: found = self._run(prompts, counts, sampling)
-            else:
-                with torch.random.fork_rng():
-                    torch.manual_seed(sampling.seed % 2**63)
-                    found = self._run(prompts, counts, sampling)
-        finally: before.restore()
-        done = [self._cut(*row, limit, sampling) for row, limit in zip(found, limits)]
-        ids, logps, why = (list(x) for x in zip(*done))
-        return Rollouts([list(p) for p in prompts], counts, ids, logps if self.logps else None, why, {"all": time.perf_counter() - started})
+# %% ../../nbs/engines/02_hf.ipynb #ab470ac6
+@patch
+@torch.no_grad()
+def generate(self:HuggingFace, prompts, n=1, sampling=Sampling()):
+    counts, limits = check_request(prompts, n, sampling)
+    if sampling.seeds is not None:
+        raise ValueError("seeds: Hugging Face generate has no seeds per completion; engine='inplace' has.")
+    if sampling.stop and self.tokenizer is None:
+        raise ValueError(f"stop={sampling.stop!r} needs the tokenizer: HuggingFace(model, tokenizer).")
+    started, before = time.perf_counter(), Snapshot(self.model)
+    self._interrupted.clear()
+    try:
+        self.model.eval()
+        if sampling.seed is None: found = self._run(prompts, counts, sampling)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(sampling.seed % 2**63)
+                found = self._run(prompts, counts, sampling)
+    finally: before.restore()
+    done = [self._cut(*row, limit, sampling) for row, limit in zip(found, limits)]
+    ids, logps, why = (list(x) for x in zip(*done))
+    seconds = {"all": time.perf_counter() - started}
+    return Rollouts([list(p) for p in prompts], counts, ids, logps if self.logps else None, why, seconds)
 
-    def _run(self, prompts, counts, sampling): # -> an iterator of ids and log-probs, one pair a row
-        rows = [list(p) for p, n in zip(prompts, counts) for _ in range(n)]
-        device, width = base_of(self.model).device, max(map(len, rows))
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        pad = next(x for x in (pad, base_of(self.model).generation_config.pad_token_id, 0) if isinstance(x, int))
-        ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-        config = generation_config(sampling, pad)
-        config.return_dict_in_generate, config.output_scores = True, self.logps
-        out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([_Stop(self)]),
-                                  tokenizer=self.tokenizer if sampling.stop else None)
-        new = out.sequences[:, width:]
-        if not self.logps: return zip(new.tolist(), [[]] * len(rows))
-        logps = [s.float().log_softmax(-1).gather(1, t[:, None]) for s, t in zip(out.scores, new.T)]
-        return zip(new.tolist(), torch.cat(logps, 1).tolist())
+# %% ../../nbs/engines/02_hf.ipynb #3b9fd8c0
+@patch
+def _run(self:HuggingFace, prompts, counts, sampling): # -> an iterator of ids and log-probs, one pair a row
+    rows = [list(p) for p, n in zip(prompts, counts) for _ in range(n)]
+    device, width = causal_lm(self.model).device, max(map(len, rows))
+    pad = getattr(self.tokenizer, "pad_token_id", None)
+    pad = next(x for x in (pad, causal_lm(self.model).generation_config.pad_token_id, 0) if isinstance(x, int))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    config = generation_config(sampling, pad)
+    config.return_dict_in_generate, config.output_scores = True, self.logps
+    out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                              logits_processor=LogitsProcessorList([_Stop(self)]),
+                              tokenizer=self.tokenizer if sampling.stop else None)
+    new = out.sequences[:, width:]
+    if not self.logps: return zip(new.tolist(), [[]] * len(rows))
+    logps = [s.float().log_softmax(-1).gather(1, t[:, None]) for s, t in zip(out.scores, new.T)]
+    return zip(new.tolist(), torch.cat(logps, 1).tolist())
 
-    def _cut(self, ids, logps, limit, sampling): # -> ids, log-probs, why
-        "One row up to and with its end."
-        end = next((i + 1 for i, t in enumerate(ids) if t in sampling.stop_token_ids), None)
-        if sampling.stop:
-            texts = (i + 1 for i in range(len(ids)) if any(s in self.tokenizer.decode(ids[:i + 1]) for s in sampling.stop))
-            at = next(texts, None)
-            if at is not None and at < (end or len(ids) + 1): return (ids[:min(at, limit)], logps[:min(at, limit)], "stop" if at <= limit else "length")
-        if end is not None and end <= limit: return ids[:end], logps[:end], "eos"
-        return ids[:limit], logps[:limit], "length"
+# %% ../../nbs/engines/02_hf.ipynb #0641d54e
+@patch
+def _holds_stop(self:HuggingFace, ids, sampling):
+    text = self.tokenizer.decode(ids)
+    return any(stop in text for stop in sampling.stop)
+
+@patch
+def _cut(self:HuggingFace, ids, logps, limit, sampling): # -> ids, log-probs, why
+    "One row up to and with its end."
+    end = next((i + 1 for i, t in enumerate(ids) if t in sampling.stop_token_ids), None)
+    at = next((n for n in range(1, len(ids) + 1) if self._holds_stop(ids[:n], sampling)), None) if sampling.stop else None
+    if at is not None and at < (end or len(ids) + 1):
+        stop = min(at, limit)
+        return ids[:stop], logps[:stop], "stop" if at <= limit else "length"
+    if end is not None and end <= limit: return ids[:end], logps[:end], "eos"
+    return ids[:limit], logps[:limit], "length"

@@ -19,7 +19,7 @@ import torch
 from ..ground.check import nearest
 from .device import _default_device, has_bfloat16
 
-# %% ../../nbs/models/02_specs.ipynb #eaee2d03
+# %% ../../nbs/models/02_specs.ipynb #2cd774c8
 @dataclass(frozen=True)
 class DeviceSpec:
     "One device in numbers."
@@ -33,17 +33,22 @@ class DeviceSpec:
 
     def __str__(self):
         how = "measured" if self.measured else "published"
-        return f"{self.name}: {self.memory / 2**30:.0f} GiB, {self.rate / 1e12:.3g} TFLOP/s and {self.bandwidth / 1e9:.3g} GB/s ({how})"
+        rates = f"{self.rate / 1e12:.3g} TFLOP/s and {self.bandwidth / 1e9:.3g} GB/s"
+        return f"{self.name}: {self.memory / 2**30:.0f} GiB, {rates} ({how})"
 
-# %% ../../nbs/models/02_specs.ipynb #1d9636b5
+# %% ../../nbs/models/02_specs.ipynb #393e8c2a
 # name as the driver gives it, upper case: GB, TFLOP/s, GB/s
-PUBLISHED = {"B200": (180, 2250, 8000), "H200": (141, 989, 4800), "H100 PCIE": (80, 756, 2000), "H100": (80, 989, 3350), "GH200": (96, 989, 4000),
-             "A100-SXM4-40GB": (40, 312, 1555), "A100-PCIE-40GB": (40, 312, 1555), "A100": (80, 312, 2039), "A40": (48, 150, 696),
-             "A30": (24, 165, 933), "A10G": (24, 70, 600), "A10": (24, 125, 600), "A6000": (48, 155, 768), "L40S": (48, 362, 864),
-             "L4": (24, 121, 300), "T4": (16, 65, 320), "V100": (16, 125, 900), "P100": (16, 18.7, 732), "RTX 5090": (32, 210, 1792),
-             "RTX 4090": (24, 165, 1008), "RTX 3090": (24, 71, 936)}
+PUBLISHED = {
+    "B200": (180, 2250, 8000), "H200": (141, 989, 4800), "GH200": (96, 989, 4000),
+    "H100 PCIE": (80, 756, 2000), "H100": (80, 989, 3350),
+    "A100-SXM4-40GB": (40, 312, 1555), "A100-PCIE-40GB": (40, 312, 1555), "A100": (80, 312, 2039),
+    "A40": (48, 150, 696), "A30": (24, 165, 933), "A10G": (24, 70, 600), "A10": (24, 125, 600), "A6000": (48, 155, 768),
+    "L40S": (48, 362, 864), "L4": (24, 121, 300), "T4": (16, 65, 320), "V100": (16, 125, 900), "P100": (16, 18.7, 732),
+    "RTX 5090": (32, 210, 1792), "RTX 4090": (24, 165, 1008), "RTX 3090": (24, 71, 936),
+}
 WITHOUT_BFLOAT16 = "T4", "V100", "P100"
 
+# %% ../../nbs/models/02_specs.ipynb #808237dc
 def _match(name:str) -> str|None:
     "The table's entry whose words all stand in a device's name; the longest of several."
     words = name.upper().replace("NVIDIA", " ").replace("TESLA", " ")
@@ -55,11 +60,13 @@ def published(name:str, # such as "H200" or "NVIDIA A100-SXM4-80GB"
               ) -> DeviceSpec: # raises `ValueError` for one that is not in the table
     "A GPU from the table."
     key = _match(name)
-    if key is None: raise ValueError(f"device={name!r} is not in the table.{nearest(name.upper(), PUBLISHED)} It has: {', '.join(PUBLISHED)}.")
+    if key is None:
+        hint = nearest(name.upper(), PUBLISHED)
+        raise ValueError(f"device={name!r} is not in the table.{hint} It has: {', '.join(PUBLISHED)}.")
     memory, rate, bandwidth = PUBLISHED[key]
     return DeviceSpec(name, "cuda", memory * 1e9, rate * 1e12, bandwidth * 1e9, key not in WITHOUT_BFLOAT16)
 
-# %% ../../nbs/models/02_specs.ipynb #fe1f3903
+# %% ../../nbs/models/02_specs.ipynb #73e864d4
 def _best(work, seconds, device) -> float:
     "The least time that `work` took, in at least three and at most `seconds` of repetitions."
     until, best, n = time.perf_counter() + seconds, float("inf"), 0
@@ -70,18 +77,21 @@ def _best(work, seconds, device) -> float:
         best, n = min(best, time.perf_counter() - started), n + 1
     return best
 
+# %% ../../nbs/models/02_specs.ipynb #21cd0cf5
 @torch.no_grad()
 def probe(device, # a torch device
           seconds:float=0.5, # at most about so long
           ) -> tuple: # operations a second, bytes a second
     "What a device does, measured; the random state stays as it was."
-    n, dtype = (512, torch.float32) if device.type == "cpu" else (4096, torch.bfloat16 if has_bfloat16(device) else torch.float16)
+    half = torch.bfloat16 if has_bfloat16(device) else torch.float16
+    n, dtype, size = (512, torch.float32, 32 * 2**20) if device.type == "cpu" else (4096, half, 2**30)
     a, b = (torch.full((n, n), 1 / n, dtype=dtype, device=device) for _ in range(2))
-    out, source = torch.empty_like(a), torch.zeros(32 * 2**20 if device.type == "cpu" else 2**30, dtype=torch.uint8, device=device)
+    out, source = torch.empty_like(a), torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rate = 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), seconds / 2, device)
     return rate, 2 * source.numel() / _best(lambda: target.copy_(source), seconds / 2, device)
 
+# %% ../../nbs/models/02_specs.ipynb #b1aa5415
 def _host_memory() -> float: # bytes; a container's limit where it is lower
     "The memory of this machine."
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
@@ -95,11 +105,13 @@ def _here(kind:str, index:int, threads:int) -> DeviceSpec:
     device = torch.device(kind, index)
     if kind == "cpu":
         rate, bandwidth = probe(torch.device("cpu"))
-        return DeviceSpec(f"CPU ({platform.machine()}, {threads} thread{'s' * (threads > 1)})", "cpu", _host_memory(), rate, bandwidth, False, True)
+        name = f"CPU ({platform.machine()}, {threads} thread{'s' * (threads > 1)})"
+        return DeviceSpec(name, "cpu", _host_memory(), rate, bandwidth, bfloat16=False, measured=True)
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     if _match(name): return replace(published(name), memory=float(memory))
     return DeviceSpec(name, "cuda", float(memory), *probe(device), has_bfloat16(device), True)
 
+# %% ../../nbs/models/02_specs.ipynb #75853865
 def this_device(device=None, # a torch device of this machine; None: its accelerator, else the CPU
                 ) -> DeviceSpec: # measured once a process and number of threads
     "The device at hand."

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..models.device import best_dtype, four_bit_problem, target_device
+from ..models.device import best_dtype, why_not_four_bit, target_device
 from ..ground.events import say
 from .code import Unreadable, _choice, _name, call, from_code, loader_of
 from .value import USUAL, Choice, Recipe, config_fields, library, segments
@@ -43,7 +43,7 @@ def weights_alone(recipe:Recipe) -> tuple: # (dtype's name, whether in 4 bits)
     dtype = recipe.model.get("dtype") or str(best_dtype(device)).removeprefix("torch.")
     four = recipe.model.get("load_in_4bit")
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    return names.get(dtype, dtype), not four_bit_problem(device) if four is None else four
+    return names.get(dtype, dtype), not why_not_four_bit(device) if four is None else four
 
 # %% ../../nbs/recipe/03_trl.ipynb #aa125fa2
 MODULE = "grpo_rewards" # the file of the rewards, beside the YAML file

@@ -6,23 +6,27 @@
 __all__ = ['normalise', 'numbers', 'to_number', 'after_thinking', 'tagged', 'boxed', 'hashed', 'marked', 'stated', 'find_number',
            'exact', 'same_number']
 
-# %% ../../nbs/tasks/01_answers.ipynb #b17d6b13
+# %% ../../nbs/tasks/01_answers.ipynb #d58c5e35
 import re
 import unicodedata
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
+
 from ..ground.check import one_of
 
-# %% ../../nbs/tasks/01_answers.ipynb #ba991aad
+# %% ../../nbs/tasks/01_answers.ipynb #2c121148
 _characters = str.maketrans({**dict.fromkeys("−–﹣－", "-"), **{0xFF10 + d: str(d) for d in range(10)},
-                             **dict.fromkeys("\u00a0\u2007\u202f", "\u2009"), "＋": "+", "％": "%", "，": ",", "⁄": "/", "×": r" \times "})
+                             **dict.fromkeys("\u00a0\u2007\u202f", "\u2009"), "＋": "+", "％": "%", "，": ",", "⁄": "/",
+                             "×": r" \times "})
 _latex = [(re.compile(pattern), to) for pattern, to in (
     (r"\{,\}", ","), (r"(?<=[0-9])\\[,;:! ](?=[0-9]{3})", "\u2009"), (r"\\[,;:! ]|\\q?quad\b|~", " "), (r"\\([$%£€#&])", r"\1"),
     (r"\\(?:left|right|displaystyle)\b|\\[()\[\]]", " "), (r"\^\s?\{?\\(?:circ|degree)\b\}?|\\degree\b", " degrees "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\cdot\b", r" \\times "), (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s?\{([^{}]*)\}", r" \1 "))]
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\cdot\b", r" \\times "), (r"\\(?:text|mathrm|mathbf|textbf|mbox)\s?\{([^{}]*)\}", r" \1 "))]
 
+# %% ../../nbs/tasks/01_answers.ipynb #95fe18c9
 def normalise(text:str, # any text
               ) -> str: # the same text with one spelling for digits, signs, spaces and LaTeX layout
     "Rewrite the typographic variants of digits, signs, spaces and LaTeX layout. Words and values stay as they are."
@@ -33,18 +37,20 @@ def normalise(text:str, # any text
     for pattern, to in _latex if re.search(r"[\\~{]", text) else (): text = pattern.sub(to, text)
     return text
 
-# %% ../../nbs/tasks/01_answers.ipynb #94869a04
+# %% ../../nbs/tasks/01_answers.ipynb #274bccb7
 _int = (r"(?>[0-9]{1,3}(?>(?:,[0-9]{3})++|(?:_[0-9]{3})++|(?:['’][0-9]{3})++|(?:\u2009[0-9]{3})++)(?![0-9])"
         r"|[0-9]{1,2}(?:,[0-9]{2}(?=,))++,[0-9]{3}(?![0-9])|[0-9]++)")
 _real = rf"(?>{_int}(?:\.[0-9]++)?+|(?<![.0-9])\.[0-9]++)"
 _to_the = r"[ ]?(?:\^|\*\*)[ ]?\{?"
 _number = re.compile(rf"""
-    [0-9]++(?:\.[0-9]++){{2,}}+ | [0-9]++(?:/[0-9]++){{2,}}+ | [0-9]++(?::[0-9]++)++ | [0-9.]++[⁰¹²³⁴-⁹]++ | (?!10[ ]?[\^*]) [0-9.]++ {_to_the} -?[0-9]++ \}}?
+    [0-9]++(?:\.[0-9]++){{2,}}+ | [0-9]++(?:/[0-9]++){{2,}}+ | [0-9]++(?::[0-9]++)++ | [0-9.]++[⁰¹²³⁴-⁹]++
+  | (?!10[ ]?[\^*]) [0-9.]++ {_to_the} -?[0-9]++ \}}?
   | (?<![A-Za-z]) (?:[0-9.]++[ ]?)?+ (?:\\(?:sqrt|pi|log|ln|sin|cos|tan)(?![A-Za-z])|√|π) (?:\s?\{{[^{{}}]*+\}}|[0-9.]*+)
   | (?<![A-Za-z_^]) (?<![_^]\{{)
     (?: (?<![\w)\]}}%.,]) (?P<sign>[-+]) )?+
     (?: (?:\b(?:USD|EUR|GBP|INR|Rs)\.?|(?:\b(?:US|CA|NZ|HK|[ACS]))?+[$£€¥₹₩]) [ ]? (?P<late>-)?+ )?+
-    (?: (?:(?P<whole>{_int})[ ]*+)?+ \\frac\s? (?: \{{\s?(?P<top>-?{_real})\s?\}} \s? \{{\s?(?P<low>{_real})\s?\}} | (?P<t>[0-9])(?P<l>[0-9]) )
+    (?: (?:(?P<whole>{_int})[ ]*+)?+ \\frac\s?
+          (?: \{{\s?(?P<top>-?{_real})\s?\}} \s? \{{\s?(?P<low>{_real})\s?\}} | (?P<t>[0-9])(?P<l>[0-9]) )
       | (?P<units>{_int})[ ]++ (?P<n>[0-9]++) [ ]?/[ ]? (?P<d>[0-9]++)
       | 10{_to_the} (?P<power>[-+]?[0-9]++) \}}?
       | (?P<value>{_real}) (?!,[0-9]) (?: [ ]?/[ ]? (?P<under>{_real}) | e(?P<e>[-+]?[0-9]++)(?!\w)
@@ -54,12 +60,13 @@ _number = re.compile(rf"""
   | \\frac\s?\{{[^{{}}]*+\}}\s?\{{[^{{}}]*+\}} | (?<![A-Za-z_^]) (?<![_^]\{{) [0-9][0-9.,]*+
     """, re.VERBOSE | re.IGNORECASE)
 
-# %% ../../nbs/tasks/01_answers.ipynb #61f50a90
+# %% ../../nbs/tasks/01_answers.ipynb #a9edbbcf
 _scales = dict(thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 
 def _fraction(digits): # a string of the grammar's `_real` or `_int`
     return Fraction(re.sub(r"[,_'’\u2009]", "", digits)) if digits else None
 
+# %% ../../nbs/tasks/01_answers.ipynb #4db734c7
 def _value(m, # a match of `_number`
            percent:str="unit", # "unit": 50% is 50; "fraction": 50% is 1/2
            ) -> Fraction|None: # the value; `None` for a date, root, division by zero, or more digits than can be handled
@@ -69,7 +76,8 @@ def _value(m, # a match of `_number`
     if len(m[0]) > 400 or abs(power) > 400: return None
     low = _fraction(g["low"] or g["l"] or g["d"] or g["under"])
     if low == 0: return None
-    top, whole = _fraction(g["top"] or g["t"] or g["n"] or g["value"] or (g["power"] and "1")), _fraction(g["whole"] or g["units"])
+    top = _fraction(g["top"] or g["t"] or g["n"] or g["value"] or (g["power"] and "1"))
+    whole = _fraction(g["whole"] or g["units"])
     if top is None: return None
     value = top / (low or 1) * Fraction(10)**power
     if whole is not None and 0 <= value < 1: value += whole
@@ -78,6 +86,7 @@ def _value(m, # a match of `_number`
     if g["percent"] and percent == "fraction": value /= 100
     return -value if (g["sign"] == "-") != bool(g["late"]) else value
 
+# %% ../../nbs/tasks/01_answers.ipynb #3292caf8
 def numbers(text:str, # any text
             percent:str="unit", # "unit": 50% is 50; "fraction": 50% is 1/2
             ) -> list: # one `Fraction` for each number, `None` for each piece that looks like one and has no value
@@ -99,11 +108,12 @@ def to_number(text:str, # what should be one number, with sign, currency and uni
     rest = re.sub(r"(?<=[A-Za-z])\^\{?-?[0-9]\}?", "", _number.sub(" ", text))
     return None if len(found) != 1 or _formula.search(rest) else found.pop()
 
-# %% ../../nbs/tasks/01_answers.ipynb #af904574
+# %% ../../nbs/tasks/01_answers.ipynb #f4259781
 def after_thinking(text:str) -> str: # `text` without what is inside `<think>`, closed or not
     "What follows the last `</think>`, up to a `<think>` that is never closed."
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
+# %% ../../nbs/tasks/01_answers.ipynb #939baf83
 def tagged(text:str, # any text
            tag:str="answer", # the tag's name; case does not matter
            ) -> str|None: # what is between the tags
@@ -114,6 +124,7 @@ def tagged(text:str, # any text
         elif start is not None: found, start = text[start:m.start()], None
     return found
 
+# %% ../../nbs/tasks/01_answers.ipynb #422680af
 def boxed(text:str, # any text
           ) -> str|None: # what is between the braces
     r"The content of the last `\boxed{...}` (or `\fbox`) whose braces are balanced; one pass."
@@ -126,6 +137,7 @@ def boxed(text:str, # any text
         elif piece == "{" or len(piece) > 2: stack.append((len(piece) > 2, m.end()))
     return found
 
+# %% ../../nbs/tasks/01_answers.ipynb #4b505156
 def hashed(text:str, # any text
            ) -> str|None: # the rest of the line
     "What follows the last `####` that marks an answer and not a heading."
@@ -135,15 +147,17 @@ def hashed(text:str, # any text
         if m.end() == len(text) or (_number.match(line) and not re.match(r"[0-9]++[.):]\s+\S", line)): return m[1]
     return None
 
+# %% ../../nbs/tasks/01_answers.ipynb #44838dc5
 def marked(text:str, # a completion
            ) -> str|None: # the marked answer, as it is written
     "The answer that `text` marks by tags, box or hashes, in this order; `None` where it marks none."
     text = after_thinking(text)
     return next((found for mark in (tagged, boxed, hashed) if (found := mark(text)) is not None), None)
 
-# %% ../../nbs/tasks/01_answers.ipynb #8781e33a
+# %% ../../nbs/tasks/01_answers.ipynb #f552052f
 _phrase = re.compile(r"(?:\banswer\W{0,4}(?:is|was|would be|will be|equals|=|:)|^\W{0,4}A\W{0,3}:)", re.IGNORECASE | re.MULTILINE)
-_filler = re.compile(r"(?:[\s*_`:=~(\[]|(?:approximately|about|roughly|exactly|therefore|thus|simply|equal to|now)\b)*+(?:\$(?=\\|-?\s*\$))?", re.IGNORECASE)
+_filler = re.compile(r"(?:[\s*_`:=~(\[]|(?:approximately|about|roughly|exactly|therefore|thus|simply|equal to|now)\b)*+"
+                     r"(?:\$(?=\\|-?\s*\$))?", re.IGNORECASE)
 _sum = re.compile(r"(?:[-0-9.,+*/÷x()$% ]|\\times)*+=[\s$]*+", re.IGNORECASE)
 _more = re.compile(r"[ ]?(?:[-+*÷/^]|\\times)[ ]?[0-9.$(\\A-Za-z](?![A-Za-z])|[ ]?=")
 
@@ -158,7 +172,7 @@ def stated(text:str, # normalised text
         if n := _number.match(text, at): found = None if _more.match(text, n.end()) else _value(n, percent)
     return found
 
-# %% ../../nbs/tasks/01_answers.ipynb #e403b597
+# %% ../../nbs/tasks/01_answers.ipynb #4321768e
 def find_number(text, # a completion, or an answer of the data set: text or a number
                 percent:str="unit", # "unit": 50% is 50; "fraction": 50% is 1/2
                 marked_only:bool=False, # count only tags, box and hashes, not sentences and not the last number
@@ -177,6 +191,7 @@ def find_number(text, # a completion, or an answer of the data set: text or a nu
     last = deque(_number.finditer(text), maxlen=1)
     return _value(last[0], percent) if last else None
 
+# %% ../../nbs/tasks/01_answers.ipynb #0a59122a
 def exact(number, # int, float, Decimal, Fraction or a numpy scalar
           ) -> Fraction|None: # its value as it is written; `None` for NaN and infinity
     "A number as a `Fraction`: the float 0.1 becomes 1/10, which is what its author wrote."

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['final_text', 'exact_answer', 'evaluation_mode', 'greedy', 'accuracy']
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #e1c77bfa
+# %% ../../nbs/tasks/02_evaluate.ipynb #13006cd4
 from contextlib import contextmanager
-from .answers import after_thinking, tagged
-from ..ground.check import nearest
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #08ce32b2
+from ..ground.check import nearest, whole
+from .answers import after_thinking, tagged
+
+# %% ../../nbs/tasks/02_evaluate.ipynb #be9cae5a
 def final_text(completion, # a string, or a list of chat messages
                ) -> str: # the answer's text, without surrounding white space
     "The part of a completion that is to be judged."
-    text = completion if isinstance(completion, str) else (completion[-1].get("content") or "" if completion else "")
+    if isinstance(completion, str): text = completion
+    else: text = completion[-1].get("content") or "" if completion else ""
     text = after_thinking(text)
     inside = tagged(text)
     return (text if inside is None else inside).strip()
@@ -38,7 +40,7 @@ def evaluation_mode(model, # any torch module
     finally:
         for module, training in before: module.training = training
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #8e591a67
+# %% ../../nbs/tasks/02_evaluate.ipynb #0e3d7b0c
 def _prompt_ids(tokenizer, prompts): # -> list of lists of int
     "Token ids of prompts; chat messages go through the chat template."
     chat = [p for p in prompts if not isinstance(p, str)]
@@ -49,6 +51,7 @@ def _prompt_ids(tokenizer, prompts): # -> list of lists of int
              for p in prompts]
     return [tokenizer(text, add_special_tokens=isinstance(p, str))["input_ids"] for text, p in zip(texts, prompts)]
 
+# %% ../../nbs/tasks/02_evaluate.ipynb #4b84c712
 def _pad_left(rows, pad, device): # -> two LongTensors (B, T): ids and mask
     "Rows of ids as a left-padded tensor with its mask."
     import torch
@@ -57,7 +60,20 @@ def _pad_left(rows, pad, device): # -> two LongTensors (B, T): ids and mask
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #e36b72ff
+# %% ../../nbs/tasks/02_evaluate.ipynb #bb5fbec0
+def _greedy_config(model, tokenizer, max_new_tokens): # -> a `transformers.GenerationConfig`
+    "The likeliest token always; `ValueError` where a completion could not end."
+    from transformers import GenerationConfig
+    stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+    if not stop:
+        raise ValueError("tokenizer has no eos_token and the model's generation_config no eos_token_id: "
+                         "a completion could not end.")
+    pad = min(stop) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+                            eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True)
+
+# %% ../../nbs/tasks/02_evaluate.ipynb #8d1fdedf
 def greedy(model, # a causal language model that can `generate`
            tokenizer, # its tokenizer; padding side and settings are not touched
            prompts:list, # strings or lists of chat messages
@@ -66,24 +82,17 @@ def greedy(model, # a causal language model that can `generate`
            ) -> list: # strings, without special tokens
     "Greedy completions of prompts; the model's modes, caches and generation settings stay as they were."
     import torch
-    from transformers import GenerationConfig
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
-    if not stop: raise ValueError("tokenizer has no eos_token and the model's generation_config no eos_token_id: a completion could not end.")
-    pad = min(stop) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-                              eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)): whole(name, value)
+    config = _greedy_config(model, tokenizer, max_new_tokens)
     rows, found = _prompt_ids(tokenizer, prompts), []
     with evaluation_mode(model), torch.no_grad():
         for i in range(0, len(rows), batch_size):
-            ids, mask = _pad_left(rows[i:i + batch_size], pad, model.device)
+            ids, mask = _pad_left(rows[i:i + batch_size], config.pad_token_id, model.device)
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             found += tokenizer.batch_decode(made[:, ids.shape[1]:], skip_special_tokens=True)
     return found
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #f74667d9
+# %% ../../nbs/tasks/02_evaluate.ipynb #1eda38a9
 def accuracy(model, # a causal language model that can `generate`
              tokenizer, # its tokenizer
              dataset, # `datasets.Dataset` with `prompt` and the columns that the reward wants
@@ -94,14 +103,20 @@ def accuracy(model, # a causal language model that can `generate`
              ): # share of right answers, 0 to 1; with `return_completions` the pair (share, list of strings)
     "Share of greedy completions whose reward is at least 1; raises `ValueError` where the data set has no `prompt` or no row."
     columns = list(dataset.column_names)
-    if "prompt" not in columns: raise ValueError(f"dataset has no column 'prompt'.{nearest('prompt', columns)} It has: {', '.join(columns)}.")
+    if "prompt" not in columns:
+        raise ValueError(f"dataset has no column 'prompt'.{nearest('prompt', columns)} It has: {', '.join(columns)}.")
     if len(dataset) == 0: raise ValueError("dataset is empty: there is nothing to measure.")
     rows = {name: list(dataset[name]) for name in columns}
-    texts = greedy(model, tokenizer, rows["prompt"], max_new_tokens, batch_size)
-    completions = [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for p, t in zip(rows["prompt"], texts)]
     prompts = rows.pop("prompt")
-    scores = reward(prompts=prompts, completions=completions, **rows)
+    texts = greedy(model, tokenizer, prompts, max_new_tokens, batch_size)
+    share = _share_right(reward, prompts, texts, rows)
+    return (share, texts) if return_completions else share
+
+# %% ../../nbs/tasks/02_evaluate.ipynb #09c1115b
+def _share_right(reward, prompts, texts, columns) -> float: # 0 where nothing is scored
+    "The share of completions whose reward is at least 1."
+    completions = [t if isinstance(p, str) else [{"role": "assistant", "content": t}] for p, t in zip(prompts, texts)]
+    scores = reward(prompts=prompts, completions=completions, **columns)
     if len(scores) != len(texts): raise ValueError(f"reward returned {len(scores)} values for {len(texts)} completions.")
     scores = [s for s in scores if s is not None]
-    share = sum(s >= 1 for s in scores) / len(scores) if scores else 0.0
-    return (share, texts) if return_completions else share
+    return sum(s >= 1 for s in scores) / len(scores) if scores else 0.0

@@ -7,7 +7,7 @@ __all__ = ['Example', 'WarmStart', 'Task', 'sort_digits', 'reverse_string', 'add
            'countdown_reward', 'countdown', 'available', 'get', 'reasoning_gym', 'same_final_number', 'gsm8k',
            'accuracy', 'exact_answer', 'tiny_model']
 
-# %% ../../nbs/tasks/06_library.ipynb #97aa1baa
+# %% ../../nbs/tasks/06_library.ipynb #b0030f1d
 import ast
 import inspect
 import json
@@ -21,15 +21,16 @@ from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+
 from .answers import same_number
-from ..ground.check import known_arguments, nearest, one_of
+from ..ground.check import known_arguments, nearest, one_of, whole
 from .evaluate import accuracy, exact_answer, final_text
 from .tiny import tiny_model
 
 #| export
 _all_ = ["accuracy", "exact_answer", "tiny_model"]
 
-# %% ../../nbs/tasks/06_library.ipynb #97602f34
+# %% ../../nbs/tasks/06_library.ipynb #e83f79b7
 class Example(NamedTuple):
     "One question of a task."
     question: str # the user's message
@@ -46,6 +47,7 @@ class WarmStart:
     right_on_easy: float = 0.7 # share of right answers shown on easy questions
     right_on_hard: float = 0.2 # share of right answers shown on hard questions
 
+# %% ../../nbs/tasks/06_library.ipynb #b94ef97b
 @dataclass(frozen=True, kw_only=True)
 class Task:
     "Training and held-out prompts with a reward that is right for them."
@@ -57,21 +59,16 @@ class Task:
     max_completion_length: int # tokens that an answer may need
     warm_start: WarmStart|None = field(default=None, repr=False) # None: no tiny model can be made for it
 
-# %% ../../nbs/tasks/06_library.ipynb #7b973b4e
-def _whole(name, value, low, high=None): # -> the value
-    "Raise unless `value` is a whole number between `low` and `high`."
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r} must be a whole number {f'from {low} to {high}' if high is not None else f'of at least {low}'}.")
-    return value
-
+# %% ../../nbs/tasks/06_library.ipynb #8e902e4a
 def _dataset(examples): # -> `datasets.Dataset`
     "Rows with `prompt`, `answer` and the examples' further columns."
     from datasets import Dataset
-    return Dataset.from_list([{"prompt": [{"role": "user", "content": e.question}], "answer": e.answer, **e.columns} for e in examples])
+    def row(e): return {"prompt": [{"role": "user", "content": e.question}], "answer": e.answer, **e.columns}
+    return Dataset.from_list([row(e) for e in examples])
 
 def _split(task, stream, n_train, n_test): # -> (train, test) data sets
     "The first `n_test` different questions of `stream` for the held-out set, the next `n_train` for training."
-    _whole("n_train", n_train, 1); _whole("n_test", n_test, 1)
+    for name, value in (("n_train", n_train), ("n_test", n_test)): whole(name, value)
     found, idle = {}, 0
     for e in stream:
         known = len(found)
@@ -79,12 +76,12 @@ def _split(task, stream, n_train, n_test): # -> (train, test) data sets
         idle = idle + 1 if len(found) == known else 0
         if len(found) == n_train + n_test or idle == 5000: break
     if len(found) < n_train + n_test:
-        raise ValueError(f"n_train={n_train} and n_test={n_test}: task {task!r} gave only {len(found)} different questions with these "
-                         f"parameters. Ask for at most {len(found)} in all, or for a larger variant of the task.")
+        raise ValueError(f"n_train={n_train} and n_test={n_test}: task {task!r} gave only {len(found)} different questions "
+                         f"with these parameters. Ask for at most {len(found)} in all, or for a larger variant of the task.")
     rows = list(found.values())
     return _dataset(rows[n_test:]), _dataset(rows[:n_test])
 
-# %% ../../nbs/tasks/06_library.ipynb #5d711363
+# %% ../../nbs/tasks/06_library.ipynb #99f0ce9d
 class _Recipe(NamedTuple):
     description: str # one line
     draw: Callable # `Random -> Example`
@@ -98,49 +95,57 @@ def _letters(name, value): # -> the value
         raise ValueError(f"{name}={value!r} must be 2 to 26 different letters from a to z, such as 'abcdef'.")
     return value
 
+# %% ../../nbs/tasks/06_library.ipynb #62ba8965
 def sort_digits(digits:int=4, # how many, 2 to 12
                 ) -> _Recipe: # the mistake: sorted the wrong way round
     "Sort the digits of a number."
-    _whole("digits", digits, 2, 12)
+    whole("digits", digits, least=2, most=12)
     def draw(chance):
         number = "".join(chance.choices("0123456789", k=digits))
         answer = "".join(sorted(number))
         return Example(f"Sort the digits: {number}", answer, answer[::-1], int(number) * 3 < 10**digits)
     return _Recipe(f"Sort {digits} digits in ascending order.", draw, digits + 4, 200)
 
+# %% ../../nbs/tasks/06_library.ipynb #8814b78f
 def reverse_string(length:int=5, # letters in the string, 2 to 12
                    alphabet:str="abcdefghij", # the letters it is made of
                    ) -> _Recipe: # the mistake: the string as it is
     "Reverse a string."
-    _whole("length", length, 2, 12); _letters("alphabet", alphabet)
+    whole("length", length, least=2, most=12)
+    _letters("alphabet", alphabet)
     def draw(chance):
         places = chance.choices(range(len(alphabet)), k=length)
         text = "".join(alphabet[p] for p in places)
-        return Example(f'Reverse the letters: "{text}"', text[::-1], text, (places[0] + places[1] / len(alphabet)) * 3 < len(alphabet))
+        easy = (places[0] + places[1] / len(alphabet)) * 3 < len(alphabet)
+        return Example(f'Reverse the letters: "{text}"', text[::-1], text, easy)
     return _Recipe(f"Reverse a string of {length} letters.", draw, length + 3, 250)
 
+# %% ../../nbs/tasks/06_library.ipynb #fca06fbb
 def add_numbers(digits:int=2, # of each number, 1 to 6
                 ) -> _Recipe: # the mistake: wrong by ten, as if a carry were forgotten or made up
     "Add two numbers."
-    low, high = _whole("digits", digits, 1, 6) and (10**(digits - 1) if digits > 1 else 0), 10**digits
+    whole("digits", digits, least=1, most=6)
+    low, high = 10**(digits - 1) if digits > 1 else 0, 10**digits
     def draw(chance):
         a, b = chance.randrange(low, high), chance.randrange(low, high)
         slip = 10 if a % 10 + b % 10 < 10 else -10
         return Example(f"What is {a}+{b}?", str(a + b), str(a + b + slip), (a - low) * 3 < high - low)
     return _Recipe(f"Add two numbers of {digits} digit{'s' * (digits > 1)}.", draw, digits + 4, 400)
 
+# %% ../../nbs/tasks/06_library.ipynb #29c9883f
 def count_letters(length:int=7, # letters in the string, 2 to 9
                   alphabet:str="abc", # the letters it is made of
                   ) -> _Recipe: # the mistake: one too many
     "Count a letter in a string."
-    _whole("length", length, 2, 9); _letters("alphabet", alphabet)
+    whole("length", length, least=2, most=9)
+    _letters("alphabet", alphabet)
     def draw(chance):
         text, letter = "".join(chance.choices(alphabet, k=length)), chance.choice(alphabet)
         count = text.count(letter)
         return Example(f'Count "{letter}" in "{text}".', str(count), str(count + 1), alphabet.index(text[0]) * 3 < len(alphabet))
     return _Recipe(f"Count how often a letter stands in a string of {length} letters.", draw, 4, 300)
 
-# %% ../../nbs/tasks/06_library.ipynb #e81e7e25
+# %% ../../nbs/tasks/06_library.ipynb #d1ab176a
 _operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 def _walk(node, used): # -> Fraction
@@ -158,7 +163,8 @@ def evaluate_expression(text:str, # such as "(3 + 5) * 7"; ×, ÷ and − are re
                         ) -> tuple: # (value as a `Fraction`, list of the whole numbers used)
     "Value of an arithmetic expression, read from its syntax tree; raises `ValueError` where it is none."
     text = text.translate(str.maketrans("×÷−", "*/-")).strip()
-    if len(text) > longest or not re.fullmatch("[-+*/() 0-9]+", text): raise ValueError(f"{text[:longest]!r} is no arithmetic expression.")
+    if len(text) > longest or not re.fullmatch("[-+*/() 0-9]+", text):
+        raise ValueError(f"{text[:longest]!r} is no arithmetic expression.")
     used = []
     try: return _walk(ast.parse(text, mode="eval").body, used), used
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError) as error:
@@ -179,7 +185,7 @@ def countdown_reward(completions:list, # strings or chat messages
         else: scores.append(float(value == goal and not Counter(used) - Counter(allowed)))
     return scores
 
-# %% ../../nbs/tasks/06_library.ipynb #9325b759
+# %% ../../nbs/tasks/06_library.ipynb #428b7270
 def _combine(chance, numbers): # -> (value, expression) or None
     "A random expression that uses all `numbers`."
     parts = [(n, str(n)) for n in numbers]
@@ -190,12 +196,15 @@ def _combine(chance, numbers): # -> (value, expression) or None
         parts.append(({"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign], f"({left} {sign} {right})"))
     return parts[0][0], parts[0][1][1:-1]
 
+# %% ../../nbs/tasks/06_library.ipynb #27793139
 def countdown(count:int=3, # numbers in a question, 2 to 6
               largest:int=20, # of the numbers, 4 to 100
               largest_target:int=100, # of the targets, 10 to 10000
               ) -> _Recipe: # no mistake to learn from, and no tiny model
     "Reach a target with some numbers and arithmetic."
-    _whole("count", count, 2, 6); _whole("largest", largest, 4, 100); _whole("largest_target", largest_target, 10, 10000)
+    whole("count", count, least=2, most=6)
+    whole("largest", largest, least=4, most=100)
+    whole("largest_target", largest_target, least=10, most=10000)
     def draw(chance):
         while True:
             numbers = sorted(chance.choices(range(1, largest + 1), k=count))
@@ -207,13 +216,14 @@ def countdown(count:int=3, # numbers in a question, 2 to 6
         return Example(question, found[1], "", False, {"numbers": numbers, "target": found[0]})
     return _Recipe(f"Reach a target with {count} numbers and arithmetic.", draw, 256, None, countdown_reward)
 
-# %% ../../nbs/tasks/06_library.ipynb #b86bf316
+# %% ../../nbs/tasks/06_library.ipynb #62baf3c6
 _recipes = {f.__name__: f for f in (sort_digits, reverse_string, add_numbers, count_letters, countdown)}
 
 def available() -> list: # names for `get`
     "The tasks that are made here without a download."
     return list(_recipes)
 
+# %% ../../nbs/tasks/06_library.ipynb #60d83b62
 def get(name:str, # one of `available()`
         n_train:int=2000, # training prompts
         n_test:int=200, # held-out prompts
@@ -229,7 +239,7 @@ def get(name:str, # one of `available()`
     return Task(name=name, description=made.description, train=train, test=test, reward=made.reward,
                 max_completion_length=made.max_completion_length, warm_start=warm)
 
-# %% ../../nbs/tasks/06_library.ipynb #8d7cea6a
+# %% ../../nbs/tasks/06_library.ipynb #c373460c
 def _import_reasoning_gym():
     "The package, or an error that says how to get it."
     try: return import_module("reasoning_gym"), import_module("reasoning_gym.factory").DATASETS
@@ -239,6 +249,7 @@ def _import_reasoning_gym():
 
 def _with_instruction(question, instruction): return f"{question.strip()}\n{instruction}" if instruction else question.strip()
 
+# %% ../../nbs/tasks/06_library.ipynb #79c72d02
 def reasoning_gym(name:str, # one of the package's data sets, such as "leg_counting"
                   n_train:int=1000, # training prompts
                   n_test:int=100, # held-out prompts
@@ -250,20 +261,27 @@ def reasoning_gym(name:str, # one of the package's data sets, such as "leg_count
     package, known = _import_reasoning_gym()
     settings = inspect.signature(known[one_of("name", name, sorted(known))][1]).parameters
     known_arguments("tasks.reasoning_gym", config, [*(set(settings) - {"seed", "size"}), "n_train", "n_test", "instruction"])
-    _whole("n_train", n_train, 1); _whole("n_test", n_test, 1)
+    for argument, value in (("n_train", n_train), ("n_test", n_test)): whole(argument, value)
     source = package.create_dataset(name, seed=seed, size=10 * (n_train + n_test) + 1000, **config)
     entries = {}
     def stream():
         for i in range(len(source)):
             entries[i] = source[i]
-            yield Example(_with_instruction(entries[i]["question"], instruction), str(entries[i]["answer"]), "", False, {"index": i})
+            question, answer = entries[i]["question"], str(entries[i]["answer"])
+            yield Example(_with_instruction(question, instruction), answer, "", False, {"index": i})
     train, test = _split(name, stream(), n_train, n_test)
+    return Task(name=name, description=f"{name} from reasoning-gym.", train=train, test=test, max_completion_length=512,
+                reward=_package_score(source, entries, f"{name}_score"))
+
+# %% ../../nbs/tasks/06_library.ipynb #5d3a1f0b
+def _package_score(source, entries, name): # the package's data set, its entries by place -> a reward function
+    "The package's own score as a reward."
     def score(completions, index, **columns):
         return [float(source.score_answer(final_text(c), entries[i])) for c, i in zip(completions, index, strict=True)]
-    score.__name__ = score.__qualname__ = f"{name}_score"
-    return Task(name=name, description=f"{name} from reasoning-gym.", train=train, test=test, reward=score, max_completion_length=512)
+    score.__name__ = score.__qualname__ = name
+    return score
 
-# %% ../../nbs/tasks/06_library.ipynb #80b07dd4
+# %% ../../nbs/tasks/06_library.ipynb #c7874acc
 def same_final_number(completions:list, # strings or chat messages
                       answer:list, # the right numbers, as strings
                       **columns, # the data set's other columns, not used
@@ -272,6 +290,7 @@ def same_final_number(completions:list, # strings or chat messages
     texts = [c if isinstance(c, str) else (c[-1].get("content") or "" if c else "") for c in completions]
     return [float(same_number(text, a)) for text, a in zip(texts, answer, strict=True)]
 
+# %% ../../nbs/tasks/06_library.ipynb #a5820b07
 def _read_jsonl(path): # -> list of (question, solution)
     "The rows of a GSM8K file; raises `ValueError` naming file and line where one is not as it should be."
     rows = []
@@ -283,17 +302,20 @@ def _read_jsonl(path): # -> list of (question, solution)
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
                 raise ValueError(f"{path}, line {number}: no text in {column!r}; the line has {has}.")
-        if "####" not in row["answer"]: raise ValueError(f"{path}, line {number}: the answer has no '####' before its final number.")
+        if "####" not in row["answer"]:
+            raise ValueError(f"{path}, line {number}: the answer has no '####' before its final number.")
         rows.append((row["question"], row["answer"]))
     return rows
 
+# %% ../../nbs/tasks/06_library.ipynb #30e41268
 def _missing_path(given): # -> FileNotFoundError
     "The error for a path that does not exist, with the nearest name beside it."
     path = Path(given).expanduser()
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return FileNotFoundError(f"path_or_hub_id={given!r} does not exist.{nearest(path.name, beside)} Give a .jsonl file, a folder with "
-                             "train.jsonl and test.jsonl, or a hub id such as 'openai/gsm8k'.")
+    return FileNotFoundError(f"path_or_hub_id={given!r} does not exist.{nearest(path.name, beside)} Give a .jsonl file, "
+                             "a folder with train.jsonl and test.jsonl, or a hub id such as 'openai/gsm8k'.")
 
+# %% ../../nbs/tasks/06_library.ipynb #dd329d6a
 def _gsm8k_rows(given): # -> (train rows, test rows or None)
     "Rows from a folder, a file or the hub; nothing is downloaded for what looks like a path."
     path = Path(given).expanduser()
@@ -302,13 +324,13 @@ def _gsm8k_rows(given): # -> (train rows, test rows or None)
             if not (path / part).is_file(): raise _missing_path(str(path / part))
         return _read_jsonl(path / "train.jsonl"), _read_jsonl(path / "test.jsonl")
     if path.is_file(): return _read_jsonl(path), None
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(given)) or path.suffix in (".json", ".jsonl", ".parquet", ".csv") or path.parent.is_dir():
-        raise _missing_path(str(given))
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(given)) and path.suffix not in (".json", ".jsonl", ".parquet", ".csv")
+    if not hub_id or path.parent.is_dir(): raise _missing_path(str(given))
     from datasets import load_dataset
     parts = load_dataset(str(given), "main")
     return tuple(list(zip(parts[p]["question"], parts[p]["answer"])) for p in ("train", "test"))
 
-# %% ../../nbs/tasks/06_library.ipynb #2d774c39
+# %% ../../nbs/tasks/06_library.ipynb #6b31f047
 def gsm8k(path_or_hub_id="openai/gsm8k", # a .jsonl file, a folder with train.jsonl and test.jsonl, or a hub id
           n_train:int|None=None, # training prompts; None: all
           n_test:int|None=None, # held-out prompts; None: all, and of a single file a tenth, at most 200
@@ -317,21 +339,28 @@ def gsm8k(path_or_hub_id="openai/gsm8k", # a .jsonl file, a folder with train.js
           ) -> Task: # raises `FileNotFoundError` where a path does not exist, `ValueError` where a line is wrong
     "Grade-school mathematics; right is the right number."
     for name, value in (("n_train", n_train), ("n_test", n_test)):
-        if value is not None: _whole(name, value, 1)
-    train, test = _gsm8k_rows(path_or_hub_id)
-    chance = Random(f"gsm8k {seed}")
-    train = list(dict.fromkeys(train)); chance.shuffle(train)
+        if value is not None: whole(name, value)
+    train, test = _gsm8k_split(_gsm8k_rows(path_or_hub_id), n_test, Random(f"gsm8k {seed}"))
+    for name, wanted, has in (("n_test", n_test, len(test)), ("n_train", n_train, len(train))):
+        if has < (wanted or 1): raise ValueError(f"{name}={wanted!r}: {str(path_or_hub_id)!r} has only {has} rows for it.")
+    parts = [_dataset([_gsm8k_example(*row, instruction) for row in rows]) for rows in (train[:n_train], test[:n_test])]
+    return Task(name="gsm8k", description="Grade-school word problems with a number as the answer.", train=parts[0], test=parts[1],
+                reward=same_final_number, max_completion_length=512)
+
+# %% ../../nbs/tasks/06_library.ipynb #53d8a521
+def _gsm8k_split(parts, n_test, chance): # (train rows, test rows or None) -> the same, shuffled and without what both have
+    "A held-out set, taken from the training rows where there is none, and the training rows that are not in it."
+    train, test = list(dict.fromkeys(parts[0])), parts[1]
+    chance.shuffle(train)
     if test is None:
         held = n_test or max(1, min(len(train) // 10, 200))
         train, test = train[held:], train[:held]
     else: chance.shuffle(test)
     asked = {question for question, _ in test[:n_test]}
-    train = [row for row in train if row[0] not in asked]
-    for name, wanted, has in (("n_test", n_test, len(test)), ("n_train", n_train, len(train))):
-        if has < (wanted or 1): raise ValueError(f"{name}={wanted!r}: {str(path_or_hub_id)!r} has only {has} rows for it.")
-    def example(question, solution):
-        number = solution.rpartition("####")[2].strip().replace(",", "")
-        return Example(_with_instruction(question, instruction), number, "", False, {"solution": solution})
-    parts = [_dataset([example(*row) for row in rows]) for rows in (train[:n_train], test[:n_test])]
-    return Task(name="gsm8k", description="Grade-school word problems with a number as the answer.", train=parts[0], test=parts[1],
-                reward=same_final_number, max_completion_length=512)
+    return [row for row in train if row[0] not in asked], test
+
+
+def _gsm8k_example(question, solution, instruction):
+    "A row whose answer is the number at the end of the solution."
+    number = solution.rpartition("####")[2].strip().replace(",", "")
+    return Example(_with_instruction(question, instruction), number, "", False, {"solution": solution})

@@ -6,7 +6,7 @@
 __all__ = ['text_of', 'Reward', 'reward', 'correctness', 'numeric_answer', 'math_verify', 'format_tags', 'tag_count', 'regex',
            'soft_overlong', 'length_target', 'repetition_penalty', 'available', 'get', 'weighted']
 
-# %% ../../nbs/tasks/04_rewards.ipynb #38ddba97
+# %% ../../nbs/tasks/04_rewards.ipynb #797fe1f7
 import asyncio
 import functools
 import importlib
@@ -15,8 +15,11 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+
+from fastcore.basics import patch
+
 from .answers import after_thinking, find_number, marked
-from ..ground.check import known_arguments, nearest, one_of
+from ..ground.check import known_arguments, nearest, number, one_of, whole
 from ..ground.events import say
 from .guard import guard, is_async, is_model, name_of
 
@@ -34,7 +37,7 @@ def text_of(completion, # a string, or a list of chat messages
         texts.append(f"<think>\n{thinking}\n</think>\n{content}" if thinking else content)
     return "\n".join(texts)
 
-# %% ../../nbs/tasks/04_rewards.ipynb #0a81711d
+# %% ../../nbs/tasks/04_rewards.ipynb #8f4581c1
 class Reward:
     "A scorer of one completion as a reward function in TRL's signature."
     def __init__(self, score, # f(text, *columns, *, options) -> number or None, for one completion
@@ -47,36 +50,43 @@ class Reward:
         self.kind, self.__doc__, self.__module__ = score.__name__, score.__doc__, score.__module__
         self.__name__ = self.__qualname__ = self.options.get("name", self.kind)
 
-    def __call__(self, *args, **named):
-        if "completions" in named or (len(args) > 1 and isinstance(args[1], (list, tuple)) and isinstance(args[0], (list, tuple, type(None)))):
-            return self.batch(*args, **named)
-        return self.configured(*args, **named)
+# %% ../../nbs/tasks/04_rewards.ipynb #318654f9
+@patch
+def __call__(self:Reward, *args, **named):
+    two = len(args) > 1 and isinstance(args[0], (list, tuple, type(None))) and isinstance(args[1], (list, tuple))
+    return self.batch(*args, **named) if two or "completions" in named else self.configured(*args, **named)
 
-    def configured(self, *args, **named): # options, by position in the order of the definition, or by name
-        "The same reward with other options; raises for an unknown or impossible one."
-        if len(args) > len(self.defaults): raise TypeError(f"{self.kind}() takes {len(self.defaults)} options, not {len(args)}.")
-        known_arguments(self.kind, named, [*self.defaults, "name"])
-        new = Reward(self.score, self.check, {**self.options, **dict(zip(self.defaults, args)), **named})
-        new.check_ready()
-        return new
+@patch
+def configured(self:Reward, *args, **named): # options, by position in the order of the definition, or by name
+    "The same reward with other options; raises for an unknown or impossible one."
+    if len(args) > len(self.defaults): raise TypeError(f"{self.kind}() takes {len(self.defaults)} options, not {len(args)}.")
+    known_arguments(self.kind, named, [*self.defaults, "name"])
+    new = Reward(self.score, self.check, {**self.options, **dict(zip(self.defaults, args)), **named})
+    new.check_ready()
+    return new
 
-    def check_ready(self): # raises before a run what would be raised in it
-        "Raise for a missing or impossible option and for a package that is not installed."
-        options = self.defaults | {k: v for k, v in self.options.items() if k != "name"}
-        missing = [k for k, v in options.items() if v is inspect.Parameter.empty]
-        if missing: raise TypeError(f"{self.kind} needs the option {missing[0]!r}: rewards.{self.kind}({missing[0]}=...).")
-        if not isinstance(self.__name__, str) or not self.__name__: raise ValueError(f"name={self.__name__!r} is not a metric's name.")
-        if self.check: self.check(**options)
+# %% ../../nbs/tasks/04_rewards.ipynb #ee13723f
+@patch
+def check_ready(self:Reward): # raises before a run what would be raised in it
+    "Raise for a missing or impossible option and for a package that is not installed."
+    options = self.defaults | {k: v for k, v in self.options.items() if k != "name"}
+    missing = [k for k, v in options.items() if v is inspect.Parameter.empty]
+    if missing: raise TypeError(f"{self.kind} needs the option {missing[0]!r}: rewards.{self.kind}({missing[0]}=...).")
+    if not isinstance(self.__name__, str) or not self.__name__: raise ValueError(f"name={self.__name__!r} is not a metric's name.")
+    if self.check: self.check(**options)
 
-    def __repr__(self): return f"rewards.{self.kind}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+@patch
+def __repr__(self:Reward): return f"rewards.{self.kind}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
 
-    def __reduce__(self): return _restore, (self.__module__, self.kind, self.options)
+@patch
+def __reduce__(self:Reward): return _restore, (self.__module__, self.kind, self.options)
 
+# %% ../../nbs/tasks/04_rewards.ipynb #554f4242
 def _restore(module, kind, options): # a pickled reward is looked up where it was defined
     found = getattr(importlib.import_module(module), kind)
     return Reward(found.score, found.check, options) if options else found
 
-# %% ../../nbs/tasks/04_rewards.ipynb #8930e78c
+# %% ../../nbs/tasks/04_rewards.ipynb #d9ef2733
 _trl_names = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 
 def _column(reward, name, required, columns, n): # the list of n values, or None
@@ -85,30 +95,36 @@ def _column(reward, name, required, columns, n): # the list of n values, or None
         if not required: return None
         there = sorted(set(columns) - _trl_names)
         hint = f"{nearest(name, there)} The data set has: {', '.join(there) or 'no other column'}."
-        if name == "completion_ids": hint = " TRL passes them; elsewhere give completion_ids=[...], or count something else with unit=."
+        if name == "completion_ids":
+            hint = " TRL passes them; elsewhere give completion_ids=[...], or count something else with unit=."
         raise ValueError(f"reward {reward!r} needs the column {name!r}, which is not there.{hint}")
-    if isinstance(values, str) or len(values) != n:
-        raise ValueError(f"reward {reward!r}: column {name!r} has {'text' if isinstance(values, str) else len(values)} for {n} completions.")
+    has = "text" if isinstance(values, str) else len(values)
+    if has != n: raise ValueError(f"reward {reward!r}: column {name!r} has {has} for {n} completions.")
     return values
 
-def _batch(self, prompts=None, # a list; not used
-           completions=None, # a list of N strings, or of N lists of chat messages
-           **columns) -> list: # N numbers or `None`
+# %% ../../nbs/tasks/04_rewards.ipynb #d1f2e701
+@patch
+def batch(self:Reward, prompts=None, # a list; not used
+          completions=None, # a list of N strings, or of N lists of chat messages
+          **columns) -> list: # N numbers or `None`
     "The rewards of N completions."
     self.check_ready()
-    if isinstance(completions, str): raise TypeError(f"completions={completions!r} is text; it must be a list, one entry for each completion.")
-    options = {k: v for k, v in self.options.items() if k != "name"}
-    columns, n = columns if prompts is None else {**columns, "prompt": prompts}, len(completions)
+    if isinstance(completions, str):
+        raise TypeError(f"completions={completions!r} is text; it must be a list, one entry for each completion.")
+    if prompts is not None: columns = {**columns, "prompt": prompts}
+    options, n = {k: v for k, v in self.options.items() if k != "name"}, len(completions)
     rename = {"answer": options.get("column", self.defaults.get("column", "answer"))}
     values = {k: _column(self.__name__, rename.get(k, k), required, columns, n) for k, required in self.needs.items()}
-    required = [k for k, needed in self.needs.items() if needed]
     out = []
     for i, completion in enumerate(completions):
-        text, row = text_of(completion), {k: None if v is None else v[i] for k, v in values.items()}
-        out.append(None if any(row[k] is None for k in required) else self.score(text, **row, **options))
+        row = {k: None if v is None else v[i] for k, v in values.items()}
+        missing = any(row[k] is None for k, required in self.needs.items() if required)
+        out.append(None if missing else self.score(text_of(completion), **row, **options))
     return out
 
-Reward.batch = _batch
+# %% ../../nbs/tasks/04_rewards.ipynb #ff50adb3
+_known = {} # name -> Reward
+
 
 def reward(score=None, *, # f(text, *columns, *, options) -> number or None, for one completion
            check=None, # f(**options): raises if the options do not go together
@@ -116,12 +132,11 @@ def reward(score=None, *, # f(text, *columns, *, options) -> number or None, for
     "Make a reward of a scorer: `text`, then the columns it needs, then options after `*`. It is known to `get` by its name."
     if score is None: return functools.partial(reward, check=check)
     first = next(iter(inspect.signature(score).parameters), None)
-    if first != "text": raise TypeError(f"{score.__name__}: the first parameter of a reward of one completion is text, not {first!r}.")
+    if first != "text":
+        raise TypeError(f"{score.__name__}: the first parameter of a reward of one completion is text, not {first!r}.")
     made = Reward(score, check)
     _known[made.kind] = made
     return made
-
-_known = {} # name -> Reward
 
 # %% ../../nbs/tasks/04_rewards.ipynb #1121d9d5
 def _spelling(text, ignore_case, ignore_space):
@@ -159,7 +174,7 @@ def numeric_answer(text, # what the model wrote
     found = find_number(text, percent, marked_only)
     return float(found is not None and abs(found - gold) <= find_number(tolerance))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #26c02194
+# %% ../../nbs/tasks/04_rewards.ipynb #325061c8
 def _check_math_verify(column):
     try: import math_verify # noqa: F401 asked for here so that it is not missed in the middle of a run
     except ImportError as error:
@@ -170,6 +185,7 @@ def _parse_math(text, limit): # what math-verify finds in a text, a bare formula
     from math_verify import parse
     return parse(text, parsing_timeout=limit) or parse(f"${text}$", parsing_timeout=limit)
 
+# %% ../../nbs/tasks/04_rewards.ipynb #c4c849d0
 @reward(check=_check_math_verify)
 def math_verify(text, # what the model wrote
                 answer, # the right answer, in LaTeX or plain
@@ -186,11 +202,12 @@ def math_verify(text, # what the model wrote
     found = parse(after_thinking(text), parsing_timeout=limit) if inside is None else _parse_math(f"${inside}$", limit)
     return float(verify(gold, found, timeout_seconds=limit))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #f414c67b
+# %% ../../nbs/tasks/04_rewards.ipynb #436b4733
 def _check_tags(tags):
     if isinstance(tags, str) or not tags or not all(isinstance(t, str) and re.fullmatch(r"[\w-]+", t) for t in tags):
         raise ValueError(f"tags={tags!r} must be names of tags without brackets, such as ('think', 'answer').")
 
+# %% ../../nbs/tasks/04_rewards.ipynb #b7591434
 @reward(check=_check_tags)
 def format_tags(text, # what the model wrote
                 *, tags=("think", "answer")): # the sections, in order
@@ -203,6 +220,7 @@ def format_tags(text, # what the model wrote
         at = end + len(closing)
     return float(not text[at:].strip())
 
+# %% ../../nbs/tasks/04_rewards.ipynb #85c01d6d
 @reward(check=_check_tags)
 def tag_count(text, # what the model wrote
               *, tags=("think", "answer")): # the sections
@@ -221,10 +239,9 @@ def regex(text, # what the model wrote
     "1 where the completion matches a regular expression."
     return float(bool((re.fullmatch if full else re.search)(pattern, text)))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #a21296c2
+# %% ../../nbs/tasks/04_rewards.ipynb #26d45d7f
 def _check_overlong(max_length, cache):
-    for name, value in (("max_length", max_length), ("cache", cache)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name}={value!r} is not a number of tokens above 0.")
+    for name, value in (("max_length", max_length), ("cache", cache)): whole(name, value, what="tokens")
     if cache > max_length: raise ValueError(f"cache={cache} is more than max_length={max_length}; it is the last part of it.")
 
 @reward(check=_check_overlong)
@@ -235,7 +252,7 @@ def soft_overlong(text, # not used
     "0 up to `max_length - cache` tokens, falling to -1 at `max_length`, -1 beyond (DAPO, eq. 13)."
     return float(max(Fraction(-1), min(Fraction(0), Fraction(max_length - cache - len(completion_ids), cache))))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #8fdf78e5
+# %% ../../nbs/tasks/04_rewards.ipynb #1f5430e6
 def _units(text, completion_ids, unit, name): # the sequence that is counted
     if unit == "words": return text.split()
     if unit == "characters": return text
@@ -244,9 +261,10 @@ def _units(text, completion_ids, unit, name): # the sequence that is counted
 
 def _check_length(target, width, unit):
     one_of("unit", unit, ("tokens", "words", "characters"))
-    if isinstance(target, (bool, str)) or not target >= 0: raise ValueError(f"target={target!r} is not a length of 0 or more.")
-    if width is not None and (isinstance(width, (bool, str)) or not width > 0): raise ValueError(f"width={width!r} is not a length above 0.")
+    number("target", target, least=0)
+    if width is not None: number("width", width, above=0)
 
+# %% ../../nbs/tasks/04_rewards.ipynb #9829efa8
 @reward(check=_check_length)
 def length_target(text, # what the model wrote
                   completion_ids=None, # the completion's tokens, from TRL; needed where unit="tokens"
@@ -257,10 +275,11 @@ def length_target(text, # what the model wrote
     length = len(_units(text, completion_ids, unit, "length_target"))
     return max(0.0, 1 - abs(length - target) / (width or max(target, 1)))
 
+# %% ../../nbs/tasks/04_rewards.ipynb #23a11c45
 def _check_repetition(n, penalty, unit):
     one_of("unit", unit, ("tokens", "words", "characters"))
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f"n={n!r} is not a whole number above 0.")
-    if isinstance(penalty, (bool, str)) or not penalty <= 0: raise ValueError(f"penalty={penalty!r} is not a number of 0 or less.")
+    whole("n", n)
+    number("penalty", penalty, most=0)
 
 @reward(check=_check_repetition)
 def repetition_penalty(text, # what the model wrote
@@ -285,19 +304,22 @@ def get(reward, # a name out of `available()`, or a function, which is returned 
     found = reward if isinstance(reward, Reward) else _known[one_of("reward", reward, _known)]
     return found(**options) if options else (found.check_ready() or found)
 
-# %% ../../nbs/tasks/04_rewards.ipynb #4b396134
+# %% ../../nbs/tasks/04_rewards.ipynb #1eec5027
 def _pairs(parts): # [(reward, weight)], checked
+    "What is summed, and by which weights."
     listed = list(parts.items() if isinstance(parts, Mapping) else parts) if isinstance(parts, Iterable) else [None]
     if not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in listed):
         raise TypeError(f"weighted() takes {{reward: weight, ...}} or pairs [(reward, weight), ...], not {parts!r}.")
+    if not listed: raise ValueError("weighted() was given no rewards.")
     pairs = [(get(f), w) for f, w in listed]
-    if not pairs: raise ValueError("weighted() was given no rewards.")
     for function, weight in pairs:
         name = name_of(function)
-        if is_model(function) or not callable(function): raise TypeError(f"weighted() combines functions; {name!r} is none. Give a reward model to TRL directly.")
-        if isinstance(weight, (bool, str)) or not abs(weight) < float("inf"): raise ValueError(f"the weight {weight!r} of {name!r} is not a finite number.")
+        if is_model(function) or not callable(function):
+            raise TypeError(f"weighted() combines functions; {name!r} is none. Give a reward model to TRL directly.")
+        number(f"weighted(): the weight of {name!r}", weight)
     return pairs
 
+# %% ../../nbs/tasks/04_rewards.ipynb #931c46b2
 def _sum(pairs, columns): # one list out of a list for each part, without the parts that are None
     out = []
     for values in zip(*columns, strict=True):
@@ -310,6 +332,7 @@ def _log_parts(pairs, columns, log_metric): # the mean of each part, as TRL logs
         scored = [v for v in column if v is not None]
         if scored: log_metric(f"rewards/{name_of(function)}/mean", sum(scored) / len(scored))
 
+# %% ../../nbs/tasks/04_rewards.ipynb #efdfc0bc
 def weighted(parts, # {reward or name: weight} or pairs of them
              name:str="weighted", # the metric's name
              ): # one reward function, async if a part is
@@ -324,16 +347,20 @@ def weighted(parts, # {reward or name: weight} or pairs of them
         return finish([f(prompts=prompts, completions=completions, **named) for f, _ in pairs], named)
 
     async def total_async(prompts=None, completions=None, **named):
-        call = dict(prompts=prompts, completions=completions, **named)
-        waiting = {i: asyncio.ensure_future(f(**call)) for i, (f, _) in enumerate(pairs) if is_async(f)}
-        try:
-            done = {i: f(**call) for i, (f, _) in enumerate(pairs) if i not in waiting}
-            done |= dict(zip(waiting, await asyncio.gather(*waiting.values())))
-        finally:
-            for task in waiting.values(): task.cancel()
-        return finish([done[i] for i in range(len(pairs))], named)
+        return finish(await _side_by_side(pairs, dict(prompts=prompts, completions=completions, **named)), named)
 
     combined = total_async if any(is_async(f) for f, _ in pairs) else total
     combined.__name__ = combined.__qualname__ = name
     combined.__doc__ = " + ".join(f"{w:g} * {name_of(f)}" for f, w in pairs)
     return combined
+
+# %% ../../nbs/tasks/04_rewards.ipynb #51d6fe0a
+async def _side_by_side(pairs, call): # -> a list for each part
+    "All parts of one batch: the async ones wait beside each other, and are cancelled where another part fails."
+    waiting = {i: asyncio.ensure_future(f(**call)) for i, (f, _) in enumerate(pairs) if is_async(f)}
+    try:
+        done = {i: f(**call) for i, (f, _) in enumerate(pairs) if i not in waiting}
+        done |= dict(zip(waiting, await asyncio.gather(*waiting.values())))
+    finally:
+        for task in waiting.values(): task.cancel()
+    return [done[i] for i in range(len(pairs))]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_tokenizer', 'make_model', 'WarmStarted', 'tiny_model']
 
-# %% ../../nbs/tasks/05_tiny.ipynb #c35c095f
+# %% ../../nbs/tasks/05_tiny.ipynb #9336d3c6
 import math
 import random
 import re
@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from ..ground.check import known_arguments
+
+from ..ground.check import known_arguments, whole
 from .evaluate import accuracy
 
-# %% ../../nbs/tasks/05_tiny.ipynb #a470b85e
-_template = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+# %% ../../nbs/tasks/05_tiny.ipynb #2b3fb675
+_template = ("{% for message in messages %}"
+             "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 def _merges(words, # words as byte-level pieces (a space is Ġ), the most important first
@@ -31,25 +33,33 @@ def _merges(words, # words as byte-level pieces (a space is Ġ), the most import
         if len(merges) + len(chain) <= room: merges.update(chain)
     return list(merges.values())
 
+def _words(texts, split): # -> list of byte-level pieces
+    "The words of texts that begin with a space or a capital, the most frequent first."
+    pieces = [piece for text in texts for piece, _ in split.pre_tokenize_str(text)]
+    count = Counter(piece for piece in pieces if re.fullmatch("(?:Ġ[A-Za-z]|[A-Z])[a-z]+", piece))
+    return sorted(count, key=lambda word: (-count[word], word))
+
+# %% ../../nbs/tasks/05_tiny.ipynb #8fb053e1
 def make_tokenizer(texts:list, # questions of the task
                    vocab_size:int=320, # at most so many tokens, at least 262: bytes, three special tokens, three roles
                    ): # `transformers.PreTrainedTokenizerFast`; EOS `<|im_end|>`, PAD `<|endoftext|>`
     "A byte-level BPE tokenizer with single digits and a ChatML-like chat template, with merges for the words of `texts`."
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    if vocab_size < 262: raise ValueError(f"vocab_size={vocab_size!r} is too small: 256 bytes, 3 special tokens and 3 roles make 262.")
-    split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    pieces = [piece for text in texts for piece, _ in split.pre_tokenize_str(text)]
-    count = Counter(piece for piece in pieces if re.fullmatch("(?:Ġ[A-Za-z]|[A-Z])[a-z]+", piece))
-    merges = _merges(sorted(count, key=lambda word: (-count[word], word)), vocab_size - 262)
+    if vocab_size < 262:
+        raise ValueError(f"vocab_size={vocab_size!r} is too small: 256 bytes, 3 special tokens and 3 roles make 262.")
+    split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    merges = _merges(_words(texts, split), vocab_size - 262)
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     core.pre_tokenizer, core.decoder = split, decoders.ByteLevel()
     core.add_tokens([AddedToken(role, single_word=True, normalized=False) for role in ("system", "user", "assistant")])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-                                   extra_special_tokens=["<|im_start|>"], chat_template=_template, clean_up_tokenization_spaces=False)
+                                   extra_special_tokens=["<|im_start|>"], chat_template=_template,
+                                   clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/tasks/05_tiny.ipynb #a37cc427
+# %% ../../nbs/tasks/05_tiny.ipynb #66a5440a
 def make_model(tokenizer, # the tokenizer that it will use
                seed:int=0, # of the initial weights
                hidden_size:int=192, # width, a multiple of 32
@@ -59,11 +69,13 @@ def make_model(tokenizer, # the tokenizer that it will use
     "A Qwen3-shaped model with random weights; the global random state stays as it was."
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-    if hidden_size < 64 or hidden_size % 64: raise ValueError(f"hidden_size={hidden_size!r} must be a multiple of 64 (pairs of heads of 32).")
+    if hidden_size < 64 or hidden_size % 64:
+        raise ValueError(f"hidden_size={hidden_size!r} must be a multiple of 64 (pairs of heads of 32).")
     if layers < 1: raise ValueError(f"layers={layers!r} must be at least 1.")
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    config = Qwen3Config(vocab_size=max(vocab_size, len(tokenizer)), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
-                         num_hidden_layers=layers, num_attention_heads=hidden_size // 32, num_key_value_heads=max(hidden_size // 96, 1),
+    heads, kv = hidden_size // 32, max(hidden_size // 96, 1)
+    config = Qwen3Config(vocab_size=max(vocab_size, len(tokenizer)), hidden_size=hidden_size, num_hidden_layers=layers,
+                         intermediate_size=hidden_size * 8 // 3, num_attention_heads=heads, num_key_value_heads=kv,
                          head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.06, **ids)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -71,7 +83,7 @@ def make_model(tokenizer, # the tokenizer that it will use
     model.generation_config = GenerationConfig(**ids)
     return model
 
-# %% ../../nbs/tasks/05_tiny.ipynb #e79d8753
+# %% ../../nbs/tasks/05_tiny.ipynb #68c23df5
 def _example_rows(warm, chance, excluded, count, tokenizer): # -> list of (prompt ids, answer ids)
     "`count` examples as token ids, with questions from outside `excluded`."
     frame = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True)
@@ -85,6 +97,7 @@ def _example_rows(warm, chance, excluded, count, tokenizer): # -> list of (promp
     ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (questions, answers)]
     return list(zip(*ids))
 
+# %% ../../nbs/tasks/05_tiny.ipynb #5463015c
 def _loss(model, rows, pad): # -> scalar tensor
     "Mean cross-entropy of the answers' tokens, EOS included; the head runs at those positions alone."
     import torch
@@ -95,7 +108,7 @@ def _loss(model, rows, pad): # -> scalar tensor
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state # (B, T, H)
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[b, t]).float(), ids[b, t + 1])
 
-# %% ../../nbs/tasks/05_tiny.ipynb #9a5ecc6d
+# %% ../../nbs/tasks/05_tiny.ipynb #e9c4db87
 @dataclass(frozen=True)
 class WarmStarted:
     "What the warm start did; found as `model.warm_start`."
@@ -104,35 +117,49 @@ class WarmStarted:
     seconds: float # wall time of all, measurement included
     losses: tuple # one number a step: mean cross-entropy in nats a token
 
-def _warm_up(model, tokenizer, warm, excluded, steps, batch_size, learning_rate, seed, on_step): # -> list of losses
-    "Train `model` on the task's mixture of right answers and mistakes."
+# %% ../../nbs/tasks/05_tiny.ipynb #6ddc52fb
+def _warm_up(model, tokenizer, warm, task, steps, batch_size, learning_rate, seed, on_step): # -> list of losses
+    "Train `model` on the task's mixture of right answers and mistakes; it is in evaluation mode afterwards."
     import torch
     chance, losses = random.Random(f"warm start {seed}"), []
+    excluded = {prompt[-1]["content"] for prompt in task.test["prompt"]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    rise = max(1, steps // 10)
+    model.train()
     for step in range(steps):
-        share = min(1, (step + 1) / rise) * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))) / 2
-        for group in optimizer.param_groups: group["lr"] = learning_rate * max(share, 0.01)
-        loss = _loss(model, _example_rows(warm, chance, excluded, batch_size, tokenizer), tokenizer.pad_token_id)
-        loss.backward()
+        for group in optimizer.param_groups: group["lr"] = learning_rate * max(_rate(step, steps), 0.01)
+        with torch.enable_grad(): # whatever the caller has switched off
+            loss = _loss(model, _example_rows(warm, chance, excluded, batch_size, tokenizer), tokenizer.pad_token_id)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(); optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if on_step is not None: on_step(step + 1, steps, losses[-1])
+    model.eval()
     return losses
 
-# %% ../../nbs/tasks/05_tiny.ipynb #2f1d9a27
-def _check(task, steps, batch_size):
-    "Raise before anything is made where `task` has no warm start, or a number is out of range."
+# %% ../../nbs/tasks/05_tiny.ipynb #4ebfddcd
+def _rate(step, steps) -> float: # of the highest rate
+    "Up over the first tenth of the steps, down along a cosine."
+    rise = max(1, steps // 10)
+    return min(1, (step + 1) / rise) * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))) / 2
+
+# %% ../../nbs/tasks/05_tiny.ipynb #a372e8d0
+def _check(task, path, steps, batch_size):
+    "Raise before anything is made where `task` has no warm start, or another argument cannot be."
     if not hasattr(task, "warm_start"):
         hint = f" Write tasks.get({task!r})." if isinstance(task, str) else ""
         raise TypeError(f"task={task!r} is not a Task.{hint}")
     if task.warm_start is None:
-        raise ValueError(f"task={task.name!r} has no warm start, so no tiny model can be made for it. Use a pretrained model for it, "
-                         "or a task that has a warm start: sort_digits, reverse_string, add_numbers, count_letters.")
-    for name, value, low in (("steps", steps, 0), ("batch_size", batch_size, 1)):
-        if value is not None and (not isinstance(value, int) or value < low): raise ValueError(f"{name}={value!r} must be a whole number, {low} or more.")
+        raise ValueError(f"task={task.name!r} has no warm start, so no tiny model can be made for it. "
+                         "Use a pretrained model for it, or a task that has a warm start: "
+                         "sort_digits, reverse_string, add_numbers, count_letters.")
+    if steps is not None: whole("steps", steps, least=0)
+    whole("batch_size", batch_size)
+    if path is not None and Path(path).is_file():
+        raise NotADirectoryError(f"path={str(path)!r} is a file; give a folder for the model.")
 
+# %% ../../nbs/tasks/05_tiny.ipynb #aa14c038
 def tiny_model(task, # a `Task` of `grpo_nb.tasks.library` that has a warm start
                path=None, # folder for the complete model; None: keep it in memory only
                seed:int=0, # of the weights and the examples
@@ -145,21 +172,21 @@ def tiny_model(task, # a `Task` of `grpo_nb.tasks.library` that has a warm start
                **shape, # hidden_size=192, layers=3, vocab_size=320
                ): # (model, tokenizer); `model.warm_start` is a `WarmStarted`
     "Make a small model for `task` that is right about a third of the time; the same seed makes the same model."
-    import torch
     known_arguments("tiny_model", shape, ("hidden_size", "layers", "vocab_size"))
-    _check(task, steps, batch_size)
-    if path is not None and Path(path).is_file(): raise NotADirectoryError(f"path={str(path)!r} is a file; give a folder for the model.")
+    _check(task, path, steps, batch_size)
     started, warm = time.perf_counter(), task.warm_start
-    chance = random.Random(0)
-    tokenizer = make_tokenizer([warm.draw(chance).question for _ in range(64)], shape.get("vocab_size", 320))
-    model = make_model(tokenizer, seed, **shape).to(device)
-    excluded = {prompt[-1]["content"] for prompt in task.test["prompt"]}
+    model, tokenizer = _fresh(warm, seed, device, shape)
     steps = warm.steps if steps is None else steps
-    model.train()
-    with torch.enable_grad():
-        losses = _warm_up(model, tokenizer, warm, excluded, steps, batch_size, learning_rate, seed, on_step)
-    model.eval()
+    losses = _warm_up(model, tokenizer, warm, task, steps, batch_size, learning_rate, seed, on_step)
     right = accuracy(model, tokenizer, task.test, task.reward, task.max_completion_length) if measure else None
     model.warm_start = WarmStarted(right, steps, time.perf_counter() - started, tuple(losses))
-    if path is not None: model.save_pretrained(path); tokenizer.save_pretrained(path)
+    if path is not None:
+        for part in model, tokenizer: part.save_pretrained(path)
     return model, tokenizer
+
+# %% ../../nbs/tasks/05_tiny.ipynb #4e7d375d
+def _fresh(warm, seed, device, shape): # -> (model, tokenizer)
+    "A model with random weights and a tokenizer for the questions of a task."
+    chance = random.Random(0)
+    tokenizer = make_tokenizer([warm.draw(chance).question for _ in range(64)], shape.get("vocab_size", 320))
+    return make_model(tokenizer, seed, **shape).to(device), tokenizer

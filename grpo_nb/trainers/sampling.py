@@ -20,10 +20,11 @@ from ..ground.check import one_of
 from ..engines.base import EngineError
 from ..engines.hf import read_config
 from ..engines.inplace.engine import InPlace
-from ..engines.inplace.layers import causal_lm, unsupported
+from ..engines.inplace.layers import why_not_inplace
 from ..ground.events import say
 from ..packs.attention import Reason
-from ..models.modes import Snapshot, base_of
+from ..models.modes import Snapshot
+from ..models.unwrap import causal_lm
 from ..patch.core import Patch, Wrap
 from ..patch.objects import wrapping
 from .state import state_of, vllm_engines
@@ -71,7 +72,7 @@ def why_not_in_place(trainer, multimodal, engine) -> str: # empty where it can
     model = causal_lm(trainer.model_wrapped)
     if setting := read_config(config, getattr(model, "generation_config", None))[1]: return f"generation asks for {setting}"
     whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    return unsupported(whole) or (why_refused(trainer, whole) if engine == "auto" else "")
+    return why_not_inplace(whole) or (why_refused(trainer, whole) if engine == "auto" else "")
 
 
 def why_refused(trainer, model) -> str: # empty where it takes it
@@ -219,7 +220,7 @@ def asking(asked): # -> what goes around `generate`
 def leaving(trainer, asked): # a function without arguments that any thread's events may turn true
     "Inside, sampling ends with `LeftSampling` once `asked()` is true."
     whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    model, before, engines = base_of(whole), Snapshot(whole), engines_of(trainer)
+    model, before, engines = causal_lm(whole), Snapshot(whole), engines_of(trainer)
     said = dict(why="sampling can be left between tokens", by=BY)
     state_of(trainer).asked = asked
     for engine in engines: engine._interrupted = Asking(asked)

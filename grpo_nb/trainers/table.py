@@ -151,7 +151,7 @@ ON_OBJECTS = { # what is changed on objects while a run goes on, by who changes 
     "trainers.sampling": ("`generate` of a model and a trainer", "sampling can be left between tokens, while a GRPORun trains"),
     "trainers.grpo": ("beta and vLLM's correction of a trainer", "asked in the loss instead, for the time of TRL's sampling"),
     "trainers.sft": ("args and loss function of a trainer", "the branch that reads sums, for the time of a loss, before TRL 1.15"),
-    "engines.share": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
+    "engines.one_copy": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
 }
 
 # %% ../../nbs/trainers/15_table.ipynb #60aed15f

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Room', 'room_for', 'Table', 'Arrangement']
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #7d867d62
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #d6b43205
 from dataclasses import astuple, dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..base import EngineError, Sampling
 from .draw import uniforms
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #e967675f
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #c45353e4
 @dataclass(frozen=True)
 class Room:
     "The size of a cache."
@@ -24,11 +25,15 @@ class Room:
     completion: int # tokens of the longest completion
 
     @property
-    def tokens(self) -> int: return self.lanes * self.prompt + self.slots * self.completion
+    def tokens(self) -> int:
+        "What it holds at most."
+        return self.lanes * self.prompt + self.slots * self.completion
 
-    def holds(self, other) -> bool: return all(a >= b for a, b in zip(astuple(self), astuple(other)))
+    def holds(self, other) -> bool:
+        "Whether another table's content would fit."
+        return all(a >= b for a, b in zip(astuple(self), astuple(other)))
 
-
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #ab916de7
 def room_for(prompts:list, # lengths
              counts:list, # completions of each prompt
              limits:list, # tokens of each completion at most
@@ -43,108 +48,139 @@ def room_for(prompts:list, # lengths
             room = Room(s, min(lanes, len(prompts)), p, c)
             if room.tokens <= budget: return room
     size = f" ({budget * bytes_per_token / 2**20:,.1f} MiB)" if bytes_per_token else ""
-    raise EngineError(f"The cache may hold {budget} tokens{size}, and one completion needs {p + c}: a prompt of {p} and {c} of its own. "
+    raise EngineError(f"The cache may hold {budget} tokens{size}, and one completion needs {p + c}: "
+                      f"a prompt of {p} and {c} of its own. "
                       f"Give cache_tokens={p + c} or more, shorten max_completion_length, or leave out the longest prompts.")
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #d3b6933b
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #88a793fc
 class Table:
     "Keys, values and the state of each slot."
     def __init__(self, room:Room, decoder, sampling:Sampling):
-        d, self.room = decoder.device, room
-        shape = len(decoder.layers), 2
-        make = lambda *size, dtype=torch.int64, fill=0: torch.full(size, fill, dtype=dtype, device=d)
-        try:
-            self.prompt_kv = torch.zeros(*shape, room.lanes, decoder.kv, room.prompt, decoder.head_dim, dtype=decoder.dtype, device=d)
-            self.own_kv = torch.zeros(*shape, room.slots, decoder.kv, room.completion, decoder.head_dim, dtype=decoder.dtype, device=d)
-        except RuntimeError as error: # torch has no class of its own for this on a CPU
-            raise EngineError(f"There is no memory for a cache of {room.tokens} tokens ({room.tokens * decoder.bytes_per_token() / 2**20:,.0f} MiB): "
-                              f"give a smaller cache_tokens, or lower max_completion_length. {error}") from error
-        s, c = room.slots, room.completion
-        self.rotary = decoder.tables(room.prompt + c)
-        self.token, self.count, self.limit, self.lane = (make(s) for _ in range(4))
-        self.alive = make(s, dtype=torch.bool, fill=False)
-        self.random = make(s, c, dtype=torch.float64)
-        self.out, self.logps = make(s, c + 1), make(s, c + 1, dtype=torch.float32) # the last column takes what finished slots write
-        self.length = make(room.lanes) # of each lane's prompt
-        self.first = make(room.lanes, decoder.text.norm.weight.shape[0], dtype=torch.float32) # hidden state that predicts a completion's first token
-        self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=d)
-        self.seen = None if sampling.repetition_penalty == 1 else make(s, decoder.base.get_output_embeddings().out_features, dtype=torch.bool, fill=False)
+        self.room = room
+        self._take_cache(decoder)
+        self.rotary = decoder.tables(room.prompt + room.completion)
+        self._make_state(decoder, sampling)
         self.empty()
 
-    def empty(self) -> None:
-        "No slot and no lane in use."
-        self.row_of, self.prompt_of = [None] * self.room.slots, [None] * self.room.lanes # what each slot and lane holds
-        self.count.zero_()
-        self.alive.fill_(False)
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #3094710e
+@patch
+def _take_cache(self:Table, decoder):
+    "Memory for keys and values; `EngineError` where there is none."
+    room, like = self.room, dict(dtype=decoder.dtype, device=decoder.device)
+    shape = len(decoder.layers), 2 # keys and values of each layer
+    try:
+        self.prompt_kv = torch.zeros(*shape, room.lanes, decoder.kv, room.prompt, decoder.head_dim, **like)
+        self.own_kv = torch.zeros(*shape, room.slots, decoder.kv, room.completion, decoder.head_dim, **like)
+    except RuntimeError as error: # torch has no class of its own for this on a CPU
+        size = room.tokens * decoder.bytes_per_token() / 2**20
+        raise EngineError(f"There is no memory for a cache of {room.tokens} tokens ({size:,.0f} MiB): "
+                          f"give a smaller cache_tokens, or lower max_completion_length. {error}") from error
 
-    @property
-    def per_slot(self): # tensors whose first dimension is the slot
-        found = self.token, self.count, self.limit, self.lane, self.alive, self.random, self.out, self.logps
-        return found if self.seen is None else (*found, self.seen)
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #81102057
+@patch
+def _make_state(self:Table, decoder, sampling):
+    "What is known of each slot and lane."
+    s, c, d = self.room.slots, self.room.completion, decoder.device
+    def zeros(*size, dtype=torch.int64): return torch.zeros(size, dtype=dtype, device=d)
+    self.token, self.count, self.limit, self.lane = (zeros(s) for _ in range(4))
+    self.alive = zeros(s, dtype=torch.bool)
+    self.random = zeros(s, c, dtype=torch.float64)
+    self.out, self.logps = zeros(s, c + 1), zeros(s, c + 1, dtype=torch.float32) # the last column takes what finished slots write
+    self.length = zeros(self.room.lanes) # of each lane's prompt
+    width = decoder.text.norm.weight.shape[0]
+    self.first = zeros(self.room.lanes, width, dtype=torch.float32) # hidden state that predicts a completion's first token
+    self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=d)
+    vocabulary = decoder.base.get_output_embeddings().out_features
+    self.seen = None if sampling.repetition_penalty == 1 else zeros(s, vocabulary, dtype=torch.bool)
 
-    @property
-    def extent(self) -> int:
-        "The slots up to the last one in use."
-        return next((i + 1 for i in reversed(range(len(self.row_of))) if self.row_of[i] is not None), 0)
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #c4892c9c
+@patch
+def empty(self:Table) -> None:
+    "No slot and no lane in use."
+    self.row_of, self.prompt_of = [None] * self.room.slots, [None] * self.room.lanes # what each slot and lane holds
+    self.count.zero_()
+    self.alive.fill_(False)
 
-    def position(self, slots:int) -> Tensor: # (slots,) int64
-        "Of the newest token of the first slots; a prompt's last one, or 0, for a slot that has none."
-        return (self.length[self.lane[:slots]] + self.count[:slots] - 1).clamp(min=0)
+@patch(as_prop=True)
+def per_slot(self:Table): # tensors whose first dimension is the slot
+    found = self.token, self.count, self.limit, self.lane, self.alive, self.random, self.out, self.logps
+    return found if self.seen is None else (*found, self.seen)
 
-    def admit(self, slots:list, rows:list, lanes:list, limits:list, seeds:Tensor) -> None:
-        "Let completions begin in free slots."
-        at = torch.tensor(slots, device=self.token.device)
-        self.lane[at], self.limit[at] = torch.tensor(lanes, device=at.device), torch.tensor(limits, device=at.device)
-        self.count[at], self.alive[at] = 0, True
-        self.random[at] = uniforms(seeds.to(at.device), self.room.completion)
-        for slot, row in zip(slots, rows): self.row_of[slot] = row
+@patch(as_prop=True)
+def extent(self:Table) -> int:
+    "The slots up to the last one in use."
+    return next((i + 1 for i in reversed(range(len(self.row_of))) if self.row_of[i] is not None), 0)
 
-    def free(self, slots:list) -> None:
-        "Give slots back."
-        at = torch.tensor(slots, device=self.token.device)
-        self.count[at], self.alive[at] = 0, False
-        for slot in slots: self.row_of[slot] = None
+@patch
+def position(self:Table, slots:int) -> Tensor: # (slots,) int64
+    "Of the newest token of the first slots; a prompt's last one, or 0, for a slot that has none."
+    return (self.length[self.lane[:slots]] + self.count[:slots] - 1).clamp(min=0)
 
-    def move(self, source:int, target:int) -> None:
-        "Let a slot's completion go on in another slot."
-        for t in self.per_slot: t[target] = t[source]
-        n = int(self.count[source])
-        self.own_kv[:, :, target, :, :n] = self.own_kv[:, :, source, :, :n]
-        row = self.row_of[source]
-        self.free([source])
-        self.row_of[target] = row
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #a5e3c432
+@patch
+def admit(self:Table, slots:list, rows:list, lanes:list, limits:list, seeds:Tensor) -> None:
+    "Let completions begin in free slots."
+    at = torch.tensor(slots, device=self.token.device)
+    self.lane[at], self.limit[at] = torch.tensor(lanes, device=at.device), torch.tensor(limits, device=at.device)
+    self.count[at], self.alive[at] = 0, True
+    self.random[at] = uniforms(seeds.to(at.device), self.room.completion)
+    for slot, row in zip(slots, rows): self.row_of[slot] = row
 
-    def compact(self) -> None:
-        "Close the holes that finished completions left."
-        while None in self.row_of[:(extent := self.extent)]: self.move(extent - 1, self.row_of.index(None))
+@patch
+def free(self:Table, slots:list) -> None:
+    "Give slots back."
+    at = torch.tensor(slots, device=self.token.device)
+    self.count[at], self.alive[at] = 0, False
+    for slot in slots: self.row_of[slot] = None
 
-    def compact_lanes(self) -> None:
-        "Close the holes that finished prompts left."
-        used = [i for i, p in enumerate(self.prompt_of) if p is not None]
-        while used and (hole := self.prompt_of.index(None) if None in self.prompt_of else len(self.prompt_of)) < used[-1]:
-            source = used.pop()
-            self.prompt_kv[:, :, hole], self.length[hole], self.first[hole] = self.prompt_kv[:, :, source], self.length[source], self.first[source]
-            self.lane.masked_fill_(self.lane == source, hole)
-            self.prompt_of[hole], self.prompt_of[source] = self.prompt_of[source], None
-            used = sorted([*used, hole])
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #084b97a2
+@patch
+def move(self:Table, source:int, target:int) -> None:
+    "Let a slot's completion go on in another slot."
+    for t in self.per_slot: t[target] = t[source]
+    n = int(self.count[source])
+    self.own_kv[:, :, target, :, :n] = self.own_kv[:, :, source, :, :n]
+    row = self.row_of[source]
+    self.free([source])
+    self.row_of[target] = row
 
-    def record(self, rows, token:Tensor, logp:Tensor) -> None: # rows: a slice or an index of slots
-        "Note the tokens drawn, and which slots they end."
-        alive, count = self.alive[rows], self.count[rows]
-        place = torch.where(alive, count, self.room.completion)[:, None]
-        if isinstance(rows, slice):
-            self.out[rows].scatter_(1, place, token[:, None])
-            self.logps[rows].scatter_(1, place, logp[:, None])
-        else: self.out[rows, place[:, 0]], self.logps[rows, place[:, 0]] = token, logp
-        if self.seen is not None:
-            if isinstance(rows, slice): self.seen[rows].scatter_(1, token[:, None], True)
-            else: self.seen[rows, token] = True
-        count = count + alive
-        self.token[rows], self.count[rows] = token, count
-        alive = alive & (count < self.limit[rows])
-        self.alive[rows] = alive if not len(self.stops) else alive & (token[:, None] != self.stops).all(1)
+@patch
+def compact(self:Table) -> None:
+    "Close the holes that finished completions left."
+    while None in self.row_of[:(extent := self.extent)]: self.move(extent - 1, self.row_of.index(None))
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #826054c7
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #aff6d712
+@patch
+def compact_lanes(self:Table) -> None:
+    "Close the holes that finished prompts left."
+    used = [i for i, p in enumerate(self.prompt_of) if p is not None]
+    while used and None in self.prompt_of[:used[-1]]:
+        source, hole = used.pop(), self.prompt_of.index(None)
+        self.prompt_kv[:, :, hole] = self.prompt_kv[:, :, source]
+        self.length[hole], self.first[hole] = self.length[source], self.first[source]
+        self.lane.masked_fill_(self.lane == source, hole)
+        self.prompt_of[hole], self.prompt_of[source] = self.prompt_of[source], None
+        used = sorted([*used, hole])
+
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #b555fd32
+@patch
+def record(self:Table, rows, token:Tensor, logp:Tensor) -> None: # rows: a slice or an index of slots
+    "Note the tokens drawn, and which slots they end."
+    alive, count = self.alive[rows], self.count[rows]
+    place = torch.where(alive, count, self.room.completion)[:, None]
+    if isinstance(rows, slice):
+        self.out[rows].scatter_(1, place, token[:, None])
+        self.logps[rows].scatter_(1, place, logp[:, None])
+    else: self.out[rows, place[:, 0]], self.logps[rows, place[:, 0]] = token, logp
+    if self.seen is not None:
+        if isinstance(rows, slice): self.seen[rows].scatter_(1, token[:, None], True)
+        else: self.seen[rows, token] = True
+    count = count + alive
+    self.token[rows], self.count[rows] = token, count
+    alive = alive & (count < self.limit[rows])
+    self.alive[rows] = alive if not len(self.stops) else alive & (token[:, None] != self.stops).all(1)
+
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #dc0d54b3
 class Arrangement:
     "The slots in use, lane by lane; made anew when a slot or a lane changes hands."
     def __init__(self, lanes:list, # of each slot in use
@@ -163,10 +199,13 @@ class Arrangement:
         self.flat, self.back = (torch.tensor(x, device=device) for x in (flat, back))
         self.even = all(lengths[lane] == self.prompt for lane in lanes)
 
-    def spread(self, x): # (slots, ...) -> (lanes * width, ...)
-        "Slots in the order of their lanes; where a lane has fewer than others, slot 0 fills it up."
-        return x if self.whole else x.index_select(0, self.flat)
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #69ff7890
+@patch
+def spread(self:Arrangement, x): # (slots, ...) -> (lanes * width, ...)
+    "Slots in the order of their lanes; where a lane has fewer than others, slot 0 fills it up."
+    return x if self.whole else x.index_select(0, self.flat)
 
-    def gather(self, x): # (lanes * width, ...) -> (slots, ...)
-        "The way back."
-        return x if self.whole else x.index_select(0, self.back)
+@patch
+def gather(self:Arrangement, x): # (lanes * width, ...) -> (slots, ...)
+    "The way back."
+    return x if self.whole else x.index_select(0, self.back)

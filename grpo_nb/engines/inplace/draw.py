@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'mix', 'uniforms', 'seeds_of', 'draw', 'likeliest']
 import torch
 from torch import Tensor
 
-# %% ../../../nbs/engines/inplace/01_draw.ipynb #a7ff238d
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #f5835cad
 def _signed(x): return x - (1 << 64) if x >> 63 else x
 
 
@@ -18,7 +18,7 @@ _GAMMA, _M1, _M2 = (_signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9,
 
 def _shift(x, bits): return (x >> bits) & ((1 << (64 - bits)) - 1) # a logical shift of a signed integer
 
-
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #73891ac1
 def mix(x:Tensor # int64
         ) -> Tensor: # int64
     "SplitMix64's finaliser: a bijection after which each bit depends on all."
@@ -41,7 +41,7 @@ def seeds_of(seed:int, # of all
     "A seed for each row."
     return mix(mix(torch.tensor(_signed(seed & (2**64 - 1)))) + torch.arange(1, rows + 1) * _GAMMA)
 
-# %% ../../../nbs/engines/inplace/01_draw.ipynb #8f34a4f4
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #1fc81bc2
 BLOCK = 64 # tokens whose probabilities are summed before they are cumulated
 
 
@@ -56,7 +56,7 @@ def _find(cumulative, t): # (R, N) fp64, (R,) -> (R, 1): the first place that ex
     t = torch.minimum(t.clamp(min=0), torch.nextafter(last, torch.zeros_like(last)))
     return torch.searchsorted(cumulative, t[:, None], right=True)
 
-
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #55b6e774
 def draw(logits:Tensor, # (R, V) fp32, from `sampling_logits`
          u:Tensor, # (R,) fp64 in [0, 1)
          ) -> tuple: # (R,) int64 tokens, (R,) fp32 their log-probs
