@@ -103,8 +103,8 @@ def test_config_is_what_the_run_takes():
     (dict(num_generations=6), "per_device_train_batch_size", 12), (dict(num_generations=1), "num_generations", 8), (dict(top_p=2.0), "top_p", 1.0),
     (dict(temperature=0.0), "temperature", 1.0), (dict(fp16=True), "fp16", False), (dict(bf16=True, use_cpu=True), "bf16", False), (dict(max_completion_length=3000), "max_completion_length", 1024),
     (dict(loss_type="dr_grpo"), "scale_rewards", "none"), (dict(loss_type="luspo"), "importance_sampling_level", "sequence"), (dict(loss_type="cispo"), "epsilon_high", 5.0),
-    (dict(sync_ref_model=True), "sync_ref_model", False), (dict(generation_batch_size=12), "generation_batch_size", 8), (dict(r=128), "max_lora_rank", 128), (dict(r=0), "r", 16),
-    (dict(lora_dropout=1.0), "lora_dropout", 0.0), (dict(learning_rate=0), "learning_rate", 1e-6), (dict(warmup_steps=9, max_steps=9), "warmup_steps", 0), (dict(top_k=5), "top_k", 0),
+    (dict(sync_ref_model=True), "sync_ref_model", False), (dict(generation_batch_size=12), "generation_batch_size", 16), (dict(r=128), "max_lora_rank", 128), (dict(r=0), "r", 16),
+    (dict(lora_dropout=1.0), "lora_dropout", 0.0), (dict(learning_rate=0), "learning_rate", 1e-5), (dict(warmup_steps=9, max_steps=9), "warmup_steps", 0), (dict(top_k=5), "top_k", 0),
     (dict(max_tokens_per_pack=10), "max_tokens_per_pack", None), (dict(importance_sampling_level="sequence"), "epsilon", 3e-4), (dict(delta=1.1), "delta", 2.2)])
 def test_advice_says_what_would_work(given_, field, change):
     panel = HyperparameterPanel("m", rewards=["correctness"]).set(**given_)

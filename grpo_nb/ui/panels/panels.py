@@ -181,7 +181,7 @@ def prompt_length(self) -> int|None: # tokens
         self._prompt = max(map(len, _prompt_ids(self.tokenizer, first)))
     return self._prompt
 
-def check(self) -> list: # of Advice
+def check(self) -> list: # of Finding
     "What is to be said about these settings."
     return advise(self._base.changed(rewards=self.rewards.choices()), self.loaded, self.prompt_length())
 
