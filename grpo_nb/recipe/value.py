@@ -7,11 +7,12 @@ __all__ = ['USUAL', 'GRPO_RUN', 'literal', 'Choice', 'library', 'config_fields',
            'loading_fields', 'lora_fields', 'Recipe', 'segments', 'statements', 'model_settings', 'choice_of',
            'recipe_of', 'make_parts']
 
-# %% ../../nbs/recipe/01_value.ipynb #e55e9652
+# %% ../../nbs/recipe/01_value.ipynb #4dbf168c
 import ast
 import copy
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -19,10 +20,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
-from ..ground.check import known_arguments, one_of
+from ..ground.check import known_arguments, number, one_of
 
-# %% ../../nbs/recipe/01_value.ipynb #8f9361da
+# %% ../../nbs/recipe/01_value.ipynb #912a3ec7
 def literal(name:str, # what the value is called, for the message
             value): # the same as None, bool, int, float, str, list or dict
     "`value` as a literal; `TypeError` for anything that cannot be written down."
@@ -35,14 +37,19 @@ def literal(name:str, # what the value is called, for the message
     if isinstance(value, (list, tuple, set, frozenset)): return [literal(name, v) for v in value]
     if isinstance(value, Path): return str(value)
     if is_dataclass(value) and not isinstance(value, type): value = {f.name: getattr(value, f.name) for f in fields(value)}
-    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value): return {k: literal(f"{name}[{k!r}]", v) for k, v in value.items()}
-    if hasattr(value, "pattern") and hasattr(value, "flags"):
-        if value.flags & ~32: raise TypeError(f"{name}={value!r} has flags; write them into the pattern, such as '(?i)...', and give it as text.")
-        return value.pattern
+    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+        return {k: literal(f"{name}[{k!r}]", v) for k, v in value.items()}
+    if hasattr(value, "pattern") and hasattr(value, "flags"): return _pattern(name, value)
     if str(value).startswith("torch."): return str(value).removeprefix("torch.")
     raise TypeError(f"{name}={value!r} cannot be written down as settings; give numbers, text, lists or dicts.")
 
-# %% ../../nbs/recipe/01_value.ipynb #82cbffc8
+def _pattern(name:str, value) -> str: # value: a compiled regular expression
+    "A regular expression's text, where that is all of it."
+    if value.flags & ~re.UNICODE:
+        raise TypeError(f"{name}={value!r} has flags; write them into the pattern, such as '(?i)...', and give it as text.")
+    return value.pattern
+
+# %% ../../nbs/recipe/01_value.ipynb #45da3c88
 @dataclass(frozen=True)
 class Choice:
     "One reward of a recipe."
@@ -52,17 +59,20 @@ class Choice:
     own: bool = False # whether the name is a function of your own
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not self.name.isidentifier(): raise ValueError(f"reward name {self.name!r} is not a Python name.")
-        if isinstance(self.weight, (bool, str)) or not math.isfinite(self.weight):
-            raise ValueError(f"the weight of {self.name!r} is {self.weight!r}; it has to be a finite number.")
-        object.__setattr__(self, "weight", float(self.weight))
-        if self.own:
-            if self.options: raise ValueError(f"{self.name!r} is a function of your own and has no options here; they are {self.options}.")
-            return
-        defaults = {**library()[one_of("reward", self.name, sorted(library()))], "name": self.name}
-        known_arguments(self.name, self.options, defaults)
-        given = {k: literal(k, v) for k, v in self.options.items()}
-        object.__setattr__(self, "options", {k: v for k, v in given.items() if not _same(v, defaults[k])})
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"reward name {self.name!r} is not a Python name.")
+        object.__setattr__(self, "weight", number(f"the weight of {self.name!r}", self.weight))
+        if not self.own: object.__setattr__(self, "options", _options(self.name, self.options))
+        elif self.options:
+            raise ValueError(f"{self.name!r} is a function of your own and has no options here; they are {self.options}.")
+
+# %% ../../nbs/recipe/01_value.ipynb #0f2d4665
+def _options(name, given) -> dict:
+    "The options of a reward of the library that differ from their defaults."
+    defaults = {**library()[one_of("reward", name, sorted(library()))], "name": name}
+    known_arguments(name, given, defaults)
+    given = {k: literal(k, v) for k, v in given.items()}
+    return {k: v for k, v in given.items() if not _same(v, defaults[k])}
 
 def _same(a, b): return type(a) is type(b) and a == b
 
@@ -70,11 +80,14 @@ def _same(a, b): return type(a) is type(b) and a == b
 def library() -> dict: # name -> its options with their defaults; `inspect.Parameter.empty` where one has to be given
     "The rewards of `grpo_nb.tasks.rewards`."
     from grpo_nb import rewards
-    clean = lambda v: v if v is inspect.Parameter.empty else literal("default", v)
     known = {name: getattr(rewards, name, None) for name in rewards.available()}
-    return {name: {k: clean(v) for k, v in r.defaults.items()} for name, r in known.items() if isinstance(r, rewards.Reward)}
+    return {name: _defaults(r.defaults) for name, r in known.items() if isinstance(r, rewards.Reward)}
 
-# %% ../../nbs/recipe/01_value.ipynb #b9684b0a
+def _defaults(given) -> dict:
+    "Defaults as literals; those that have to be given stay empty."
+    return {name: value if value is inspect.Parameter.empty else literal("default", value) for name, value in given.items()}
+
+# %% ../../nbs/recipe/01_value.ipynb #ddd6f071
 @cache
 def config_fields() -> dict: # name -> default
     "The fields of TRL's GRPOConfig, and ours."
@@ -97,9 +110,10 @@ def config_changes(config, # a dict of fields
         if not _same(value, default): out[name] = value
     return out
 
+# %% ../../nbs/recipe/01_value.ipynb #0c1e1a2a
 @cache
 def unplaced(config_class): # the same class, whose instances leave the process alone
-    "A configuration class for looking only: making one of transformers' resets the accelerator's state, which would end a run that is training."
+    "A configuration class for looking only: making one of transformers' own would end a run that is training."
     def device(self):
         self.distributed_state, self._n_gpu = None, 1
         return torch.device("cpu")
@@ -122,8 +136,8 @@ def changes_of(config, # a GRPOConfig
     elif steps: found["steps_per_generation"] = steps
     return config_changes(found)
 
-# %% ../../nbs/recipe/01_value.ipynb #59f31d5f
-USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] # what target_modules=None adapts, as far as a model has them
+# %% ../../nbs/recipe/01_value.ipynb #e2fcea8d
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] # what target_modules=None adapts, of these
 GRPO_RUN = dict(output_dir="grpo_output", logging_steps=1, report_to="none") # what GRPORun sets where its dict of fields does not
 
 @cache
@@ -137,9 +151,11 @@ def lora_fields() -> dict: # name -> default
     "The arguments of `FastLanguageModel.get_peft_model` that a recipe can hold."
     from peft import LoraConfig
     from grpo_nb.models.load import FastLanguageModel, _not_options
-    more = {f.name: f.default for f in fields(LoraConfig) if f.name not in _not_options and isinstance(f.default, (bool, int, float, str, type(None)))}
+    plain = (bool, int, float, str, type(None))
+    more = {f.name: f.default for f in fields(LoraConfig) if f.name not in _not_options and isinstance(f.default, plain)}
     return {**more, **_arguments(FastLanguageModel.get_peft_model, {"model"})}
 
+# %% ../../nbs/recipe/01_value.ipynb #6f71ad94
 def _arguments(function, without):
     "Arguments by name with their defaults."
     named = [p for p in inspect.signature(function).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -152,7 +168,7 @@ def _given(function, given, allowed):
     given = {k: float(v) if type(v) is int and type(allowed[k]) is float else v for k, v in given.items()}
     return {k: v for k, v in given.items() if not _same(v, allowed[k])}
 
-# %% ../../nbs/recipe/01_value.ipynb #147ebb91
+# %% ../../nbs/recipe/01_value.ipynb #aa826027
 @dataclass(frozen=True)
 class Recipe:
     "The settings of a run, in plain literals; what equals a default is left out."
@@ -160,33 +176,39 @@ class Recipe:
     lora: dict|None = None # arguments of `get_peft_model`; None: no adapter
     rewards: tuple = () # of Choice
     config: dict = field(default_factory=dict) # GRPOConfig's fields, ours among them
-    dataset: dict|None = None # {"task": name, ...}, {"path": hub id or file, "name": ..., "split": ...}, or None: the notebook's variable `dataset`
+    dataset: dict|None = None # {"task": name, ...}, {"path": an id or a file, "name": ..., "split": ...}; None: a notebook's own
     definitions: str = "" # Python source of the rewards that are your own
 
     def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value)
-        if not isinstance(self.model.get("model_name"), (str, Path)): raise ValueError("model: a recipe needs a model_name, a folder or an id on the Hub.")
-        put("model", _given("from_pretrained", self.model, loading_fields()))
-        if self.lora is not None: put("lora", _adapter(self.lora))
-        config, choices = dict(self.config), tuple(self.rewards)
-        if (weights := config.pop("reward_weights", None)) is not None:
-            if len(weights) != len(choices): raise ValueError(f"reward_weights={weights!r} has {len(weights)} numbers for {len(choices)} rewards.")
-            choices = tuple(replace(c, weight=w) for c, w in zip(choices, weights))
-        put("config", config_changes(config))
-        put("rewards", choices)
-        put("dataset", None if self.dataset is None else _data(self.dataset))
-        put("definitions", statements(self.definitions))
+        if not isinstance(self.model.get("model_name"), (str, Path)):
+            raise ValueError("model: a recipe needs a model_name, a folder or an id on the Hub.")
+        config, choices = _weighted(dict(self.config), tuple(self.rewards))
+        made = dict(model=_given("from_pretrained", self.model, loading_fields()), config=config_changes(config), rewards=choices,
+                    lora=None if self.lora is None else _adapter(self.lora),
+                    dataset=None if self.dataset is None else _data(self.dataset), definitions=statements(self.definitions))
+        for name, value in made.items(): object.__setattr__(self, name, value)
 
-    @property
-    def weights(self) -> list|None: # None where all are 1
-        "The rewards' weights, as `GRPOConfig.reward_weights` takes them."
-        return None if all(c.weight == 1 for c in self.rewards) else [c.weight for c in self.rewards]
+# %% ../../nbs/recipe/01_value.ipynb #0a5a455b
+@patch(as_prop=True)
+def weights(self:Recipe) -> list|None: # None where all are 1
+    "The rewards' weights, as `GRPOConfig.reward_weights` takes them."
+    return None if all(c.weight == 1 for c in self.rewards) else [c.weight for c in self.rewards]
 
-    def changed(self,
-                **parts): # as in the constructor
-        "The same recipe with other parts."
-        return replace(self, **parts)
+@patch
+def changed(self:Recipe,
+            **parts): # as in the constructor
+    "The same recipe with other parts."
+    return replace(self, **parts)
 
+def _weighted(config:dict, choices:tuple) -> tuple: # (config without weights, choices with them)
+    "Weights moved from the configuration to the rewards."
+    weights = config.pop("reward_weights", None)
+    if weights is None: return config, choices
+    if len(weights) != len(choices):
+        raise ValueError(f"reward_weights={weights!r} has {len(weights)} numbers for {len(choices)} rewards.")
+    return config, tuple(replace(c, weight=w) for c, w in zip(choices, weights))
+
+# %% ../../nbs/recipe/01_value.ipynb #553dae7b
 def _adapter(lora):
     "The adapter's arguments that differ from their defaults."
     found = _given("get_peft_model", lora, lora_fields())
@@ -206,14 +228,15 @@ def _data(dataset):
         found = {k: v for k, v in found.items() if v is not None and (k, v) != ("split", "train")}
     return found
 
-# %% ../../nbs/recipe/01_value.ipynb #76a74cd4
+# %% ../../nbs/recipe/01_value.ipynb #3b222db4
 def segments(text:str, # Python
              ) -> list: # (statement's syntax tree, its text with decorators)
     "The top-level statements of a program; raises `SyntaxError`."
     lines, out, body = text.splitlines(), [], ast.parse(text).body
     for i, node in enumerate(body):
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        shared = any(n.lineno <= node.end_lineno and n.end_lineno >= first for n in body[max(0, i - 1):i + 2] if n is not node)
+        neighbours = [n for n in body[max(0, i - 1):i + 2] if n is not node]
+        shared = any(n.lineno <= node.end_lineno and n.end_lineno >= first for n in neighbours)
         part = ast.get_source_segment(text, node) if shared else "\n".join(lines[first - 1:node.end_lineno])
         out.append((node, part.rstrip()))
     return out
@@ -227,7 +250,7 @@ def statements(text:str) -> str:
         was = block
     return out
 
-# %% ../../nbs/recipe/01_value.ipynb #f92c58aa
+# %% ../../nbs/recipe/01_value.ipynb #75d7d6c5
 def model_settings(model, # a loaded model, a name, or a dict of from_pretrained's arguments
                    ) -> tuple: # (arguments of from_pretrained, arguments of get_peft_model or None)
     "How a model was loaded and adapted, as far as it can be seen."
@@ -236,7 +259,8 @@ def model_settings(model, # a loaded model, a name, or a dict of from_pretrained
     if isinstance(model, Mapping): return dict(model), {}
     known, adapters = settings_of(model), getattr(model, "peft_config", None)
     name = getattr(model.config, "_name_or_path", "") or "model"
-    loaded = {"model_name": name, "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)), "dtype": str(model.dtype).removeprefix("torch.")}
+    loaded = {"model_name": name, "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)),
+              "dtype": str(model.dtype).removeprefix("torch.")}
     if known is not None:
         loaded |= {k: getattr(known, k) for k in ("model_name", "max_seq_length", "load_in_4bit", "dtype", "fast_inference",
                                                    "gpu_memory_utilization", "max_lora_rank")}
@@ -245,6 +269,7 @@ def model_settings(model, # a loaded model, a name, or a dict of from_pretrained
     names = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "target_modules", "modules_to_save")
     return loaded, {n: getattr(adapter, n) for n in names}
 
+# %% ../../nbs/recipe/01_value.ipynb #60237aa7
 def choice_of(reward, # a function, or a name
               weight=1.0) -> Choice:
     "What a reward is called in a recipe."
@@ -252,9 +277,10 @@ def choice_of(reward, # a function, or a name
     if isinstance(reward, str): reward = rewards.get(reward)
     if isinstance(reward, rewards.Reward) and reward.kind in library(): return Choice(reward.kind, weight, reward.options)
     name = getattr(reward, "__name__", type(reward).__name__)
-    if not name.isidentifier(): raise ValueError(f"rewards: {name!r} has no name that can be written down; define it with `def name(completions, **kwargs):`.")
-    return Choice(name, weight, own=True)
+    if name.isidentifier(): return Choice(name, weight, own=True)
+    raise ValueError(f"rewards: {name!r} has no name that can be written down; define it with `def name(completions, **kwargs):`.")
 
+# %% ../../nbs/recipe/01_value.ipynb #4679f053
 def recipe_of(model, # a loaded model, a name, or a dict of from_pretrained's arguments
               rewards=(), # as GRPORun takes them
               config=None, # a GRPOConfig, a dict of its fields, or None
@@ -267,10 +293,8 @@ def recipe_of(model, # a loaded model, a name, or a dict of from_pretrained's ar
     loaded, adapter = model_settings(model)
     functions, weights = check_rewards(rewards) if rewards else ([], None)
     given = changes_of(config) if hasattr(config, "to_dict") else {**GRPO_RUN, **(config or {})}
-    if weights is None: weights = given.get("reward_weights") or [1.0] * len(functions)
-    given = {k: v for k, v in given.items() if k != "reward_weights"}
-    if len(weights) != len(functions): raise ValueError(f"reward_weights={weights!r} has {len(weights)} numbers for {len(functions)} rewards.")
-    return Recipe(loaded, adapter if lora is None else lora, tuple(map(choice_of, functions, weights)), given, dataset, definitions)
+    given, choices = _weighted(given if weights is None else {**given, "reward_weights": weights}, tuple(map(choice_of, functions)))
+    return Recipe(loaded, adapter if lora is None else lora, choices, given, dataset, definitions)
 
 def make_parts(recipe:Recipe) -> dict: # fields for `GRPORun(config=...)`, the weights not among them
     "The configuration's fields as a dict that says everything itself."

@@ -151,8 +151,8 @@ def token_values(self:GRPORun) -> bool: # set it at any time; it takes effect at
     "Whether `CompletionsLogged` has every token's log-prob and entropy; where the trainer has none, that is one more forward."
     return self._meter.token_values
 
-@patch(set_prop=True)
-def token_values(self:GRPORun, wanted): self._meter.token_values = bool(wanted)
+@patch(set_prop=True, nm="token_values")
+def _set_token_values(self:GRPORun, wanted): self._meter.token_values = bool(wanted)
 
 @patch(as_prop=True)
 def _longest_prompt(self:GRPORun) -> int: return self._meter.longest_prompt
