@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from grpo_nb import tasks
 from grpo_nb.advice.doctor import DoctorError, Report, doctor, main, watch
 from grpo_nb.ground.events import Bus, CompletionsLogged, Finding, StepLogged
-from grpo_nb.advice.finding import Diagnosis
+from grpo_nb.advice import finding, settings as advice_settings
+from grpo_nb.advice.finding import RULES, rules_about
 from grpo_nb.models.load import FastLanguageModel
 from grpo_nb.tasks.tiny import tiny_model
-from grpo_nb.advice.live import RULES, Thinned, trend, wilson
+from grpo_nb.advice.live import Thinned, trend, wilson
 
 torch.set_num_threads(1)
 GOOD = dict(
@@ -72,10 +73,42 @@ def test_settings(world, change, rule, fixed):
     assert rule not in rules(examine(world, config=applied, prompts=0), "error", "warning")
 
 
+def test_every_rule_has_a_name_of_its_own():
+    "The register is by name; a rule of another module that would take one is refused, and every sentence belongs to a rule or to the doctor itself."
+    assert len(RULES) == len({r.look for r in RULES.values()}) and {r.about for r in RULES.values()} == set(finding.ABOUT)
+    assert all(r.look.__name__.strip("_") == name for name, r in RULES.items())
+    def batch(setup): yield from ()
+    batch.__module__ = "elsewhere"
+    with pytest.raises(ValueError, match="'batch'"): finding.rule("live")(batch)
+    of_the_doctor = {"config", "dataset", "rewards", "sampling", "reward_error", "trl", "kind"}
+    assert {name.partition(".")[0] for name in finding.WORDS} == set(RULES) | of_the_doctor
+    with pytest.raises(ValueError, match="something else"): finding.words("batch\n    other words")
+
+
+@pytest.mark.parametrize("change,rule", [
+    ({"num_generations": 1}, "num_generations"), ({"num_generations": 2}, "num_generations"),
+    ({"per_device_train_batch_size": 6}, "batch"), ({"generation_batch_size": 12}, "batch"),
+    ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": 1.0}, "learning_rate"), ({"learning_rate": 1e-9}, "learning_rate"),
+    ({"beta": 5.0}, "beta"), ({"max_completion_length": 5000}, "context"), ({"fp16": True}, "dtype"),
+])
+def test_panel_and_doctor_say_the_same(world, change, rule):
+    "What used to be two rules with two sets of bounds: one finding, in one set of words."
+    from grpo_nb.recipe.value import Recipe, model_settings
+    from grpo_nb.ui.panels.panels import HyperparameterPanel
+    report = examine(world, config=change, prompts=0)
+    recipe = Recipe(*model_settings(world.model), (), {**GOOD, **change})
+    said = [advice_settings.advise(recipe, world.model, max(report["prompt_length"].evidence["longest"] if "prompt_length" in rules(report) else 0,
+                                                            *(f.evidence.get("prompt", 0) for f in report))),
+            HyperparameterPanel(world.model, {**GOOD, **change}, rewards=["correctness"], dataset=world.task.train, tokenizer=world.tokenizer).check()]
+    for findings in said:
+        one = next(f for f in findings if f.rule == rule)
+        assert vars(one) | {"time": 0} == vars(report[rule]) | {"time": 0}
+
+
 def test_prompts_longer_than_the_context(world):
     report = examine(world, config={"max_completion_length": 1020}, prompts=0)
-    longest = report["prompt_length"].change["max_completion_length"]
-    assert report["prompt_length"].severity == "error" and 900 < longest < 1020
+    longest = report["context"].change["max_completion_length"]
+    assert report["context"].severity == "error" and 900 < longest < 1020
 
 
 def test_the_classic(world):
@@ -184,9 +217,9 @@ def test_the_time_is_kept(world):
 def test_report():
     report = Report(
         [
-            Diagnosis("a", "info", "<b>&"),
-            Diagnosis("b", "error", "bad", "fix", {"beta": 0.0, "epsilon": 0.1}),
-            Diagnosis("c", "warning", "w", "f", {"beta": 0.5}),
+            Finding("a", "info", "<b>&"),
+            Finding("b", "error", "bad", "fix", {"beta": 0.0, "epsilon": 0.1}),
+            Finding("c", "warning", "w", "f", {"beta": 0.5}),
         ]
     )
     assert [d.rule for d in report.findings] == ["b", "c", "a"]
@@ -196,7 +229,7 @@ def test_report():
     assert report.apply(object_config, "c").beta == 0.5 and object_config.beta == 1.0
     with pytest.raises(ValueError, match="no change"): report.apply({}, "a")
     with pytest.raises(KeyError, match="'z'"): report.apply({}, "z")
-    with pytest.raises(ValueError, match="severity"): Diagnosis("a", "fatal", "")
+    with pytest.raises(ValueError, match="severity"): Finding("a", "fatal", "")
 
 
 def test_main(world, tmp_path, capsys):
@@ -245,7 +278,7 @@ BAD = {
     "kl_explosion": of("kl", [0.01] * 12 + [3.0] * 8),
     "entropy_collapse": of("entropy", [1.5] * 12 + [0.02] * 12),
     "gradient_spikes": of("grad_norm", [0.5] * 25 + [90.0]),
-    "zero_spread": of("frac_reward_zero_std", [0.95] * 12),
+    "flat_groups": of("frac_reward_zero_std", [0.95] * 12),
 }
 
 
@@ -262,7 +295,7 @@ def test_rewards_that_disagree():
     assert [f.rule for f in stream(completions=[opposite] * 4)[1]] == ["rewards_disagree"]
     same = {"a": [float(i) for i in range(32)], "b": [float(i) for i in range(32)], "c": [None] * 32}
     assert not stream(completions=[same] * 4)[1]
-    assert set(BAD) | {"rewards_disagree"} == set(RULES)
+    assert set(BAD) | {"rewards_disagree"} == {r.name for r in rules_about("live")}
 
 
 def test_it_comes_back_only_after_it_had_gone():

@@ -10,7 +10,7 @@ import ast
 
 from .value import GRPO_RUN, Choice, Recipe, library, segments
 
-# %% ../../nbs/recipe/02_code.ipynb #1affeb36
+# %% ../../nbs/recipe/02_code.ipynb #1033a969
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"} # a file's suffix to its loader in `datasets`
 
 def call(name:str, # of the function
@@ -22,12 +22,13 @@ def call(name:str, # of the function
     parts = [*first, *(f"{k}={v!r}" if k.isidentifier() else f"**{{{k!r}: {v!r}}}" for k, v in arguments.items())]
     whole = f"{name}({', '.join(parts)})"
     if len(whole) <= 100: return whole
-    lines, line = [], ""
+    lines = [""]
     for part in parts:
-        if line and len(line) + len(part) > 94: lines.append(line); line = ""
-        line += f"{part}, "
-    return f"{name}(\n" + "".join(f"{indent}{x.rstrip()}\n" for x in [*lines, line])[:-1].rstrip(",") + ")"
+        if lines[-1] and len(lines[-1]) + len(part) > 94: lines.append("")
+        lines[-1] += f"{part}, "
+    return f"{name}(\n" + "\n".join(indent + line.rstrip() for line in lines).rstrip(",") + ")"
 
+# %% ../../nbs/recipe/02_code.ipynb #25c662fd
 def loader_of(path:str) -> str|None: # None for an id on the Hub
     "The loader in `datasets` for a file."
     return next((kind for suffix, kind in FILES.items() if path.lower().endswith(suffix)), None)
@@ -35,10 +36,13 @@ def loader_of(path:str) -> str|None: # None for an id on the Hub
 def data_code(dataset:dict|None) -> str:
     "The line that makes `dataset`."
     if dataset is None: return '# dataset: rows with a column "prompt", and whatever columns the rewards need'
-    if "task" in dataset: return "dataset = " + call("tasks.get", {k: v for k, v in dataset.items() if k != "task"}, (repr(dataset["task"]),)) + ".train"
-    split = {"split": dataset.get("split", "train")}
-    if kind := loader_of(dataset["path"]): return "dataset = " + call("load_dataset", {"data_files": dataset["path"], **split}, (repr(kind),))
-    return "dataset = " + call("load_dataset", split, (repr(dataset["path"]), *([repr(dataset["name"])] if "name" in dataset else [])))
+    if "task" in dataset:
+        options = {k: v for k, v in dataset.items() if k != "task"}
+        return f"dataset = {call('tasks.get', options, (repr(dataset['task']),))}.train"
+    path, split = dataset["path"], {"split": dataset.get("split", "train")}
+    if kind := loader_of(path): return "dataset = " + call("load_dataset", {"data_files": path, **split}, (repr(kind),))
+    named = [path, dataset["name"]] if "name" in dataset else [path]
+    return "dataset = " + call("load_dataset", split, tuple(map(repr, named)))
 
 def reward_code(choice:Choice) -> str:
     "A reward as an expression."
@@ -64,7 +68,7 @@ def to_code(recipe:Recipe) -> str:
               "                      processing_class=tokenizer)", "trainer.train()"]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/recipe/02_code.ipynb #eebea4b7
+# %% ../../nbs/recipe/02_code.ipynb #dd52b12b
 class Unreadable(ValueError):
     "A program that says something which a recipe cannot hold; the message names the line."
 
@@ -74,41 +78,47 @@ def _value(node, known, what):
     if isinstance(node, ast.Call) and _name(node.func) == "dict" and not node.args: return _named(node, known)
     try: return ast.literal_eval(node)
     except ValueError:
-        raise Unreadable(f"line {node.lineno}: {what}={ast.unparse(node)} is not a plain value. The program is read, not run: write the number, "
-                         "text, list or dict itself.") from None
+        raise Unreadable(f"line {node.lineno}: {what}={ast.unparse(node)} is not a plain value. The program is read, not run: "
+                         "write the number, text, list or dict itself.") from None
 
+# %% ../../nbs/recipe/02_code.ipynb #95eb055e
 def _named(node, known, names=()):
     "The arguments of a call as a dict; `names` are those by position."
     given = dict(zip(names, node.args, strict=False)) | {k.arg: k.value for k in node.keywords if k.arg}
     out = {k: _value(v, known, k) for k, v in given.items()}
     for k in node.keywords:
         if k.arg is None: out |= _value(k.value, known, "**")
-    if len(node.args) > len(names): raise Unreadable(f"line {node.lineno}: {ast.unparse(node.func)}() has arguments by position; give them by name.")
-    return out
+    if len(node.args) <= len(names): return out
+    raise Unreadable(f"line {node.lineno}: {ast.unparse(node.func)}() has arguments by position; give them by name.")
 
 def _name(node):
     "The last part of a dotted name."
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
-_ours = {"grpo_nb": {"FastLanguageModel", "PatchFastRL", "GRPORun", "rewards", "tasks"}, "trl": {"GRPOConfig", "GRPOTrainer"}, "datasets": {"load_dataset"}}
-_calls = "from_pretrained", "get_peft_model", "PatchFastRL", "GRPOConfig", "GRPOTrainer", "GRPORun", "load_dataset"
+def _literal_form(node) -> bool: return isinstance(node, (ast.List, ast.Dict, ast.Tuple)) # not that all in it is literal
 
-def _expected(node):
-    "Whether a statement is part of the form itself, and says nothing that a recipe would hold."
+# %% ../../nbs/recipe/02_code.ipynb #c9cd8bc9
+_ours = {"grpo_nb": {"FastLanguageModel", "PatchFastRL", "GRPORun", "rewards", "tasks"}, "trl": {"GRPOConfig", "GRPOTrainer"},
+         "datasets": {"load_dataset"}}
+_calls = ("from_pretrained", "get_peft_model", "GRPOConfig", "GRPOTrainer", "GRPORun", "load_dataset", "tasks.get")
+_verbs = ("PatchFastRL", "train", "start", "wait", "show", "attach") # calls for what they do, whose value nobody takes
+
+def _expected(node) -> bool:
+    "Whether a statement is part of the form itself."
     if isinstance(node, ast.ImportFrom): return {a.name for a in node.names} <= _ours.get(node.module, set())
     if isinstance(node, ast.Import): return {a.name for a in node.names} <= set(_ours)
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func) in ("PatchFastRL", "train", "start", "wait", "show", "attach")
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func) in _verbs
 
-def _call_of(node):
+def _call_of(node) -> tuple: # (name, call); ("", None) for any other statement
     "The call on a statement's right side and what it is called; a task's `.train` is taken off."
     value = node.value if isinstance(node, (ast.Assign, ast.Expr)) else None
     if isinstance(value, ast.Attribute) and value.attr == "train" and isinstance(value.value, ast.Call): value = value.value
     if not isinstance(value, ast.Call): return "", None
-    name = _name(value.func)
-    if name == "get" and isinstance(value.func, ast.Attribute) and _name(value.func.value) == "tasks": name = "tasks.get"
-    return (name, value) if name in (*_calls, "tasks.get") else ("", None)
+    name, owner = _name(value.func), _name(getattr(value.func, "value", None))
+    if (owner, name) == ("tasks", "get"): name = "tasks.get"
+    return (name, value) if name in _calls else ("", None)
 
-# %% ../../nbs/recipe/02_code.ipynb #8d73cf9c
+# %% ../../nbs/recipe/02_code.ipynb #5e073de8
 def _data_of(name, node, known):
     "A recipe's `dataset` from the call that makes it."
     if name == "tasks.get":
@@ -119,60 +129,78 @@ def _data_of(name, node, known):
     if files is not None: given["path"] = files
     return given
 
+# %% ../../nbs/recipe/02_code.ipynb #b12521d6
 def _choice(node, known, weight=1.0):
     "A reward's choice from its expression."
     if isinstance(node, ast.Constant) and isinstance(node.value, str): return Choice(node.value, weight)
     options = {}
-    if isinstance(node, ast.Call): node, options = node.func, _named(node, known, tuple(library().get(_name(node.func), ())))
+    if isinstance(node, ast.Call):
+        options = _named(node, known, tuple(library().get(_name(node.func), ())))
+        node = node.func
     if isinstance(node, ast.Attribute) and _name(node.value) == "rewards": return Choice(node.attr, weight, options)
     if isinstance(node, ast.Name) and not options: return Choice(node.id, weight, own=True)
-    raise Unreadable(f"line {node.lineno}: {ast.unparse(node)} is not a reward that can be read; give rewards.NAME(...), or the name of a function.")
+    raise Unreadable(f"line {node.lineno}: {ast.unparse(node)} is not a reward that can be read; give rewards.NAME(...), or the "
+                     "name of a function.")
 
 def _choices(node, known):
     "The rewards from a list, a dict of weights, or one expression."
-    if isinstance(node, ast.Name) and isinstance(known.get(node.id), (ast.List, ast.Dict, ast.Tuple)): node = known[node.id]
-    if isinstance(node, ast.Dict): return tuple(_choice(k, known, _value(v, known, "weight")) for k, v in zip(node.keys, node.values))
+    if isinstance(node, ast.Name) and _literal_form(known.get(node.id)): node = known[node.id]
+    if isinstance(node, ast.Dict):
+        return tuple(_choice(reward, known, _value(weight, known, "weight")) for reward, weight in zip(node.keys, node.values))
     return tuple(_choice(n, known) for n in (node.elts if isinstance(node, (ast.List, ast.Tuple)) else [node]))
 
-def _is_literal(node):
-    try: ast.literal_eval(node)
-    except ValueError: return False
-    return True
+# %% ../../nbs/recipe/02_code.ipynb #5aaa9335
+def _variables(parts) -> dict: # name to syntax tree
+    "Names that stand for something written elsewhere."
+    single = [node for node, _ in parts if isinstance(node, ast.Assign) and len(node.targets) == 1]
+    return {node.targets[0].id: node.value for node in single if isinstance(node.targets[0], ast.Name)}
 
-# %% ../../nbs/recipe/02_code.ipynb #6fac46a8
+def _part_of(name, made, known) -> dict: # one part of `Recipe`
+    "What a call says of the run."
+    if name == "from_pretrained": return {"model": _named(made, known, ("model_name",))}
+    if name == "GRPOConfig": return {"config": _named(made, known)}
+    if name in ("tasks.get", "load_dataset"): return {"dataset": _data_of(name, made, known)}
+    if name != "get_peft_model": return {}
+    return {"lora": _named(ast.Call(made.func, made.args[1:], [k for k in made.keywords if k.arg != "model"]), known)}
+
+# %% ../../nbs/recipe/02_code.ipynb #1307494d
 def from_code(text:str, # a program in the form of `to_code`, or with GRPORun
               ) -> Recipe:
     "Read a recipe off a program without running it; raises `Unreadable` naming the line, `SyntaxError` for what is not Python."
-    known, found, others, trained = {}, {"model": None, "lora": None, "dataset": None, "config": {}}, [], None
-    parts = segments(text)
-    for node, _ in parts: # names that stand for something written elsewhere
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name): known[node.targets[0].id] = node.value
+    parts, found, others, trained = segments(text), {"model": None}, [], None
+    known = _variables(parts)
     for node, part in parts:
         name, made = _call_of(node)
-        if name == "from_pretrained": found["model"] = _named(made, known, ("model_name",))
-        elif name == "get_peft_model": found["lora"] = _named(ast.Call(made.func, made.args[1:], [k for k in made.keywords if k.arg != "model"]), known)
-        elif name in ("tasks.get", "load_dataset"): found["dataset"] = _data_of(name, made, known)
-        elif name == "GRPOConfig": found["config"] = _named(made, known)
-        elif name in ("GRPOTrainer", "GRPORun"): trained = name, made
+        if name in _arguments_of: trained = name, made
+        elif name: found |= _part_of(name, made, known)
         elif not _expected(node): others.append((node, part))
     if trained is None: raise Unreadable("the program makes no GRPOTrainer and no GRPORun; there is no run to read.")
-    if not (found["model"] or {}).get("model_name"): raise Unreadable("the program loads no model with FastLanguageModel.from_pretrained(model_name=...).")
-    choices, used = _rewards_of(*trained, known, found)
-    definitions = "\n".join(part for node, part in others if not _used(node, used))
-    return Recipe(found["model"], found["lora"], choices, found["config"], found["dataset"], definitions)
+    if not (found["model"] or {}).get("model_name"):
+        raise Unreadable("the program loads no model with FastLanguageModel.from_pretrained(model_name=...).")
+    given = _given(*trained)
+    held = _holders(given, known)
+    definitions = "\n".join(part for node, part in others if not set(_variables([(node, part)])) & held)
+    return Recipe(rewards=_choices(given["rewards"], known), definitions=definitions,
+                  **found | (_run_config(given.get("config"), known) if trained[0] == "GRPORun" else {}))
 
-def _rewards_of(name, node, known, found):
-    "The rewards, and the names of the variables that only held parts of the call."
-    arguments = {"GRPORun": ("model", "tokenizer", "rewards", "dataset", "config"), "GRPOTrainer": ("model", "reward_funcs", "args", "train_dataset")}[name]
-    given = dict(zip(arguments, node.args, strict=False)) | {k.arg: k.value for k in node.keywords}
-    rewards = given.get("rewards", given.get("reward_funcs"))
-    if rewards is None: raise Unreadable(f"line {node.lineno}: {name}() has no {arguments[2] if name == 'GRPORun' else arguments[1]}.")
-    config = given.get("config") if name == "GRPORun" else None
-    if isinstance(config, ast.Name): config = known.get(config.id)
-    if name == "GRPORun" and not (isinstance(config, ast.Call) and _name(config.func) == "GRPOConfig"):
-        found["config"] = {**GRPO_RUN, **({} if config is None else _value(config, known, "config"))}
-    held = {given[k].id for k in given if isinstance(given[k], ast.Name)} & set(known)
-    return _choices(rewards, known), {h for h in held if isinstance(known[h], (ast.List, ast.Dict, ast.Tuple)) or _name(getattr(known[h], "func", None)) == "dict"}
+# %% ../../nbs/recipe/02_code.ipynb #448a0bd0
+_arguments_of = {"GRPORun": ("model", "tokenizer", "rewards", "dataset", "config"),
+                 "GRPOTrainer": ("model", "rewards", "config", "dataset")} # by position, under our names
+_theirs = {"reward_funcs": "rewards", "args": "config", "train_dataset": "dataset"} # TRL's names
 
-def _used(node, names):
-    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name) and node.targets[0].id in names
+def _given(name, node) -> dict: # argument to syntax tree
+    "The arguments of the call that trains."
+    given = dict(zip(_arguments_of[name], node.args, strict=False)) | {_theirs.get(k.arg, k.arg): k.value for k in node.keywords}
+    if "rewards" in given: return given
+    raise Unreadable(f"line {node.lineno}: {name}() has no {'rewards' if name == 'GRPORun' else 'reward_funcs'}.")
+
+def _holders(given, known) -> set: # names
+    "The variables that only held parts of the call."
+    held = {node.id for node in given.values() if isinstance(node, ast.Name)} & set(known)
+    return {name for name in held if _literal_form(known[name]) or _name(getattr(known[name], "func", None)) == "dict"}
+
+def _run_config(node, known) -> dict:
+    "The fields that a dict gives to GRPORun, with those that it sets itself; nothing for a GRPOConfig, which has been read."
+    if isinstance(node, ast.Name): node = known.get(node.id)
+    if isinstance(node, ast.Call) and _name(node.func) == "GRPOConfig": return {}
+    return {"config": {**GRPO_RUN, **({} if node is None else _value(node, known, "config"))}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAND_INS', 'source_of', 'Sources', 'definitions', 'library_reward', 'to_script']
 
-# %% ../../nbs/recipe/04_script.ipynb #8359ba05
+# %% ../../nbs/recipe/04_script.ipynb #6ca6005c
 import ast
 import builtins
 import dis
@@ -15,12 +15,14 @@ import re
 import textwrap
 import types
 
+from fastcore.basics import patch
+
 from ..ground.events import say
 from .code import call, data_code
-from .trl import LORA_DEFAULTS, ROWS, alone, paths, weights_alone
+from .trl import LORA_DEFAULTS, ROWS, alone, defined_names, paths, weights_alone
 from .value import USUAL, Recipe, segments, statements
 
-# %% ../../nbs/recipe/04_script.ipynb #4f834171
+# %% ../../nbs/recipe/04_script.ipynb #9ed8ffed
 def _globals_of(code):
     "The global names that a code object and those inside it load."
     names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
@@ -38,22 +40,30 @@ def source_of(thing) -> str: # without indentation
     try: text = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError): text = ""
     tree = ast.parse(text).body if text.lstrip().startswith(("def ", "async def ", "class ", "@")) else []
-    if len(tree) != 1 or tree[0].name != name:
-        raise ValueError(f"the source of {name!r} cannot be read; define it with `def {name if name.isidentifier() else 'name'}(...):` in a cell or a module.")
-    return text.rstrip()
+    if len(tree) == 1 and tree[0].name == name: return text.rstrip()
+    written = name if name.isidentifier() else "name"
+    raise ValueError(f"the source of {name!r} cannot be read; define it with `def {written}(...):` in a cell or a module.")
 
-def _needs(thing, text):
-    "The names that a definition needs from around it, with their values."
-    tree = ast.parse(text).body[0]
-    if isinstance(thing, type): names, scope = _loads(tree), vars(importlib.import_module(thing.__module__))
-    else:
-        head = [*tree.decorator_list, *tree.args.defaults, *filter(None, tree.args.kw_defaults), *filter(None, [tree.returns]),
-                *(a.annotation for a in [*tree.args.args, *tree.args.kwonlyargs, *tree.args.posonlyargs] if a.annotation)]
-        free = dict(zip(thing.__code__.co_freevars, (c.cell_contents for c in thing.__closure__ or ())))
-        names, scope = [*_globals_of(thing.__code__), *free, *(n for h in head for n in _loads(h))], {**thing.__globals__, **free}
+# %% ../../nbs/recipe/04_script.ipynb #9cb0db4b
+def _head(tree:ast.FunctionDef) -> list: # of syntax trees
+    "What is evaluated when a function is defined."
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+    parts = [*tree.decorator_list, *tree.args.defaults, *tree.args.kw_defaults, tree.returns, *(a.annotation for a in arguments)]
+    return [part for part in parts if part is not None]
+
+def _used_by(thing, tree) -> tuple: # (names, where they are looked up)
+    "The names that a definition loads."
+    if isinstance(thing, type): return _loads(tree), vars(importlib.import_module(thing.__module__))
+    held = dict(zip(thing.__code__.co_freevars, (c.cell_contents for c in thing.__closure__ or ())))
+    names = [*_globals_of(thing.__code__), *held, *(name for part in _head(tree) for name in _loads(part))]
+    return names, {**thing.__globals__, **held}
+
+def _needs(thing, text) -> dict: # name to value
+    "What a definition needs from around it."
+    names, scope = _used_by(thing, ast.parse(text).body[0])
     return {n: scope[n] for n in dict.fromkeys(names) if n in scope and n != thing.__name__ and not hasattr(builtins, n)}
 
-# %% ../../nbs/recipe/04_script.ipynb #5b66a0a5
+# %% ../../nbs/recipe/04_script.ipynb #6392bdff
 STAND_INS = {say: "@functools.cache\ndef say(message):\n    print(message)"} # what grpo_nb prints once, a script prints once
 
 class Sources:
@@ -65,57 +75,70 @@ class Sources:
         if self.parts.setdefault(name, text) != text:
             raise ValueError(f"two different things called {name!r} are needed by the rewards; rename one of them.")
 
-    def add(self, thing, name=None, text=None): # text: its source, where it is to be another
-        "Take in a function or a class with all it needs; returns its name."
-        name = name or thing.__name__
-        if name in self.parts: return name
-        text = text or STAND_INS.get(thing) or source_of(thing)
-        if thing in STAND_INS: self.imports["import functools"] = None
-        else:
-            self.parts[name] = None # a helper that calls it back does not start again
-            for needed, value in _needs(thing, source_of(thing) if text is None else text).items(): self._value(needed, value, thing)
-            del self.parts[name]
-        self._put(name, text)
-        return name
-
-    def _value(self, name, value, thing):
-        if name in self.parts and self.parts[name] is None: return
-        module = getattr(value, "__module__", None) or ""
-        if isinstance(value, types.ModuleType):
-            self.imports[f"import {value.__name__}" + (f" as {name}" if name != value.__name__ else "")] = None
-        elif isinstance(value, (types.FunctionType, type)):
-            if module == thing.__module__ or module.split(".")[0] in (*self.inline, "__main__"): self.add(value, name if name == value.__name__ else None)
-            else: self.imports[f"from {module} import {value.__name__}" + (f" as {name}" if name != value.__name__ else "")] = None
-        elif _written(value): self._put(name, f"{name} = {value!r}")
-        elif isinstance(value, re.Pattern):
-            self.imports["import re"] = None
-            self._put(name, f"{name} = re.compile({value.pattern!r}, {value.flags & ~32})")
-        elif module and hasattr(value, "__name__"): self.imports[f"from {module} import {value.__name__}"] = None
-        elif part := _assignment(thing.__module__, name): self._assigned(name, part, thing)
-        else: raise ValueError(f"{thing.__name__!r} uses {name}, a {type(value).__name__}, which cannot be written down. Make it inside the function.")
-
-    def _assigned(self, name, part, thing):
-        "A module's own line, with what it needs."
-        scope = vars(importlib.import_module(thing.__module__))
-        self.parts[name] = None
-        for needed in dict.fromkeys(_loads(ast.parse(part))):
-            if needed != name and needed in scope and not hasattr(builtins, needed): self._value(needed, scope[needed], thing)
-        del self.parts[name]
-        self._put(name, part)
-
     @property
     def text(self) -> str:
         "Imports, then definitions."
         return "\n".join([*sorted(self.imports), *self.parts.values()])
 
-def _assignment(module, name):
-    "The one line of a module that gives `name` its value; empty where there is none, as in a notebook."
+# %% ../../nbs/recipe/04_script.ipynb #4fd15a19
+@patch
+def add(self:Sources, thing, name=None, text=None): # text: its source, where it is to be another
+    "Take in a function or a class with all it needs; returns its name."
+    name = name or thing.__name__
+    if name in self.parts: return name
+    text = text or STAND_INS.get(thing) or source_of(thing)
+    if thing in STAND_INS: self.imports["import functools"] = None
+    else: self._before(name, _needs(thing, text), thing)
+    self._put(name, text)
+    return name
+
+@patch
+def _before(self:Sources, name, needed:dict, thing): # thing: in whose module the names stand
+    "Put down what `name` needs."
+    self.parts[name] = None
+    for other, value in needed.items(): self._value(other, value, thing)
+    del self.parts[name]
+
+@patch
+def _assigned(self:Sources, name, part, thing):
+    "A module's own line, with what it needs."
+    scope, loaded = vars(importlib.import_module(thing.__module__)), dict.fromkeys(_loads(ast.parse(part)))
+    self._before(name, {n: scope[n] for n in loaded if n != name and n in scope and not hasattr(builtins, n)}, thing)
+    self._put(name, part)
+
+# %% ../../nbs/recipe/04_script.ipynb #dcab4eb3
+@patch
+def _value(self:Sources, name, value, thing):
+    "Put down what gives `name` its value in a script."
+    module = getattr(value, "__module__", None) or ""
+    if name in self.parts and self.parts[name] is None: return
+    if isinstance(value, types.ModuleType): self.imports[_imported(value.__name__, name)] = None
+    elif isinstance(value, (types.FunctionType, type)):
+        own = module == thing.__module__ or module.split(".")[0] in (*self.inline, "__main__")
+        if own: self.add(value)
+        else: self.imports[f"from {module} {_imported(value.__name__, name)}"] = None
+    elif _written(value): self._put(name, f"{name} = {value!r}")
+    elif isinstance(value, re.Pattern):
+        self.imports["import re"] = None
+        self._put(name, f"{name} = re.compile({value.pattern!r}, {value.flags & ~re.UNICODE.value})")
+    elif module and hasattr(value, "__name__"): self.imports[f"from {module} import {value.__name__}"] = None
+    elif part := _assignment(thing.__module__, name): self._assigned(name, part, thing)
+    else:
+        raise ValueError(f"{thing.__name__!r} uses {name}, a {type(value).__name__}, which cannot be written down. Make it inside "
+                         "the function.")
+
+def _imported(full, name) -> str: return f"import {full}" + (f" as {name}" if name != full else "")
+
+# %% ../../nbs/recipe/04_script.ipynb #339afef9
+def _assignment(module, name) -> str: # empty where there is none, as in a notebook
+    "The one line of a module that gives `name` its value."
     try: parts = segments(inspect.getsource(importlib.import_module(module)))
     except (OSError, TypeError): return ""
-    found = [part for node, part in parts if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == [name]]
+    assigned = [(node, part) for node, part in parts if isinstance(node, ast.Assign)]
+    found = [part for node, part in assigned if [getattr(target, "id", "") for target in node.targets] == [name]]
     return found[0] if len(found) == 1 else ""
 
-def _written(value):
+def _written(value) -> bool:
     "Whether `repr` says all about a value."
     if isinstance(value, frozenset): value = set(value)
     try: return ast.literal_eval(repr(value)) == value
@@ -140,68 +163,98 @@ def definitions(rewards, # functions; those of the library are passed over
             say(f"{error} The settings name this reward, and its source is not in them.")
     return statements(found.text)
 
-# %% ../../nbs/recipe/04_script.ipynb #e9abeb71
+# %% ../../nbs/recipe/04_script.ipynb #478d7306
+def _scorer(reward, name, found) -> str: # the scorer's name in the script
+    "Put the scorer of a reward into `found`, without its decorator."
+    from grpo_nb import rewards
+    scorer, text = f"score_{name}", source_of(reward.score)
+    text = text[text.index(f"def {name}("):].replace(f"def {name}(", f"def {scorer}(", 1)
+    found.add(reward.score, scorer, text)
+    found.add(rewards.text_of)
+    return scorer
+
+def _columns_of(reward) -> dict: # a scorer's argument to the data set's column
+    "Where the arguments of a scorer come from."
+    column = {**reward.defaults, **reward.options}.get("column", "answer")
+    return {n: {"answer": column, "prompt": "prompts"}.get(n, n) for n in reward.needs}
+
+def _loop(reward, scorer) -> str: # "score_x(...)\n for ... in ..."
+    "The inside of the list of scores."
+    columns, options = _columns_of(reward), {k: v for k, v in reward.options.items() if k != "name"}
+    arguments = ["text_of(completion)", *(f"{n}={n}_" for n in columns), *(f"{k}={v!r}" for k, v in options.items())]
+    missing = " or ".join(f"{n}_ is None" for n, needed in reward.needs.items() if needed)
+    each = (f"None if {missing} else " if missing else "") + f"{scorer}({', '.join(arguments)})"
+    if not columns: return f"{each}\n            for completion in completions"
+    names, values = ", ".join(f"{n}_" for n in columns), ", ".join(columns.values())
+    return f"{each}\n            for completion, {names} in zip(completions, {values})"
+
+# %% ../../nbs/recipe/04_script.ipynb #73b719b6
 def library_reward(choice, name, found):
     "Write a reward of the library into `found` as the function `name`."
     from grpo_nb import rewards
     made = getattr(rewards, choice.name)(**choice.options) if choice.options else getattr(rewards, choice.name)
-    score, scorer = made.score, f"score_{choice.name}"
-    text = source_of(score)
-    text = text[text.index(f"def {choice.name}("):].replace(f"def {choice.name}(", f"def {scorer}(", 1)
-    found.add(score, scorer, text)
-    found.add(rewards.text_of)
-    options = {k: v for k, v in made.options.items() if k != "name"}
-    column = options.get("column", made.defaults.get("column", "answer"))
-    columns = {n: {"answer": column, "prompt": "prompts"}.get(n, n) for n in made.needs}
-    required = [n for n, needed in made.needs.items() if needed]
-    arguments = ", ".join(["text_of(completion)", *(f"{n}={n}_" for n in columns), *(f"{k}={v!r}" for k, v in options.items())])
-    each = f"{scorer}({arguments})"
-    if required: each = f"None if {' or '.join(f'{n}_ is None' for n in required)} else {each}"
-    rows = f"completion, {', '.join(f'{n}_' for n in columns)} in zip(completions, {', '.join(columns.values())})" if columns else "completion in completions"
-    lines = [f"def {name}({', '.join(dict.fromkeys(['completions', *columns.values()]))}, **kwargs):", f'    """{made.__doc__}"""',
-             f"    return [{each}\n            for {rows}]"]
-    found._put(name, "\n".join(lines))
+    scorer, columns = _scorer(made, choice.name, found), _columns_of(made)
+    arguments = ", ".join([*dict.fromkeys(["completions", *columns.values()]), "**kwargs"])
+    found._put(name, f'def {name}({arguments}):\n    """{made.__doc__}"""\n    return [{_loop(made, scorer)}]')
+    if made.__name__ != name: found._put(f"{name}.__name__", f"{name}.__name__ = {made.__name__!r}")
     if made.__name__ != name: found._put(f"{name}.__name__", f"{name}.__name__ = {made.__name__!r}")
 
-# %% ../../nbs/recipe/04_script.ipynb #35ef5afa
-def _own(recipe, found):
-    "Put the recipe's own definitions into `found`; what they import from grpo_nb is written out."
+# %% ../../nbs/recipe/04_script.ipynb #00c2eefb
+def _from_here(node) -> bool:
+    "Whether an import is one of grpo_nb."
+    if isinstance(node, ast.ImportFrom): return (node.module or "").split(".")[0] == "grpo_nb"
+    return isinstance(node, ast.Import) and any(a.name.split(".")[0] == "grpo_nb" for a in node.names)
+
+def _write_out(node, part, found):
+    "Put the functions of an import from grpo_nb into `found`."
+    why = f"{part!r}: a script without grpo_nb cannot import this; "
+    if isinstance(node, ast.Import): raise ValueError(why + "import the functions themselves with `from ... import`.")
+    for a in node.names:
+        thing = getattr(importlib.import_module(node.module), a.name)
+        if isinstance(thing, types.ModuleType) or a.asname:
+            raise ValueError(why + "import the function itself, under its own name.")
+        found.add(thing)
+
+def _own(recipe, found) -> list: # of texts
+    "The recipe's own definitions; their imports go into `found`."
     texts = []
     for node, part in segments(recipe.definitions):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "grpo_nb":
-            for a in node.names:
-                thing = getattr(importlib.import_module(node.module), a.name)
-                if isinstance(thing, types.ModuleType) or a.asname: raise ValueError(f"{part!r}: a script without grpo_nb cannot import this; "
-                                                                                       "import the function itself, under its own name.")
-                found.add(thing)
-        elif isinstance(node, ast.Import) and any(a.name.split(".")[0] == "grpo_nb" for a in node.names):
-            raise ValueError(f"{part!r}: a script without grpo_nb cannot import this; import the functions themselves with `from ... import`.")
-        elif isinstance(node, (ast.Import, ast.ImportFrom)) : found.imports[part] = None
+        if _from_here(node): _write_out(node, part, found)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)): found.imports[part] = None
         else: texts.append(part)
     return texts
 
-def _loading(recipe):
-    "The lines that load and adapt, and the names to import for them."
-    dtype, four = weights_alone(recipe)
-    given, names = recipe.model, ["AutoModelForCausalLM", "AutoTokenizer"]
-    hub = {k: given[k] for k in ("revision", "trust_remote_code", "local_files_only") if k in given}
-    more = {k: given[k] for k in ("attn_implementation", "device_map") if k in given}
-    lines = [f"model_name = {given['model_name']!r}",
-             "tokenizer = " + call("AutoTokenizer.from_pretrained", {**hub, "padding_side": "left", "truncation_side": "left", **given.get("tokenizer_kwargs", {})}, ("model_name",)),
+# %% ../../nbs/recipe/04_script.ipynb #04940c42
+def _given_of(recipe, *names) -> dict: return {name: recipe.model[name] for name in names if name in recipe.model}
+
+def _model_code(recipe) -> tuple: # (lines, names to import)
+    "The lines that load model and tokenizer."
+    (dtype, four), names = weights_alone(recipe), ["AutoModelForCausalLM", "AutoTokenizer"]
+    hub = _given_of(recipe, "revision", "trust_remote_code", "local_files_only")
+    sides = {"padding_side": "left", "truncation_side": "left", **recipe.model.get("tokenizer_kwargs", {})}
+    lines = [f"model_name = {recipe.model['model_name']!r}",
+             "tokenizer = " + call("AutoTokenizer.from_pretrained", {**hub, **sides}, ("model_name",)),
              "if tokenizer.pad_token is None:", "    tokenizer.pad_token = tokenizer.eos_token"]
+    source = ["model_name"]
     if four:
         names.append("BitsAndBytesConfig")
-        lines.append("four_bit = " + call("BitsAndBytesConfig", dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)))
-    source = ("model_name", *(["quantization_config=four_bit"] if four else []))
-    lines.append("model = " + call("AutoModelForCausalLM.from_pretrained", {"dtype": dtype, **hub, **more, **given.get("model_kwargs", {})}, source))
-    if recipe.lora is None: return lines, names
-    names.append("set_seed")
-    lora = {**LORA_DEFAULTS, "target_modules": USUAL, **recipe.lora}
-    lines += [f"set_seed({lora.pop('random_state', 3407)})  # of the adapter's first weights"]
-    checkpointing = lora.pop("use_gradient_checkpointing", False)
-    lines += ["lora = " + call("LoraConfig", {**lora, "task_type": "CAUSAL_LM"}), "model = get_peft_model(model, lora)"]
-    if checkpointing: lines.append('model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})')
+        source.append("quantization_config=four_bit")
+        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        lines.append("four_bit = " + call("BitsAndBytesConfig", nf4))
+    more = {**_given_of(recipe, "attn_implementation", "device_map"), **recipe.model.get("model_kwargs", {})}
+    lines.append("model = " + call("AutoModelForCausalLM.from_pretrained", {"dtype": dtype, **hub, **more}, tuple(source)))
     return lines, names
+
+# %% ../../nbs/recipe/04_script.ipynb #f17e951b
+def _adapter_code(recipe) -> tuple: # (lines, names to import)
+    "The lines that put an adapter on."
+    if recipe.lora is None: return [], []
+    lora = {**LORA_DEFAULTS, "target_modules": USUAL, **recipe.lora}
+    seed, checkpointing = lora.pop("random_state", 3407), lora.pop("use_gradient_checkpointing", False)
+    lines = [f"set_seed({seed})  # of the adapter's first weights",
+             "lora = " + call("LoraConfig", {**lora, "task_type": "CAUSAL_LM"}), "model = get_peft_model(model, lora)"]
+    if checkpointing: lines.append('model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})')
+    return lines, ["set_seed"]
 
 def _rows(recipe):
     "The line that loads the rows, and how they come into the file."
@@ -210,27 +263,42 @@ def _rows(recipe):
     if recipe.dataset is None: return [f"# {ROWS}: your data set, written with dataset.to_json({ROWS!r})", line]
     return [f"# {ROWS}: written by grpo_nb with {data_code(recipe.dataset).removeprefix('dataset = ')}.to_json({ROWS!r})", line]
 
-# %% ../../nbs/recipe/04_script.ipynb #aea70322
-def to_script(recipe:Recipe) -> str:
-    "A script for TRL, PEFT and transformers alone; raises `ValueError` for a reward whose source is not known."
-    from grpo_nb.recipe.trl import defined_names
-    found, named = Sources(), paths(recipe)
-    own, names = _own(recipe, found), []
-    for i, choice in enumerate(recipe.rewards):
-        names.append(named.get(i, choice.name))
-        if not choice.own: library_reward(choice, names[-1], found)
+# %% ../../nbs/recipe/04_script.ipynb #a5579756
+def _reward_names(recipe, found, own) -> list: # names of functions
+    "The rewards' names in the script; those of the library are put into `found`."
+    named = paths(recipe)
+    names = [named.get(i, choice.name) for i, choice in enumerate(recipe.rewards)]
+    for name, choice in zip(names, recipe.rewards):
+        if not choice.own: library_reward(choice, name, found)
         elif choice.name not in defined_names("\n".join([*found.imports, *own])) | set(found.parts):
             raise ValueError(f"the reward {choice.name!r} is your own and its source is not known, so no script can be printed. "
                              "Define it with `def` in a cell or a module.")
-    lines, needed = _loading(recipe)
+    return names
+
+def _imports(recipe, found, names) -> list: # lines, `import x` before `from x import y`
+    "The script's imports."
+    lines = {*found.imports, "from datasets import load_dataset", "from trl import GRPOConfig, GRPOTrainer",
+             f"from transformers import {', '.join(sorted(names))}"}
+    if recipe.lora is not None: lines.add("from peft import LoraConfig, get_peft_model")
+    return sorted(lines, key=lambda line: (not line.startswith("import "), line))
+
+def _training(recipe, names) -> list: # lines
+    "Configuration, trainer and the start."
     fields, chosen = alone(recipe)
     notes = [f"# {', '.join(chosen)}: chosen by grpo_nb for the machine that printed this"] if chosen else []
-    parts = ['"""A GRPO run with TRL alone: the same settings, the same loss, without grpo_nb."""',
-             *sorted({*found.imports, "from datasets import load_dataset", f"from transformers import {', '.join(sorted(needed))}",
-                      "from trl import GRPOConfig, GRPOTrainer", *(["from peft import LoraConfig, get_peft_model"] if recipe.lora is not None else [])},
-                     key=lambda line: (not line.startswith("import "), line))]
+    return [*notes, "config = " + call("GRPOConfig", fields),
+            f"trainer = GRPOTrainer(model=model, reward_funcs=[{', '.join(names)}], args=config, train_dataset=dataset,\n"
+            "                      processing_class=tokenizer)", "trainer.train()"]
+
+# %% ../../nbs/recipe/04_script.ipynb #17ed936e
+def to_script(recipe:Recipe) -> str:
+    "A script for TRL, PEFT and transformers alone; raises `ValueError` for a reward whose source is not known."
+    found = Sources()
+    own = _own(recipe, found)
+    names = _reward_names(recipe, found, own)
+    (lines, needed), (adapting, more) = _model_code(recipe), _adapter_code(recipe)
     body = statements("\n".join([*found.parts.values(), *own]))
-    end = ["", "config = " + call("GRPOConfig", fields),
-           f"trainer = GRPOTrainer(model=model, reward_funcs=[{', '.join(names)}], args=config, train_dataset=dataset,\n"
-           "                      processing_class=tokenizer)", "trainer.train()"]
-    return "\n".join([*parts, "", "", *([body, "", ""] if body else []), *lines, "", *_rows(recipe), *end[:1], *notes, *end[1:]]) + "\n"
+    head = ['"""A GRPO run with TRL alone: the same settings, the same loss, without grpo_nb."""',
+            *_imports(recipe, found, needed + more)]
+    return "\n".join([*head, "", "", *([body, "", ""] if body else []), *lines, *adapting, "", *_rows(recipe), "",
+                      *_training(recipe, names)]) + "\n"

@@ -8,23 +8,23 @@ __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_head
            'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'Randomness',
            'close_training', 'agreed', 'Steering']
 
-# %% ../../nbs/run/02_control.ipynb #6a508993
+# %% ../../nbs/run/02_control.ipynb #c8ba7df5
 import json
 import math
 import random
 import threading
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from transformers.trainer_utils import TrainOutput
 
-from ..ground.check import known_arguments, nearest
+from ..ground.check import known_arguments, nearest, number, whole
 from ..ground.events import Notice, SettingChanged, say, short
 
-# %% ../../nbs/run/02_control.ipynb #29ac6410
+# %% ../../nbs/run/02_control.ipynb #3707c795
 def _leaves(scheduler) -> list:
     "The schedulers that hold rates, out of wrappers and sequences of schedulers."
     if scheduler is None: return []
@@ -38,24 +38,34 @@ def learning_rate(trainer) -> float: # the schedule's base rate
     if getattr(trainer, "optimizer", None) is None: return float(trainer.args.learning_rate)
     return float(trainer.optimizer.param_groups[0]["lr"]) # a scheduler without a base, such as ReduceLROnPlateau
 
+# %% ../../nbs/run/02_control.ipynb #bc6bc88f
 def _scaled(value, by):
     "`value * by`, in place for a tensor."
     return value.mul_(by) if torch.is_tensor(value) else value * by
 
-def set_learning_rate(trainer, rate:float) -> None:
-    "Let the schedule go on with `rate` as its base, from the next step on; groups keep their proportions."
-    old, leaves = learning_rate(trainer), _leaves(trainer.lr_scheduler)
+def _rescale(trainer, leaves, rate, old):
+    "Multiply everything that holds a rate."
     for leaf in leaves:
-        if getattr(leaf, "base_lrs", None): leaf.base_lrs = [b * rate / old if old and b != old else rate for b in leaf.base_lrs]
-        if hasattr(leaf, "_last_lr"): leaf._last_lr = [_scaled(l, rate / old) if old else rate for l in leaf._last_lr]
+        if getattr(leaf, "base_lrs", None): leaf.base_lrs = [rate if base == old else base * rate / old for base in leaf.base_lrs]
+        if hasattr(leaf, "_last_lr"): leaf._last_lr = [_scaled(last, rate / old) for last in leaf._last_lr]
+    for group in trainer.optimizer.param_groups:
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & set(group): group[name] = _scaled(group[name], rate / old)
+
+def _begin_from_zero(trainer, leaves, rate):
+    "Set a rate where there was none."
+    for leaf in leaves:
+        for name in {"base_lrs", "_last_lr"} & set(vars(leaf)): setattr(leaf, name, [rate] * len(getattr(leaf, name)))
     for i, group in enumerate(trainer.optimizer.param_groups):
-        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if name in group and old: group[name] = _scaled(group[name], rate / old)
-        if old: continue
         factors = [leaf.lr_lambdas[i](leaf.last_epoch) for leaf in leaves if hasattr(leaf, "lr_lambdas")]
         group["initial_lr"], group["lr"] = rate, rate * (factors[0] if factors else 1.0)
 
-# %% ../../nbs/run/02_control.ipynb #38459287
+def set_learning_rate(trainer, rate:float) -> None:
+    "Let the schedule go on with `rate` as its base, from the next step on; groups keep their proportions."
+    old, leaves = learning_rate(trainer), _leaves(trainer.lr_scheduler)
+    if old: _rescale(trainer, leaves, rate, old)
+    else: _begin_from_zero(trainer, leaves, rate)
+
+# %% ../../nbs/run/02_control.ipynb #6716f1b5
 def _functions(function, depth=8):
     "A function and those that it wraps, closes over or, for a callable object, holds."
     function = getattr(function, "__func__", function)
@@ -63,7 +73,7 @@ def _functions(function, depth=8):
     if hasattr(function, "__code__"):
         yield function
         inner = [c.cell_contents for c in function.__closure__ or () if _filled(c)]
-    else: inner = [getattr(function, "func", None), *getattr(function, "__dict__", {}).values()] # Accelerate's wrapper for mixed precision
+    else: inner = [getattr(function, "func", None), *getattr(function, "__dict__", {}).values()] # Accelerate's, for mixed precision
     for f in [getattr(function, "__wrapped__", None), *inner]:
         if callable(f): yield from _functions(f, depth - 1)
 
@@ -72,16 +82,20 @@ def _filled(cell) -> bool:
     try: return callable(cell.cell_contents)
     except ValueError: return False # empty
 
+# %% ../../nbs/run/02_control.ipynb #f8c72dbe
 def fused_heads(model) -> list: # closure cells that hold a temperature
     "Where TRL's fused heads of `model` keep their temperature."
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    forwards = [vars(module)["forward"] for module in modules if "forward" in vars(module)]
     found = {}
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        for f in _functions(module.__dict__["forward"]) if "forward" in module.__dict__ else ():
-            if f.__code__.co_name == "_fused_forward" and "temperature" in f.__code__.co_freevars:
-                cell = f.__closure__[f.__code__.co_freevars.index("temperature")]
-                found[id(cell)] = cell
+    for f in (inner for forward in forwards for inner in _functions(forward)):
+        free = f.__code__.co_freevars
+        if f.__code__.co_name != "_fused_forward" or "temperature" not in free: continue
+        cell = f.__closure__[free.index("temperature")]
+        found[id(cell)] = cell
     return list(found.values())
 
+# %% ../../nbs/run/02_control.ipynb #cc11dd79
 def _set_sampler(trainer, ours, theirs, vllms, value):
     "Put `value` wherever a sampler of the trainer looks for it."
     if getattr(trainer, "generation_config", None) is not None: setattr(trainer.generation_config, theirs, value)
@@ -91,6 +105,7 @@ def _set_sampler(trainer, ours, theirs, vllms, value):
         setattr(engine, ours, value)
         if vllms in (getattr(engine, "generation_kwargs", None) or {}): engine.generation_kwargs[vllms] = value
 
+# %% ../../nbs/run/02_control.ipynb #a881c5fa
 def _liger(trainer) -> list:
     "The objects in which Liger's loss keeps settings of its own (TRL 1.12 and 1.13)."
     return [x for x in (getattr(trainer, name, None) for name in ("liger_loss", "liger_grpo_loss")) if x is not None]
@@ -156,20 +171,15 @@ def waits_for_sampling(trainer, name, value) -> bool:
     "Whether a setting can only change where completions are sampled."
     return name in ("temperature", "max_completion_length", "reward_weights") or name == "beta" and not trainer.beta and bool(value)
 
-# %% ../../nbs/run/02_control.ipynb #1d8bb0e8
-def _number(name, value, above=False):
-    "`value` as a float, finite and not negative."
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and (value > 0 if above else value >= 0)
-    if good: return float(value)
-    raise ValueError(f"{name}={value!r} must be a number {'above 0' if above else 'of at least 0'}.")
-
+# %% ../../nbs/run/02_control.ipynb #65e0709e
 def _check_beta(trainer, value):
-    value = _number("beta", value)
-    if value and not has_reference(trainer):
-        raise ValueError(f"beta={value!r}: this run was built with beta=0, so the trainer made no reference model and there is nothing to "
-                         "measure the KL divergence from. Build a new GRPORun with beta above 0, as small as 1e-6 if it is to rise later.")
-    return value
+    value = number("beta", value, least=0)
+    if not value or has_reference(trainer): return value
+    raise ValueError(f"beta={value!r}: this run was built with beta=0, so the trainer made no reference model and there is nothing "
+                     "to measure the KL divergence from. Build a new GRPORun with beta above 0, as small as 1e-6 if it is to rise "
+                     "later.")
 
+# %% ../../nbs/run/02_control.ipynb #5f132a36
 def room(trainer) -> tuple: # (tokens, what sets the limit); None where nothing is known
     "How many tokens prompt and completion may have together."
     model = trainer.accelerator.unwrap_model(trainer.model) if hasattr(trainer, "accelerator") else trainer.model
@@ -182,31 +192,36 @@ def room(trainer) -> tuple: # (tokens, what sets the limit); None where nothing 
     return min([k for k in known if isinstance(k[0], int)], default=(None, ""))
 
 def _check_length(trainer, value, prompt):
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"max_completion_length={value!r} must be a whole number of tokens, at least 1.")
+    value = whole("max_completion_length", value, what="tokens")
     limit, why = room(trainer)
     if limit is not None and value + prompt > limit:
         taken = f" less the {prompt} tokens of the longest prompt so far" if prompt else ""
-        raise ValueError(f"max_completion_length={value} is more than fits: {limit} tokens ({why}){taken} leaves {max(limit - prompt, 0)}.")
-    return int(value)
+        raise ValueError(f"max_completion_length={value} is more than fits: {limit} tokens ({why}){taken} leaves "
+                         f"{max(limit - prompt, 0)}.")
+    return value
+
+# %% ../../nbs/run/02_control.ipynb #e024b5a5
+def _named_weights(value, now, names) -> list:
+    "All weights, where a dict gives some of them."
+    if not isinstance(now, dict):
+        raise ValueError(f"reward_weights={value!r}: two rewards have the same name; give a list in the order {names}.")
+    given = {getattr(name, "__name__", name): weight for name, weight in value.items()}
+    for name in given:
+        if name in names: continue
+        raise ValueError(f"reward_weights={given!r}: there is no reward {name!r}.{nearest(str(name), names)} The rewards: "
+                         f"{', '.join(names)}.")
+    return list({**now, **given}.values())
 
 def _check_weights(trainer, value, asked):
     names, now = list(trainer.reward_func_names), asked if asked is not None else reward_weights(trainer)
-    if isinstance(value, Mapping):
-        if not isinstance(now, dict): raise ValueError(f"reward_weights={value!r}: two rewards have the same name; give a list in the order {names}.")
-        value = {getattr(name, "__name__", name): weight for name, weight in value.items()}
-        for name in value:
-            if name not in names:
-                raise ValueError(f"reward_weights={value!r}: there is no reward {name!r}.{nearest(str(name), names)} The rewards: {', '.join(names)}.")
-        value = {**now, **value}
-        weights = list(value.values())
+    if isinstance(value, Mapping): weights = _named_weights(value, now, names)
     elif isinstance(value, (list, tuple)) and len(value) == len(names): weights = list(value)
-    else: raise ValueError(f"reward_weights={value!r} must be a list of {len(names)} numbers, or a dict of names to numbers: {', '.join(names)}.")
-    for name, weight in zip(names, weights):
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-            raise ValueError(f"reward_weights: the weight of {name!r} is {weight!r}; it has to be a finite number.")
-    return _by_name(trainer, [float(w) for w in weights])
+    else:
+        raise ValueError(f"reward_weights={value!r} must be a list of {len(names)} numbers, or a dict of names to numbers: "
+                         f"{', '.join(names)}.")
+    return _by_name(trainer, [number(f"reward_weights: the weight of {name!r}", weight) for name, weight in zip(names, weights)])
 
+# %% ../../nbs/run/02_control.ipynb #860e07e1
 def check_change(trainer, # a trainer
                  given:dict, # name to value
                  prompt:int=0, # tokens of the longest prompt, as far as it is known
@@ -221,7 +236,7 @@ def check_change(trainer, # a trainer
         if name == "beta": out[name] = _check_beta(trainer, value)
         elif name == "max_completion_length": out[name] = _check_length(trainer, value, prompt)
         elif name == "reward_weights": out[name] = _check_weights(trainer, value, (asked or {}).get(name))
-        else: out[name] = _number(name, value, above=True)
+        else: out[name] = number(name, value, above=0)
     return out
 
 # %% ../../nbs/run/02_control.ipynb #0b4570e1
@@ -237,11 +252,12 @@ def read_changes(folder) -> tuple: # (name to value, list of changes); empty whe
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return kept.get("changed", {}), kept.get("changes", [])
 
-# %% ../../nbs/run/02_control.ipynb #37799498
+# %% ../../nbs/run/02_control.ipynb #25b47ea6
 class Randomness:
     "The states of the random number generators that a checkpoint holds, as they are now."
     def __init__(self):
-        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
     def restore(self) -> None:
         "Put them back."
@@ -251,6 +267,7 @@ class Randomness:
         torch.set_rng_state(cpu)
         if cuda is not None: torch.cuda.set_rng_state(cuda)
 
+# %% ../../nbs/run/02_control.ipynb #a5e2df67
 def close_training(trainer, # that was left in the middle of a step
                    since:int=0, # the step at which it began
                    ) -> TrainOutput:
@@ -261,7 +278,7 @@ def close_training(trainer, # that was left in the middle of a step
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > since]
     return TrainOutput(trainer.state.global_step, sum(losses) / len(losses) if losses else math.nan, {})
 
-# %% ../../nbs/run/02_control.ipynb #de319bde
+# %% ../../nbs/run/02_control.ipynb #2279af61
 def agreed(trainer, # with an `accelerator`
            wishes:dict, # asked (name to value), pause, stop, save and keep, of this process
            ) -> dict: # the same keys, the same in every process
@@ -271,8 +288,10 @@ def agreed(trainer, # with an `accelerator`
     every = gather_object([wishes])
     asked = {}
     for one in reversed(every): asked |= one["asked"]
-    return dict(asked=asked, pause=every[0]["pause"], **{k: next(filter(None, (one[k] for one in every)), None) for k in ("stop", "save", "keep")})
+    anyones = {name: next(filter(None, (one[name] for one in every)), None) for name in ("stop", "save", "keep")}
+    return dict(asked=asked, pause=every[0]["pause"], **anyones)
 
+# %% ../../nbs/run/02_control.ipynb #25603ec2
 class Steering:
     "What `GRPORun` has of settings that change; it brings `trainer`, `state`, `step`, `_emit` and `_longest_prompt`."
     def __init__(self):
@@ -280,9 +299,9 @@ class Steering:
         self._lock, self._wake = threading.Lock(), threading.Event()
 
     def change(self,
-               **settings, # learning_rate, beta, temperature, max_completion_length, reward_weights (a list, or a dict by function name)
+               **settings, # learning_rate, beta, temperature, max_completion_length, reward_weights (a list, or a dict by name)
                ) -> "Steering": # the run itself
-        "Change settings from the next step on; raises `ValueError` for a value that cannot be, `RuntimeError` for a run that has finished."
+        "Change settings from the next step on; `ValueError` for a value that cannot be, `RuntimeError` for a finished run."
         if self.state == "finished": raise RuntimeError(f"change(): the run has already finished, at step {self.step}.")
         with self._lock: self._asked |= check_change(self.trainer, settings, self._longest_prompt, self._asked)
         self._wake.set()
@@ -293,45 +312,56 @@ class Steering:
         "The settings that can be changed, as they are now."
         return current(self.trainer)
 
-    @property
-    def requested(self) -> dict: # name to value
-        "Changes that were asked for and have not happened yet."
-        with self._lock: return dict(self._asked)
+# %% ../../nbs/run/02_control.ipynb #e0d557b1
+@patch(as_prop=True)
+def requested(self:Steering) -> dict: # name to value
+    "Changes that were asked for and have not happened yet."
+    with self._lock: return dict(self._asked)
 
-    @property
-    def changes(self) -> list: # dicts with step, name, old and new, oldest first
-        "What was changed, and after which step."
-        return [dict(c) for c in self._changes]
+@patch(as_prop=True)
+def changes(self:Steering) -> list: # dicts with step, name, old and new, oldest first
+    "What was changed, and after which step."
+    return [dict(c) for c in self._changes]
 
-    def _change_settings(self, asked=None): # name to value; None: what was asked of this process
-        "Set what was asked for and can be set before the next step."
-        for name, value in (self.requested if asked is None else asked).items():
-            if waits_for_sampling(self.trainer, name, value) and not samples_next(self.trainer): continue
-            with self._lock:
-                if self._asked.get(name) == value: del self._asked[name]
-            old = self.settings[name]
-            try: SETTINGS[name][1](self.trainer, value)
-            except Exception as error: # noqa: BLE001 it is reported; the run goes on with what it had
-                self._report(f"{name} could not be changed to {value!r} ({type(error).__name__}: {error}); the run goes on.")
-                continue
-            self._changed[name] = value
-            if old == value: continue
-            self._changes.append(dict(step=self.step, name=name, old=old, new=value))
-            self._emit(SettingChanged, name=name, old=old, new=value)
+@patch
+def _report(self:Steering, message):
+    "Print a sentence and emit it."
+    print(f"grpo_nb: {message}")
+    self._emit(Notice, message=message)
 
-    def _report(self, message):
-        "Print a sentence and emit it."
-        print(f"grpo_nb: {message}")
-        self._emit(Notice, message=message)
+# %% ../../nbs/run/02_control.ipynb #cf8de86c
+@patch
+def _change_settings(self:Steering, asked=None): # name to value; None: what was asked of this process
+    "Set what was asked for and can be set before the next step."
+    for name, value in (self.requested if asked is None else asked).items():
+        if waits_for_sampling(self.trainer, name, value) and not samples_next(self.trainer): continue
+        with self._lock:
+            if self._asked.get(name) == value: del self._asked[name]
+        self._set(name, value)
 
-    def _take_up_changes(self, folder):
-        "Go on with the settings that were changed: in this process, or before the checkpoint was written."
-        kept, changes = read_changes(folder)
-        earlier = {name: value for name, value in kept.items() if name not in self._changed and name in self.settings}
-        if earlier:
-            self._changes = changes + self._changes
-            words = ", ".join(f"{name} {short(value)}" for name, value in earlier.items())
-            say(f"the checkpoint {folder} is of a run whose settings had been changed; this run goes on with them: {words}.")
-        for name, value in {**earlier, **self._changed}.items():
-            if self.settings[name] != value: SETTINGS[name][1](self.trainer, value)
-        self._changed = {**earlier, **self._changed}
+@patch
+def _set(self:Steering, name, value):
+    "Set one setting, and tell."
+    old = self.settings[name]
+    try: SETTINGS[name][1](self.trainer, value)
+    except Exception as error: # noqa: BLE001 it is reported; the run goes on with what it had
+        self._report(f"{name} could not be changed to {value!r} ({type(error).__name__}: {error}); the run goes on.")
+        return
+    self._changed[name] = value
+    if old == value: return
+    self._changes.append(dict(step=self.step, name=name, old=old, new=value))
+    self._emit(SettingChanged, name=name, old=old, new=value)
+
+# %% ../../nbs/run/02_control.ipynb #00b83b86
+@patch
+def _take_up_changes(self:Steering, folder):
+    "Go on with the settings that were changed: in this process, or before the checkpoint was written."
+    kept, changes = read_changes(folder)
+    earlier = {name: value for name, value in kept.items() if name not in self._changed and name in self.settings}
+    if earlier:
+        self._changes = changes + self._changes
+        words = ", ".join(f"{name} {short(value)}" for name, value in earlier.items())
+        say(f"the checkpoint {folder} is of a run whose settings had been changed; this run goes on with them: {words}.")
+    for name, value in {**earlier, **self._changed}.items():
+        if self.settings[name] != value: SETTINGS[name][1](self.trainer, value)
+    self._changed = {**earlier, **self._changed}

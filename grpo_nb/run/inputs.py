@@ -6,30 +6,28 @@
 __all__ = ['check_model', 'check_dataset', 'first_prompt', 'check_tokenizer', 'check_rewards', 'check_reward_columns',
            'machine_precision', 'make_config', 'check_reference']
 
-# %% ../../nbs/run/01_inputs.ipynb #d668f530
+# %% ../../nbs/run/01_inputs.ipynb #15e0b9f6
 import copy
 import inspect
-import math
 from collections.abc import Mapping
-from numbers import Real
 
 import torch
 
-from ..ground.check import known_arguments, nearest
+from ..ground.check import known_arguments, nearest, number
 from ..models.device import best_dtype
 from ..ground.events import say
 
-# %% ../../nbs/run/01_inputs.ipynb #4be178ec
+# %% ../../nbs/run/01_inputs.ipynb #a72c0f0a
 def check_model(model, # a loaded model, with or without adapters
                 ) -> None:
     "Raise `TypeError` unless `model` is a loaded model with something to train."
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model={model!r} is not a loaded model. Load it with FastLanguageModel.from_pretrained(...) and pass the first "
-                        "of the two things it returns.")
+        raise TypeError(f"model={model!r} is not a loaded model. Load it with FastLanguageModel.from_pretrained(...) and pass the "
+                        "first of the two things it returns.")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter that is trained. Add adapters with FastLanguageModel.get_peft_model(model).")
 
-# %% ../../nbs/run/01_inputs.ipynb #b47078ab
+# %% ../../nbs/run/01_inputs.ipynb #d7cd64c2
 def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
                   argument:str="dataset", # its name in messages
                   ): # the data set; a list becomes a `Dataset`
@@ -38,9 +36,11 @@ def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
     if isinstance(dataset, (list, tuple)) and dataset and all(isinstance(row, Mapping) for row in dataset):
         dataset = Dataset.from_list([dict(row) for row in dataset])
     if isinstance(dataset, Mapping):
-        raise TypeError(f"{argument} is a dict of data sets; pass one of them, such as {argument}[{next(iter(dataset), 'train')!r}].")
+        one = next(iter(dataset), "train")
+        raise TypeError(f"{argument} is a dict of data sets; pass one of them, such as {argument}[{one!r}].")
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"{argument}={dataset!r} is not a data set. Give a datasets.Dataset or a list of dicts with a key 'prompt'.")
+        raise TypeError(f"{argument}={dataset!r} is not a data set. Give a datasets.Dataset or a list of dicts with a key "
+                        "'prompt'.")
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{argument} has no column 'prompt'.{nearest('prompt', columns)} "
@@ -48,18 +48,20 @@ def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
     if isinstance(dataset, Dataset) and len(dataset) == 0: raise ValueError(f"{argument} has no rows.")
     return dataset
 
+# %% ../../nbs/run/01_inputs.ipynb #4edd4e46
 def first_prompt(dataset): # a string, a list of messages, or None where the columns are not known
     "The first row's prompt."
     return next(iter(dataset))["prompt"] if dataset.column_names is not None else None
 
-# %% ../../nbs/run/01_inputs.ipynb #216180a7
+# %% ../../nbs/run/01_inputs.ipynb #86e9ecad
 def check_tokenizer(tokenizer, # a tokenizer, or a processor that holds one
                     prompt=None, # an example of what it will read
                     ) -> None:
     "Raise `ValueError` where `tokenizer` lacks EOS, pad, or the chat template that `prompt` needs."
     text = getattr(tokenizer, "tokenizer", tokenizer)
     if not callable(getattr(text, "decode", None)):
-        raise TypeError(f"tokenizer={tokenizer!r} is not a tokenizer. Pass the second thing that FastLanguageModel.from_pretrained returns.")
+        raise TypeError(f"tokenizer={tokenizer!r} is not a tokenizer. Pass the second thing that FastLanguageModel.from_pretrained "
+                        "returns.")
     if text.eos_token_id is None:
         raise ValueError("tokenizer has no EOS token (eos_token is None), so no completion would ever end. "
                          "Set tokenizer.eos_token to the token the model ends its answers with.")
@@ -70,7 +72,7 @@ def check_tokenizer(tokenizer, # a tokenizer, or a processor that holds one
         raise ValueError("dataset has chat messages in 'prompt', and tokenizer has no chat template (chat_template is None). "
                          "Set tokenizer.chat_template, or give prompts as strings.")
 
-# %% ../../nbs/run/01_inputs.ipynb #1b931519
+# %% ../../nbs/run/01_inputs.ipynb #9170f039
 def _reward(reward):
     "The function behind one entry of `rewards`."
     if isinstance(reward, str):
@@ -80,23 +82,23 @@ def _reward(reward):
     raise TypeError(f"rewards: {reward!r} is neither a function nor the name of one. "
                     "Give functions, names from grpo_nb.tasks.rewards, or a dict of weights.")
 
-def _weight(name, weight) -> float:
-    "One weight, as a finite float."
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise TypeError(f"rewards: the weight of {name!r} is {weight!r}; it has to be a finite number.")
-    return float(weight)
+def _weight(reward, weight) -> float:
+    "One weight, as a finite float; a `TypeError`, as for everything else that `rewards` cannot be."
+    try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
+    except ValueError as error: raise TypeError(str(error)) from None
 
+# %% ../../nbs/run/01_inputs.ipynb #85fba103
 def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
                   ) -> tuple: # (functions, their weights or None)
     "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
     weights = None
     if isinstance(rewards, Mapping):
-        weights = [_weight(getattr(r, "__name__", r), w) for r, w in rewards.items()]
+        weights = [_weight(reward, weight) for reward, weight in rewards.items()]
         rewards = list(rewards)
     elif isinstance(rewards, str) or callable(rewards): rewards = [rewards]
     elif not isinstance(rewards, (list, tuple)):
-        raise TypeError(f"rewards={rewards!r} is not a reward. Give a function, a name from grpo_nb.tasks.rewards, a list of these, or a dict "
-                        "{reward: weight}.")
+        raise TypeError(f"rewards={rewards!r} is not a reward. Give a function, a name from grpo_nb.tasks.rewards, a list of "
+                        "these, or a dict {reward: weight}.")
     if not rewards: raise ValueError("rewards is empty: give at least one.")
     return [_reward(r) for r in rewards], weights
 
@@ -116,7 +118,7 @@ def check_reward_columns(functions, # the reward functions
             raise ValueError(f"rewards: {getattr(function, '__name__', function)!r} needs {p.name!r}, and the dataset has no such "
                              f"column.{nearest(p.name, columns)} Its columns: {', '.join(map(repr, columns))}.")
 
-# %% ../../nbs/run/01_inputs.ipynb #816bb597
+# %% ../../nbs/run/01_inputs.ipynb #dcc504a1
 def machine_precision() -> dict: # `bf16` and `fp16`, and `use_cpu` where there is nothing else
     "The precision fields of a config for the machine at hand: bf16 on Ampere and later, fp16 on older GPUs, fp32 elsewhere."
     dtype = best_dtype()
@@ -126,7 +128,8 @@ def machine_precision() -> dict: # `bf16` and `fp16`, and `use_cpu` where there 
 
 def _fields(config_class) -> set:
     "The names that `config_class` takes."
-    named = {n for n, p in inspect.signature(config_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    parameters = inspect.signature(config_class).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named | set(getattr(config_class, "__dataclass_fields__", ())) # a patched config has fields beyond its signature
 
 def _from_dict(config, config_class):
@@ -135,11 +138,12 @@ def _from_dict(config, config_class):
     chosen = {} if {"bf16", "fp16", "use_cpu"} & set(config) else machine_precision()
     if chosen:
         name = "bf16" if chosen["bf16"] else "fp16" if chosen["fp16"] else "fp32"
-        say(f"training in {name}{' on the CPU' if 'use_cpu' in chosen else ''}: the config leaves it open, and this machine can do that.")
+        where = " on the CPU" if "use_cpu" in chosen else ""
+        say(f"training in {name}{where}: the config leaves it open, and this machine can do that.")
     defaults = {"output_dir": "grpo_output", "logging_steps": 1, "report_to": "none"}
     return config_class(**{**defaults, **chosen, **config})
 
-# %% ../../nbs/run/01_inputs.ipynb #7dc2c82f
+# %% ../../nbs/run/01_inputs.ipynb #d52f7795
 def make_config(config, # a GRPOConfig, a dict of some of its fields, or None
                 weights=None, # the rewards' weights, or None
                 config_class=None, # None: TRL's GRPOConfig
@@ -151,16 +155,18 @@ def make_config(config, # a GRPOConfig, a dict of some of its fields, or None
         raise TypeError(f"config={config!r} is not a {config_class.__name__}. Give one, a dict of some of its fields, or None.")
     if weights is None: return config
     if config.reward_weights is not None:
-        raise ValueError(f"rewards gives weights {weights} and config gives reward_weights={config.reward_weights}. Give one of the two.")
+        raise ValueError(f"rewards gives weights {weights} and config gives reward_weights={config.reward_weights}. Give one of "
+                         "the two.")
     config = copy.copy(config)
     config.reward_weights = weights
     return config
 
-# %% ../../nbs/run/01_inputs.ipynb #755c07e3
+# %% ../../nbs/run/01_inputs.ipynb #d79908af
 def check_reference(model, # the model of the run
                     config, # its config
                     ) -> None:
     "Raise `ValueError` where `config.beta` needs a reference model and there is nowhere to load one from."
     if not config.beta or hasattr(model, "peft_config") or getattr(model.config, "_name_or_path", None): return
-    raise ValueError(f"config has beta={config.beta}, which needs a reference model, and model was made in memory: there is no path to load it "
-                     "from a second time. Set beta=0, add adapters with FastLanguageModel.get_peft_model(model), or save the model and load it.")
+    raise ValueError(f"config has beta={config.beta}, which needs a reference model, and model was made in memory: there is no "
+                     "path to load it from a second time. Set beta=0, add adapters with FastLanguageModel.get_peft_model(model), "
+                     "or save the model and load it.")

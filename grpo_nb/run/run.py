@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRPORun']
 
-# %% ../../nbs/run/05_run.ipynb #762654d9
+# %% ../../nbs/run/05_run.ipynb #b12cb605
 import contextvars
 import html
 import inspect
@@ -23,15 +23,16 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+# %% ../../nbs/run/05_run.ipynb #65312384
 from ..ground.check import known_arguments
+from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed,
+                                   RunStarted, RunStopped, StepLogged, say)
 from .control import Randomness, Steering, agreed, close_training, write_changes
-from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed, RunStarted,
-                            RunStopped, StepLogged, say)
-from ..tasks.guard import guard
 from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
-                            first_prompt, make_config)
+                                first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
+from ..tasks.guard import guard
 from ..trainers.sampling import LeftSampling, leave_when
 
 # %% ../../nbs/run/05_run.ipynb #fe5a8146
@@ -59,7 +60,7 @@ def _numbers(logs) -> dict: # name to float
     "The metrics of a log that are numbers."
     return {k: float(v) for k, v in logs.items() if isinstance(v, Real) and not isinstance(v, bool)}
 
-# %% ../../nbs/run/05_run.ipynb #9dd3939b
+# %% ../../nbs/run/05_run.ipynb #83f8e022
 def _trainer_arguments(trainer_class) -> set:
     "The arguments that may be passed on to the trainer."
     ours = {"self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks", "kwargs"}
@@ -71,6 +72,22 @@ def _free_reference(model):
     model.delete_adapter("ref")
     say("the model had the reference adapter of an earlier run; this run takes the adapter as it now is for its reference.")
 
+# %% ../../nbs/run/05_run.ipynb #30efcba9
+def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, kwargs) -> dict: # arguments of the trainer
+    "What a run is given, checked before anything is made of it."
+    own_adapter = kwargs.get("peft_config") is not None # the trainer will put one on
+    if not own_adapter: check_model(model)
+    dataset = check_dataset(dataset)
+    if eval_dataset is not None: eval_dataset = check_dataset(eval_dataset, "eval_dataset")
+    check_tokenizer(tokenizer, first_prompt(dataset))
+    functions, weights = check_rewards(rewards)
+    check_reward_columns(functions, dataset.column_names)
+    config = make_config(config, weights)
+    if not own_adapter: check_reference(model, config)
+    return dict(model=model, processing_class=tokenizer, reward_funcs=functions, args=config, train_dataset=dataset,
+                eval_dataset=eval_dataset, **kwargs)
+
+# %% ../../nbs/run/05_run.ipynb #30fbab4a
 class GRPORun(Steering):
     "One GRPO training run; `start` begins it, `events` tells what happens, `history` what was measured."
     def __init__(self,
@@ -89,60 +106,59 @@ class GRPORun(Steering):
                  ):
         if trainer_class is None: from trl import GRPOTrainer as trainer_class
         known_arguments("GRPORun", kwargs, _trainer_arguments(trainer_class))
-        if kwargs.get("peft_config") is None: check_model(model)
-        dataset = check_dataset(dataset)
-        if eval_dataset is not None: eval_dataset = check_dataset(eval_dataset, "eval_dataset")
-        check_tokenizer(tokenizer, first_prompt(dataset))
-        functions, weights = check_rewards(rewards)
-        check_reward_columns(functions, dataset.column_names)
-        config = make_config(config, weights)
-        if kwargs.get("peft_config") is None: check_reference(model, config)
-        guarded = [guard(f, timeout=reward_timeout) for f in functions]
+        given = _checked(model, tokenizer, rewards, dataset, config, eval_dataset, kwargs)
+        given["reward_funcs"] = [guard(function, timeout=reward_timeout) for function in given["reward_funcs"]]
         _free_reference(model)
-
-        super().__init__()
-        self.events = Bus() # what happens, as typed events
-        self.state = "ready" # ready, running, paused, stopped, finished or failed
-        self.result = None # TRL's TrainOutput, once the run has ended without an error
-        self._stop, self._pause, self._thread, self._failure, self._log_due = None, False, None, None, False
-        self._from, self._began_at = None, 0 # the checkpoint it goes on from, and the step
-        self._random, self._new_epoch = None, False # what a checkpoint of the last whole step holds of the random numbers
-        self.checkpoint = None # the folder of the latest checkpoint of this run
-        self._save_asked, self._save_at_stop = False, False
-        self._ended = threading.Event()
-        self.trainer = trainer_class(model=model, processing_class=tokenizer, reward_funcs=guarded, args=config, train_dataset=dataset,
-                                     eval_dataset=eval_dataset, callbacks=[_Listener(self), *callbacks], **kwargs)
-        for shown in () if progress else self._displays(): self.trainer.remove_callback(shown)
+        self._reset()
+        self.trainer = trainer_class(callbacks=[_Listener(self), *callbacks], **given)
+        for shown in () if progress else _displays(self.trainer): self.trainer.remove_callback(shown)
         self._meter = StepMeter(self.trainer)
 
-    def _displays(self) -> list:
-        "The trainer's callbacks that print or draw."
-        from transformers.utils.notebook import NotebookProgressCallback
-        kinds = PrinterCallback, ProgressCallback, NotebookProgressCallback
-        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, kinds)]
+# %% ../../nbs/run/05_run.ipynb #67e8df1f
+def _displays(trainer) -> list:
+    "The trainer's callbacks that print or draw."
+    from transformers.utils.notebook import NotebookProgressCallback
+    kinds = PrinterCallback, ProgressCallback, NotebookProgressCallback
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, kinds)]
 
-    @property
-    def step(self) -> int: # of `total_steps`
-        "Optimiser steps done."
-        return self.trainer.state.global_step
+@patch
+def _reset(self:GRPORun):
+    "A run that has not begun."
+    Steering.__init__(self)
+    self.events = Bus() # what happens, as typed events
+    self.state = "ready" # ready, running, paused, stopped, finished or failed
+    self.result = None # TRL's TrainOutput, once the run has ended without an error
+    self.checkpoint = None # the folder of the latest checkpoint of this run
+    self._stop, self._pause = None, False # what asked for the end, and whether to wait after the step
+    self._save_asked, self._save_at_stop, self._log_due = False, False, False
+    self._thread, self._failure, self._ended = None, None, threading.Event()
+    self._from, self._began_at = None, 0 # the checkpoint it goes on from, and the step
+    self._random, self._new_epoch = None, False # what a checkpoint of the last whole step holds of the random numbers
 
-    @property
-    def total_steps(self) -> int: # 0 before the start
-        "Optimiser steps at which the run is complete."
-        return max(self.trainer.state.max_steps or 0, 0)
+# %% ../../nbs/run/05_run.ipynb #fdfb7d92
+@patch(as_prop=True)
+def step(self:GRPORun) -> int: # of `total_steps`
+    "Optimiser steps done."
+    return self.trainer.state.global_step
 
-    @property
-    def token_values(self) -> bool: # set it at any time; it takes effect at the next step that samples
-        "Whether `CompletionsLogged` has every token's log-prob and entropy; where the trainer has none, that is one more forward a step."
-        return self._meter.token_values
+@patch(as_prop=True)
+def total_steps(self:GRPORun) -> int: # 0 before the start
+    "Optimiser steps at which the run is complete."
+    return max(self.trainer.state.max_steps or 0, 0)
 
-    @token_values.setter
-    def token_values(self, wanted): self._meter.token_values = bool(wanted)
+@patch(as_prop=True)
+def token_values(self:GRPORun) -> bool: # set it at any time; it takes effect at the next step that samples
+    "Whether `CompletionsLogged` has every token's log-prob and entropy; where the trainer has none, that is one more forward."
+    return self._meter.token_values
 
-    @property
-    def _longest_prompt(self) -> int: return self._meter.longest_prompt
+@patch(set_prop=True, nm="token_values")
+def _set_token_values(self:GRPORun, wanted): self._meter.token_values = bool(wanted)
 
-    def _emit(self, kind, **fields): self.events.emit(kind(step=self.step, **fields))
+@patch(as_prop=True)
+def _longest_prompt(self:GRPORun) -> int: return self._meter.longest_prompt
+
+@patch
+def _emit(self:GRPORun, kind, **fields): self.events.emit(kind(step=self.step, **fields))
 
 # %% ../../nbs/run/05_run.ipynb #99e236d5
 @patch(as_prop=True)
@@ -162,10 +178,10 @@ def _logged(self:GRPORun, logs, control):
         self._log_due = False
         self._between_steps(control)
 
-# %% ../../nbs/run/05_run.ipynb #2dd2d905
+# %% ../../nbs/run/05_run.ipynb #224178bb
 @patch
 def _step_begins(self:GRPORun, epoch=False):
-    "Start the step's clock, and keep the random numbers of the last whole step; a checkpoint's are loaded before an epoch's first batch, or before a step."
+    "Start the step's clock, and keep the random numbers where a checkpoint's are loaded: before an epoch, or before a step."
     if epoch or not self._new_epoch: self._random = Randomness()
     self._new_epoch = epoch
     if not epoch: self._meter.step_begins()
@@ -178,6 +194,7 @@ def _step_ended(self:GRPORun, control):
     self._log_due = control.should_log
     if not self._log_due: self._between_steps(control)
 
+# %% ../../nbs/run/05_run.ipynb #57206d8e
 @patch
 def _between_steps(self:GRPORun, control):
     "Do what was asked for; wait while the run is paused; then tell the trainer whether to end."
@@ -196,10 +213,16 @@ def _between_steps(self:GRPORun, control):
         control.should_training_stop = True
         control.should_save = control.should_save or bool(wishes["keep"]) or self._config_saves
 
+# %% ../../nbs/run/05_run.ipynb #ed582900
+@patch
+def _wishes(self:GRPORun) -> dict: # as `agreed` takes them
+    "What is asked of this process."
+    return dict(asked=self.requested, pause=self._pause, stop=self._stop, save=self._save_asked, keep=self._save_at_stop)
+
 @patch
 def _do_what_was_asked(self:GRPORun, saves=False) -> dict: # what all processes agree on
     "Change settings and write a checkpoint, unless the trainer is about to write one (`saves`)."
-    wishes = agreed(self.trainer, dict(asked=self.requested, pause=self._pause, stop=self._stop, save=self._save_asked, keep=self._save_at_stop))
+    wishes = agreed(self.trainer, self._wishes())
     self._change_settings(wishes["asked"])
     if wishes["save"]:
         self._save_asked = False
@@ -211,7 +234,7 @@ def _config_saves(self:GRPORun) -> bool:
     "Whether the config asks for checkpoints."
     return str(getattr(self.trainer.args.save_strategy, "value", "no")) != "no"
 
-# %% ../../nbs/run/05_run.ipynb #555d7668
+# %% ../../nbs/run/05_run.ipynb #593e52d1
 @patch
 def save(self:GRPORun) -> GRPORun: # the run itself
     "Write a checkpoint after the current step; `CheckpointSaved` tells where."
@@ -220,6 +243,7 @@ def save(self:GRPORun) -> GRPORun: # the run itself
     self._wake.set()
     return self
 
+# %% ../../nbs/run/05_run.ipynb #c0f54267
 @patch
 def _save_now(self:GRPORun, then="the run goes on"):
     "Write the checkpoint that was asked for."
@@ -244,13 +268,14 @@ def _saved(self:GRPORun):
     self.checkpoint = str(self._folder)
     self._emit(CheckpointSaved, path=self.checkpoint)
 
-# %% ../../nbs/run/05_run.ipynb #d9ce0bb9
+# %% ../../nbs/run/05_run.ipynb #b20af3b5
 @patch
 def _end(self:GRPORun, state, kind, **fields):
     "Enter a final state and report it."
     self.state = state
     self._emit(kind, **fields)
 
+# %% ../../nbs/run/05_run.ipynb #4b9d5c51
 @patch
 def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
@@ -277,6 +302,7 @@ def _train(self:GRPORun, checkpoint, in_background):
         self.events.drain(1.0) # a listener with a queue gets the end too, unless it hangs
         self._ended.set()
 
+# %% ../../nbs/run/05_run.ipynb #41427f18
 @patch
 def _leaves(self:GRPORun) -> bool:
     "Whether sampling is to be left in the middle."
@@ -320,7 +346,7 @@ def _forget_unfinished(self:GRPORun):
         if hasattr(self.trainer, name): setattr(self.trainer, name, value)
     for metrics in getattr(self.trainer, "_metrics", {}).values(): metrics.clear()
 
-# %% ../../nbs/run/05_run.ipynb #3741cb1a
+# %% ../../nbs/run/05_run.ipynb #bf410a2f
 @patch
 def _reload_adapter(self:GRPORun, folder):
     "Load the trained adapter from a checkpoint that has folders of other adapters."
@@ -338,9 +364,22 @@ def _began(self:GRPORun):
         self._reload_adapter(self._from)
         self._take_up_changes(self._from)
     self._emit(RunStarted, total_steps=self.trainer.state.max_steps)
-    self._change_settings(agreed(self.trainer, dict(asked=self.requested, pause=self._pause, stop=None, save=None, keep=None))["asked"]) # before the start
+    wishes = agreed(self.trainer, self._wishes() | dict(stop=None, save=None, keep=None)) # what was asked for before the start
+    self._change_settings(wishes["asked"])
 
-# %% ../../nbs/run/05_run.ipynb #90e3f73f
+# %% ../../nbs/run/05_run.ipynb #75756391
+_past = {"ready": "not been started", "stopped": "been stopped", "finished": "finished", "failed": "failed"}
+
+@patch
+def _check_startable(self:GRPORun, resume):
+    "Raise `RuntimeError` for a run that goes on or is over."
+    if self.state == "ready" or resume and self.state in ("stopped", "failed"): return
+    where = f"at step {self.step}"
+    if self.state in ("running", "paused"): raise RuntimeError(f"start(): the run is already {self.state}, {where}.")
+    more = "" if self.state == "finished" else " start(resume=True) goes on from its last checkpoint."
+    raise RuntimeError(f"start(): the run has already {_past[self.state]}, {where}.{more} Make a new GRPORun to begin anew.")
+
+# %% ../../nbs/run/05_run.ipynb #f09eb43a
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -349,10 +388,7 @@ def start(self:GRPORun,
     "Begin training; in the background it returns at once, else when the run has ended. Raises `RuntimeError` for a second start."
     in_background = interactive_kernel() if background is None else bool(background)
     with self._lock:
-        if self.state in ("running", "paused"): raise RuntimeError(f"start(): the run is already {self.state}, at step {self.step}.")
-        if self.state != "ready" and (not resume or self.state == "finished"):
-            more = "" if self.state == "finished" else " start(resume=True) goes on from its last checkpoint."
-            raise RuntimeError(f"start(): the run has already {_past[self.state]}, at step {self.step}.{more} Make a new GRPORun to begin anew.")
+        self._check_startable(resume)
         checkpoint = self._checkpoint(resume)
         self.state, self._stop, self._pause, self._failure = "running", None, False, None
         self._save_asked = self._save_at_stop = False
@@ -367,14 +403,13 @@ def start(self:GRPORun,
     self._thread.start()
     return self
 
-_past = {"ready": "not been started", "stopped": "been stopped", "finished": "finished", "failed": "failed"}
-
-# %% ../../nbs/run/05_run.ipynb #fbd7c85e
+# %% ../../nbs/run/05_run.ipynb #5fa8f2ed
 @patch
 def _check_going(self:GRPORun, what):
     "Raise `RuntimeError` unless the run goes on."
     if self.state == "ready": raise RuntimeError(f"{what}(): the run has not been started; call start() first.")
-    if self.state not in ("running", "paused"): raise RuntimeError(f"{what}(): the run has already {_past[self.state]}, at step {self.step}.")
+    if self.state in ("running", "paused"): return
+    raise RuntimeError(f"{what}(): the run has already {_past[self.state]}, at step {self.step}.")
 
 @patch
 def pause(self:GRPORun) -> GRPORun: # the run itself
@@ -386,6 +421,7 @@ def pause(self:GRPORun) -> GRPORun: # the run itself
     self._pause = True
     return self
 
+# %% ../../nbs/run/05_run.ipynb #6cd3d7f4
 @patch
 def resume(self:GRPORun) -> GRPORun: # the run itself
     "Go on after a pause."
@@ -395,11 +431,12 @@ def resume(self:GRPORun) -> GRPORun: # the run itself
     self._wake.set()
     return self
 
+# %% ../../nbs/run/05_run.ipynb #cc96e477
 @patch
 def stop(self:GRPORun,
          save=True, # leave a checkpoint; False: only if the config saves
          ) -> GRPORun: # the run itself
-    "End after the current step, or at once where it is still sampling; `start(resume=True)` goes on from the checkpoint that it leaves."
+    "End after the current step, or at once where it is still sampling; `start(resume=True)` goes on from its checkpoint."
     self._check_going("stop")
     if self._stop: raise RuntimeError("stop(): the run is already about to stop.")
     if save and not self._config_saves:

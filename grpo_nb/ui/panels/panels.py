@@ -236,7 +236,7 @@ def prompt_length(self:HyperparameterPanel) -> int|None: # tokens
 
 
 @patch
-def check(self:HyperparameterPanel) -> list: # of Advice
+def check(self:HyperparameterPanel) -> list: # of Finding
     "What is to be said about these settings."
     return advise(self._base.changed(rewards=self.rewards.choices()), self.loaded, self.prompt_length())
 
