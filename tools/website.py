@@ -1,5 +1,5 @@
-"""The site beside what nbdev makes of it: `python tools/website.py sidebar` writes nbs/sidebar.yml from the folders, `texts` writes llms.txt and
-apilist.txt into the built site. The table of floors is the one that tests/test_project.py asserts."""
+"""The site beside what nbdev makes of it: `python tools/website.py sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that
+got another number, `texts` writes llms.txt and apilist.txt into the built site. The table of floors is the one that tests/test_project.py asserts."""
 import ast
 import json
 import re
@@ -105,11 +105,18 @@ def llms():
     return "\n".join([f"# {ini['name']}", "", f"> {ini['description']}", *lines, ""])
 
 
+def grown(node):
+    "The class that a function is added to by `@patch`, with a dot; an empty string for all others."
+    by = (d.func if isinstance(d, ast.Call) else d for d in node.decorator_list)
+    if not any(getattr(d, "id", "") == "patch" for d in by): return ""
+    return f"{ast.unparse(node.args.args[0].annotation)}."
+
+
 def signature(node):
     "A function's or class's line without its body."
     if isinstance(node, ast.ClassDef): return f"class {node.name}({', '.join(map(ast.unparse, node.bases))})".removesuffix("()")
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"def {node.name}({ast.unparse(node.args)}){returns}"
+    return f"def {grown(node)}{node.name}({ast.unparse(node.args)}){returns}"
 
 
 def public(tree):
@@ -134,13 +141,33 @@ def apilist():
     return "\n".join([*lines, ""])
 
 
+def mended(text, folder):
+    "Text of a page with the links right whose chapter stands where they lead, under another number."
+    def right(match):
+        path = folder / match[1]
+        if path.exists() or not (number := re.match(r"\d+_(.+)", path.name)): return match[0]
+        found = [p for p in path.parent.glob("*.ipynb") if re.fullmatch(rf"\d+_{re.escape(number[1])}", p.name)]
+        return match[0] if len(found) != 1 else match[0].replace(path.name, found[0].name)
+    return re.sub(r"\]\(([\w./]+\.ipynb)", right, text)
+
+
+def mend():
+    "All links of notebooks and texts to chapters."
+    for path in [*(root / "nbs").rglob("*.ipynb"), *root.glob("*.md"), *(root / "benchmarks").glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        if (new := mended(text, path.parent)) == text: continue
+        path.write_text(new, encoding="utf-8")
+        print(path.relative_to(root))
+
+
 def main(name=""):
     if name == "sidebar": (root / "nbs/sidebar.yml").write_text(sidebar(), encoding="utf-8")
     elif name == "texts":
         site = root / "_docs"
         (site / "llms.txt").write_text(llms(), encoding="utf-8")
         (site / "apilist.txt").write_text(apilist(), encoding="utf-8")
-    else: sys.exit(f"FAILED: {name!r} is not a command; there are sidebar, texts")
+    elif name == "links": mend()
+    else: sys.exit(f"FAILED: {name!r} is not a command; there are sidebar, links, texts")
 
 
 if __name__ == "__main__": main(*sys.argv[1:2])
