@@ -1,6 +1,8 @@
 """The site beside what nbdev makes of it: `python tools/website.py sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that
-got another number, `texts` writes llms.txt and apilist.txt into the built site. The table of floors is the one that tests/test_project.py asserts."""
+got another number, `titles` puts each notebook's title into a cell of its own, `texts` writes llms.txt and apilist.txt into the built site. The table of
+floors is the one that tests/test_project.py asserts."""
 import ast
+import hashlib
 import json
 import re
 import sys
@@ -160,6 +162,27 @@ def mend():
         print(path.relative_to(root))
 
 
+def split_title(cells, path):
+    "Cells whose first has the title and its sentence alone: nbdev makes the page's head of that cell, and drops whatever else is in it."
+    text = "".join(cells[0]["source"])
+    head = re.match(r"# [^\n]*\n+(?:> [^\n]*\n*)?", text)
+    if not head or not (rest := text[head.end():].strip("\n")): return cells
+    cut = {**cells[0], "id": hashlib.sha1(f"{path} title".encode()).hexdigest()[:8], "source": head[0].strip("\n").splitlines(keepends=True)}
+    return [cut, {**cells[0], "source": rest.splitlines(keepends=True)}, *cells[1:]]
+
+
+def titles(write=False):
+    "The notebooks whose first cell holds more than a title; `write` splits it."
+    found = []
+    for path in sorted((root / "nbs").rglob("[!.]*.ipynb")):
+        notebook, name = json.loads(path.read_text(encoding="utf-8")), path.relative_to(root).as_posix()
+        cells = split_title(notebook["cells"], name)
+        if len(cells) == len(notebook["cells"]): continue
+        found.append(name)
+        if write: path.write_text(json.dumps({**notebook, "cells": cells}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
 def main(name=""):
     if name == "sidebar": (root / "nbs/sidebar.yml").write_text(sidebar(), encoding="utf-8")
     elif name == "texts":
@@ -167,7 +190,8 @@ def main(name=""):
         (site / "llms.txt").write_text(llms(), encoding="utf-8")
         (site / "apilist.txt").write_text(apilist(), encoding="utf-8")
     elif name == "links": mend()
-    else: sys.exit(f"FAILED: {name!r} is not a command; there are sidebar, links, texts")
+    elif name == "titles": print(*titles(write=True), sep="\n")
+    else: sys.exit(f"FAILED: {name!r} is not a command; there are sidebar, links, titles, texts")
 
 
 if __name__ == "__main__": main(*sys.argv[1:2])
