@@ -177,7 +177,8 @@ def test_what_a_page_names_is_there(name):
 
 
 def test_the_map_leaves_no_chapter_out_and_names_what_is_there():
-    assert {f"{chapter}.ipynb" for chapter in drawn_chapters()} <= set(links_of("nbs/map.ipynb")), "run nbs/map.ipynb again"
+    chapters = {path.relative_to(root / "nbs").as_posix() for f in FLOORS for path in (root / "nbs" / f).glob("*.ipynb")}
+    assert chapters <= set(links_of("nbs/map.ipynb")), "run nbs/map.ipynb again"
     text = "".join("".join(c["source"]) for c in json.loads((root / "nbs/map.ipynb").read_text(encoding="utf-8"))["cells"])
     known = {name: path.read_text(encoding="utf-8") for name, path in modules()}
     for dotted in re.findall(r"`(\w+(?:\.\w+)+)`", text):
@@ -185,6 +186,3 @@ def test_the_map_leaves_no_chapter_out_and_names_what_is_there():
         if dotted in known or dotted.replace(".", "/") in FLOORS: continue
         module, _, name = dotted.rpartition(".")
         assert re.search(rf"^\s*(?:def |class )?{name}\b", known[module], re.M), dotted
-
-
-def drawn_chapters(): return [path.relative_to(root / "nbs").with_suffix("").as_posix() for f in FLOORS for path in (root / "nbs" / f).glob("*.ipynb")]

@@ -85,7 +85,8 @@ def docs():
     import website
     import yaml
 
-    if lost := website.titles(): fail(f"the site would lose text that shares a cell with the title of {', '.join(lost)}: python tools/website.py titles")
+    if lost := website.titles():
+        fail(f"the site would lose what shares a cell with the title of {', '.join(lost)}: run `python tools/website.py titles`")
     found = pages()
     notebooks = {source: page for page, (source, _) in found.items()}
     if not isinstance(yaml.safe_load((root / "nbs/_quarto.yml").read_text()), dict): fail("nbs/_quarto.yml is not a mapping")

@@ -1,6 +1,8 @@
-"""The site beside what nbdev makes of it: `python tools/website.py sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that
-got another number, `titles` puts each notebook's title into a cell of its own, `texts` writes llms.txt and apilist.txt into the built site. The table of
-floors is the one that tests/test_project.py asserts."""
+"""The site beside what nbdev makes of it: `python tools/website.py sidebar | links | titles | texts`.
+
+`sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that got another number, `titles` puts each notebook's title
+into a cell of its own, `texts` writes llms.txt and apilist.txt into the built site. The table of floors is the one that
+tests/test_project.py asserts."""
 import ast
 import hashlib
 import json
@@ -27,8 +29,10 @@ def floors():
 def chapters(folder):
     "A folder's notebooks, in their order, as paths below nbs/."
     known = ORDER.get(folder, ())
-    paths = sorted((root / "nbs" / folder).glob("*.ipynb"), key=lambda p: (known.index(p.stem) if p.stem in known else len(known), p.name))
-    return [p.relative_to(root / "nbs").as_posix() for p in paths]
+
+    def place(path): return known.index(path.stem) if path.stem in known else len(known), path.name
+
+    return [p.relative_to(root / "nbs").as_posix() for p in sorted((root / "nbs" / folder).glob("*.ipynb"), key=place)]
 
 
 def heading(path):
@@ -163,12 +167,13 @@ def mend():
 
 
 def split_title(cells, path):
-    "Cells whose first has the title and its sentence alone: nbdev makes the page's head of that cell, and drops whatever else is in it."
+    "Cells whose first has the title and its sentence alone: nbdev makes the page's head of it, and drops whatever else is in it."
     text = "".join(cells[0]["source"])
     head = re.match(r"# [^\n]*\n+(?:> [^\n]*\n*)?", text)
     if not head or not (rest := text[head.end():].strip("\n")): return cells
-    cut = {**cells[0], "id": hashlib.sha1(f"{path} title".encode()).hexdigest()[:8], "source": head[0].strip("\n").splitlines(keepends=True)}
-    return [cut, {**cells[0], "source": rest.splitlines(keepends=True)}, *cells[1:]]
+    number = hashlib.sha1(f"{path} title".encode()).hexdigest()[:8]
+    title = {**cells[0], "id": number, "source": head[0].strip("\n").splitlines(keepends=True)}
+    return [title, {**cells[0], "source": rest.splitlines(keepends=True)}, *cells[1:]]
 
 
 def titles(write=False):
@@ -190,7 +195,7 @@ def main(name=""):
         (site / "llms.txt").write_text(llms(), encoding="utf-8")
         (site / "apilist.txt").write_text(apilist(), encoding="utf-8")
     elif name == "links": mend()
-    elif name == "titles": print(*titles(write=True), sep="\n")
+    elif name == "titles": print("\n".join(titles(write=True)) or "every title has a cell of its own")
     else: sys.exit(f"FAILED: {name!r} is not a command; there are sidebar, links, titles, texts")
 
 
