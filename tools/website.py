@@ -1,7 +1,7 @@
 """The site beside what nbdev makes of it: `python tools/website.py sidebar | links | titles | texts`.
 
-`sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that got another number, `titles` puts each notebook's title
-into a cell of its own, `texts` writes llms.txt and apilist.txt into the built site. The table of floors is the one that
+`sidebar` writes nbs/sidebar.yml from the folders, `links` mends links to chapters that got another number, `titles` puts each
+title into a cell of its own, `texts` writes llms.txt and apilist.txt into the built site. The table of floors is the one that
 tests/test_project.py asserts."""
 import ast
 import hashlib
