@@ -1,11 +1,11 @@
-"""What it costs to cut one optimiser step into micro-batches, for the trainers whose packs are those of one micro-batch.
+"""What it costs to cut one optimiser step into micro-batches, for the trainers whose loss is TRL's own code.
 
     python benchmarks/accumulation.py
     python benchmarks/accumulation.py --device cuda --model qwen2.5-3b --lora 64 --prompts 16
 
 The rows of each case of `preference.py` and `supervised.py`, as one micro-batch and as four, stock and patched in turns: seconds of all forwards
-and backwards (on a CPU the process's own), medians. "cut" is what four micro-batches cost for each second that one costs. GRPO and RLOO pack
-a whole window, so they are not here; why the others do not is in the chapter on the window.
+and backwards (on a CPU the process's own), medians. "cut" is what four micro-batches cost for each second that one costs. GRPO and RLOO are
+in `grpo-nb bench step`.
 """
 import argparse
 import json
@@ -34,6 +34,17 @@ def batches(case, shape, parts, device):
     return [one(seed) for seed in range(parts)]
 
 
+def optimiser_step(trainer, given, device) -> None:
+    "As transformers' loop: all batches are taken from the loader, and then trained on one after the other."
+    found, items = trainer.get_batch_samples(iter(given), len(given), device)
+    trainer.current_gradient_accumulation_steps = len(found)
+    for i, batch in enumerate(found):
+        trainer.accelerator.gradient_state._set_sync_gradients(i == len(found) - 1)
+        trainer.training_step(trainer.model, batch, items)
+    trainer.state.global_step += 1
+    trainer.model.zero_grad()
+
+
 def measure(case, shape, device, repeats):
     clock = time.process_time if device == "cpu" else time.perf_counter
     seconds = {(kind, parts): [] for kind in ("trl", "grpo_nb") for parts in (1, 4)}
@@ -45,7 +56,7 @@ def measure(case, shape, device, repeats):
                 with nullcontext() if kind == "trl" else PatchSet(case.patches()):
                     if device == "cuda": torch.cuda.synchronize()
                     start = clock()
-                    for batch in steps[parts]: preference.step(trainer, batch)
+                    optimiser_step(trainer, steps[parts], device)
                     if device == "cuda": torch.cuda.synchronize()
                     if turn: seconds[kind, parts].append(clock() - start)
     return {key: statistics.median(values) for key, values in seconds.items()}

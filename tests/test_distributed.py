@@ -8,3 +8,6 @@ def test_two_processes(kind): assert f"{kind}: gradients agree" in in_two_proces
 
 
 def test_a_run_in_two_processes(tmp_path): assert "the processes agree" in in_two_processes("run_script.py", tmp_path)
+
+
+def test_micro_batches_in_one_forward(tmp_path): assert in_two_processes("joint_script.py", tmp_path).count("joint forwards agree") == 4

@@ -96,9 +96,7 @@ def packs(self:PackedStep, batch:RolloutBatch,
 @patch
 def laid(self:PackedStep, batch:RolloutBatch, layout:Layout, keep:Tensor|None=None) -> list: # of Pack, on the CPU
     "The same before they go to the device."
-    kind = attention_kind(self.model)
-    together = TOGETHER if kind == "dense" and self.how.max_tokens is None else None # what a user asks for is taken as it is
-    return lay_out(batch, layout, self.budget, self.pack_count(), keep, kind, together)
+    return lay_out(batch, layout, self.budget, self.pack_count(), keep, attention_kind(self.model), self.together)
 
 
 @patch
@@ -111,6 +109,18 @@ def kind(self:PackedStep, layout:Layout) -> str:
 def budget(self:PackedStep) -> int:
     "Positions a pack may hold."
     return self.how.max_tokens or default_budget(self.device)
+
+
+@patch(as_prop=True)
+def together(self:PackedStep) -> int|None: # None: up to the budget
+    "Positions up to which different prompts share a pack; what a user asks for is taken as it is."
+    return TOGETHER if attention_kind(self.model) == "dense" and self.how.max_tokens is None else None
+
+
+@patch(as_prop=True)
+def room(self:PackedStep) -> int:
+    "Positions of rows with nothing in common that one pack takes."
+    return min(self.budget, self.together or self.budget)
 
 
 @patch

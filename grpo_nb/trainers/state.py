@@ -39,12 +39,19 @@ class TrainerState:
     sampled: tuple = (None, None, -1) # the buffer that was sampled last, in which run, at which of its optimiser steps
     corrections: list = field(default_factory=list) # of the sampler's log-probs, collected over a generation batch
     window: object = None # the micro-batches that were packed together, until the last of them has its loss
+    coming: list|None = None # the batches of the optimiser step, where the loop has taken them from the loader ahead
+    present: object = None # the batch that is trained on, as the loop has it
+    joint: dict = field(default_factory=dict) # what one forward has found for several micro-batches
     run: object = None # transformers' state of the run that the next three belong to
     at: int = -1 # the optimiser step of the run
     micro: int = 0 # micro-batches of it so far
     inside: bool = False # whether TRL's own `training_step` is running
     layout: tuple|None = None # the latest answer of `layout_of`, and what it was asked for
     clock: tuple|None = None # when the present loss began, and completion tokens since
+
+    def restart(self):
+        "The next micro-batch is the first of an optimiser step."
+        self.micro, self.window, self.joint, self.present = 0, None, {}, None
 
 
 vllm_engines = WeakKeyDictionary() # TRL's `VLLMGeneration` to our engine that samples in its place
@@ -63,15 +70,18 @@ def micro_batch(trainer):
     state = state_of(trainer)
     if state.run is not trainer.state or state.at != trainer.state.global_step:
         if state.run is not trainer.state: state.layout = None
-        state.run, state.at, state.micro, state.window = trainer.state, trainer.state.global_step, 0, None
+        state.run, state.at = trainer.state, trainer.state.global_step
+        state.restart()
     state.inside, state.clock, state.before = True, None, getattr(trainer, "_buffered_inputs", None)
     try: yield state
     except BaseException:
-        state.micro, state.window = 0, None
+        state.restart()
         raise
     finally: state.inside = False
     state.micro += 1
-    if trainer.accelerator.sync_gradients: state.micro, state.window = 0, None
+    if trainer.accelerator.sync_gradients:
+        state.restart()
+        state.coming = None
 
 
 def started(trainer, tokens:int) -> None:
