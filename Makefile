@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme docs clean setup
+.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -105,8 +105,13 @@ export: setup
 readme: setup
 	$(BIN)/python tools/checks.py readme --write
 
+sidebar: setup
+	$(BIN)/python tools/website.py sidebar
+
+# The pages into _docs/, and beside them llms.txt and apilist.txt for those who read by program.
 docs: setup
 	$(BIN)/nbdev-docs
+	$(BIN)/python tools/website.py texts
 
 clean:
 	rm -rf _proc _docs build dist demo *.egg-info

@@ -1,5 +1,7 @@
 """The project's own files: metadata from settings.ini, layers, the public face."""
 import ast
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -162,3 +164,35 @@ def test_import_is_light():
     "`import grpo_nb` loads neither torch nor TRL: the command line answers at once."
     code = "import sys, grpo_nb; print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def links_of(name):
+    "Where a page or a text of the project leads to: its Markdown's links and those of the HTML that it has drawn."
+    text = (root / name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        drawn = [o["data"].get("text/html", "") for c in cells for o in c.get("outputs", []) if "data" in o]
+        text = "\n".join("".join(part) for part in (*(c["source"] for c in cells if c["cell_type"] == "markdown"), *drawn))
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'href="([^"]+)"', text)
+
+
+@pytest.mark.parametrize("name", ["nbs/map.ipynb", "nbs/glossary.ipynb", "CONTRIBUTING.md"])
+def test_what_a_page_names_is_there(name):
+    "Every file that the map, the glossary and CONTRIBUTING lead to exists, and every dotted name of ours in the map."
+    ours = "https://github.com/grpo-nb/grpo_nb/blob/main/"
+    for link in links_of(name):
+        path = link.partition("#")[0]
+        if path.startswith(ours): assert (root / path.removeprefix(ours)).exists(), link
+        elif path and ":" not in path: assert (root / name).parent.joinpath(path).exists(), link
+
+
+def test_the_map_leaves_no_chapter_out_and_names_what_is_there():
+    chapters = {path.relative_to(root / "nbs").as_posix() for f in FLOORS for path in (root / "nbs" / f).glob("*.ipynb")}
+    assert chapters <= set(links_of("nbs/map.ipynb")), "run nbs/map.ipynb again"
+    text = "".join("".join(c["source"]) for c in json.loads((root / "nbs/map.ipynb").read_text(encoding="utf-8"))["cells"])
+    known = {name: path.read_text(encoding="utf-8") for name, path in modules()}
+    for dotted in re.findall(r"`(\w+(?:\.\w+)+)`", text):
+        if dotted.split(".")[0] not in FLOORS and dotted.split(".")[0] not in ("ops", "ui"): continue
+        if dotted in known or dotted.replace(".", "/") in FLOORS: continue
+        module, _, name = dotted.rpartition(".")
+        assert re.search(rf"^\s*(?:def |class )?{name}\b", known[module], re.M), dotted

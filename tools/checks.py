@@ -83,12 +83,13 @@ def pages():
 
 def docs():
     "Every notebook becomes a page that pandoc converts, stands in the sidebar, and links only to what exists."
+    import website
     import yaml
 
+    if lost := website.titles():
+        fail(f"the site would lose what shares a cell with the title of {', '.join(lost)}: run `python tools/website.py titles`")
     found = pages()
     notebooks = {source: page for page, (source, _) in found.items()}
-    config = yaml.safe_load((root / "nbs/nbdev.yml").read_text(encoding="utf-8"))
-    site = config["website"].get("site-url", "").rstrip("/")
     if not isinstance(yaml.safe_load((root / "nbs/_quarto.yml").read_text()), dict): fail("nbs/_quarto.yml is not a mapping")
     if not (root / "nbs/_quarto.yml").is_symlink(): fail("nbs/_quarto.yml should be a link to the root's file")
 
@@ -99,8 +100,10 @@ def docs():
                 if "href" in item: yield item["href"]
                 yield from entries(item.get("contents", []))
 
-    sidebar = yaml.safe_load((root / "nbs/sidebar.yml").read_text(encoding="utf-8"))
-    listed = set(entries(sidebar["website"]["sidebar"]["contents"]))
+    text = (root / "nbs/sidebar.yml").read_text(encoding="utf-8")
+    if text != website.sidebar(): fail("nbs/sidebar.yml is not what the folders say: run `make sidebar`")
+    config = yaml.safe_load(text)["website"]
+    site, listed = config["site-url"], set(entries(config["sidebar"]["contents"]))
     problems = [f"not in the sidebar: {name}" for name in sorted(notebooks.keys() - listed)]
     problems += [
         f"in the sidebar without a notebook: {name}" for name in sorted(listed - notebooks.keys()) if name.endswith(".ipynb")

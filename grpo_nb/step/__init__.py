@@ -1,0 +1,1 @@
+"""The packed step: a model, an Accelerator and a few numbers; no trainer."""
