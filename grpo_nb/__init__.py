@@ -19,6 +19,7 @@ _public = {
     "GRPORun": ("grpo_nb.run.run", "GRPORun"),
     "rewards": ("grpo_nb.tasks.rewards", None),
     "tasks": ("grpo_nb.tasks.library", None),
+    "doctor": ("grpo_nb.advice.doctor", "doctor"),
     "studio": ("grpo_nb.ui.studio.studio", "studio"),
 }
 __all__ = list(_public)
