@@ -42,7 +42,7 @@ class Bare:
 
     def run(self, base, *args, **kwargs): return self.make()
 
-# %% ../../nbs/step/02_forward.ipynb #77d19137
+# %% ../../nbs/step/02_forward.ipynb #66d02f9d
 BY, FUSED = "step.forward", "ops.fuse" # under these names `patch.objects` lists the changes
 
 
@@ -56,14 +56,15 @@ def install(model:nn.Module # possibly wrapped
     "Let the model answer `pack=`, and attach the fused forms of its layers; doing it twice is the same as once."
     base = causal_lm(model)
     if not installed(base): fuse(base)
-    wrap(base, "forward", answer, why="reads log-probs from packs, where all that hangs on the model's forward sees an ordinary call", by=BY)
+    why = "reads log-probs from packs, where all that hangs on the model's forward sees an ordinary call"
+    wrap(base, "forward", answer, why=why, by=BY)
 
 
 def installed(model:nn.Module) -> bool:
     "Whether the model answers `pack=`."
     return any(change.by == BY for change in objects(causal_lm(model)))
 
-
+# %% ../../nbs/step/02_forward.ipynb #71af6756
 def uninstall(model:nn.Module) -> None:
     "Take the keyword and the fused forms away again; the keyword stays where something has wrapped the forward since."
     base = causal_lm(model)
@@ -75,7 +76,7 @@ def uninstall_all() -> None:
     "`uninstall` for every model that is still there."
     for by in (BY, FUSED): restore_all(by=by)
 
-# %% ../../nbs/step/02_forward.ipynb #d8ec35ae
+# %% ../../nbs/step/02_forward.ipynb #f10dcc8b
 def attention_kind(model:nn.Module # possibly wrapped
                    ) -> str: # "flex" or "dense"
     "Which form of the tree mask this model's device takes."
@@ -87,7 +88,7 @@ def inside_ddp(model:nn.Module) -> nn.Module:
     "The model itself, or what DDP has wrapped."
     return model.module if hasattr(model, "reducer") else model
 
-
+# %% ../../nbs/step/02_forward.ipynb #a5afaa44
 def run_pack(model:nn.Module, # as the trainer holds it, wrapped
              pack:Pack, # on the model's device
              head:HeadSettings|None, # None for a reader that needs none
@@ -101,13 +102,13 @@ def run_pack(model:nn.Module, # as the trainer holds it, wrapped
     else: given = dict(position_ids=pack.position_ids, attention_mask=masks_for(causal_lm(model).config, pack, kind=kind))
     with tree(model, kind): return call.exact.arrive(inside_ddp(model)(input_ids=pack.input_ids, **given, pack=call))
 
-
+# %% ../../nbs/step/02_forward.ipynb #c83b4389
 standing = set() # (id of a model, kind) whose context is open: entering it walks through all modules
 
 
 @contextmanager
 def tree(model, kind):
-    "The fused forms of the layers, and the attention that reads a tree mask, for the time of a forward or a backward, or of several."
+    "The fused layers and the attention that reads a tree mask, for the time of a forward or a backward, or of several."
     base = causal_lm(model)
     key = id(base), kind
     if key in standing: return (yield)

@@ -33,14 +33,14 @@ class How:
     max_tokens: int|None = None # positions a pack may hold; None: the device's default
     n_packs: int|None = None # that many packs in place of a budget
 
-
+# %% ../../nbs/step/05_packed.ipynb #f1820a3b
 class Packs(list):
     "The packs of one batch, on the model's device."
     def __init__(self, packs, shape:tuple, kind:str, every:list|None=None):
         super().__init__(packs)
         self.shape, self.kind = shape, kind # (B, C) of the batch; "flex", "dense" or "padded"
         self.rows = [p.rows.tolist() for p in packs] # of the batch, pack by pack; made while they lie on the CPU
-        self.every = every # of each pack: row, column and position of all its tokens, (K,) long each, where a reader has values for all
+        self.every = every # of each pack, where a reader has values for all tokens: their row, column and position, (K,) long each
 
     def to(self, device) -> "Packs":
         "The same packs on a device."
@@ -56,7 +56,7 @@ class Packs(list):
     @property
     def positions(self) -> int: return sum(p.input_ids.numel() for p in self) # padding included
 
-
+# %% ../../nbs/step/05_packed.ipynb #d0be0dab
 class PackedStep:
     "Runs a model on packs; see the table above."
     def __init__(self, model:nn.Module, # as whoever trains it holds it: wrapped
@@ -76,7 +76,7 @@ class PackedStep:
         "The precision that is in force, or else the Accelerator's."
         return self.accelerator.autocast() if self.cast is None else torch.autocast(self.device.type, self.cast)
 
-# %% ../../nbs/step/05_packed.ipynb #c3b8508b
+# %% ../../nbs/step/05_packed.ipynb #5255e9c4
 @patch
 def layout(self:PackedStep, extras:tuple=(), # names of the batch's other inputs
            router_loss:bool=False) -> Chosen:
@@ -98,7 +98,7 @@ def laid(self:PackedStep, batch:RolloutBatch, layout:Layout, keep:Tensor|None=No
     "The same before they go to the device."
     return lay_out(batch, layout, self.budget, self.pack_count(), keep, attention_kind(self.model), self.together)
 
-
+# %% ../../nbs/step/05_packed.ipynb #52b04e7e
 @patch
 def kind(self:PackedStep, layout:Layout) -> str:
     "The form of mask: 'flex', 'dense' or 'padded'."
@@ -122,14 +122,14 @@ def room(self:PackedStep) -> int:
     "Positions of rows with nothing in common that one pack takes."
     return min(self.budget, self.together or self.budget)
 
-
+# %% ../../nbs/step/05_packed.ipynb #b3b4ec2a
 @patch
 def pack_count(self:PackedStep) -> int|None: # None: as many as the budget needs
     "How many packs there have to be."
     if not torch.is_grad_enabled(): return self.how.n_packs
     if fsdp1(self.model):
-        say("FSDP's first version reduces gradients once a forward: the batch is one pack, whatever max_tokens_per_pack says. FSDP2 (fsdp_version=2) "
-            "takes several.")
+        say("FSDP's first version reduces gradients once a forward: the batch is one pack, whatever max_tokens_per_pack says. "
+            "FSDP2 (fsdp_version=2) takes several.")
         return 1
     if self.one_graph and reentrant(self.model):
         say("reentrant gradient checkpointing gives DeepSpeed a gradient for every forward of a layer: the batch is one pack, "
@@ -137,7 +137,7 @@ def pack_count(self:PackedStep) -> int|None: # None: as many as the budget needs
         return 1
     return self.how.n_packs
 
-# %% ../../nbs/step/05_packed.ipynb #45a6419e
+# %% ../../nbs/step/05_packed.ipynb #8d6e6f80
 @patch(as_prop=True)
 def one_graph(self:PackedStep) -> bool:
     "Whether all packs must be in one graph."
@@ -154,7 +154,7 @@ def gathers_weights(self:PackedStep) -> bool:
     plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
     return fsdp1(self.model) or fsdp2(self.model) or (plugin is not None and plugin.zero_stage == 3)
 
-
+# %% ../../nbs/step/05_packed.ipynb #cf9ac2d6
 @patch
 def even(self:PackedStep, packs:Packs) -> Packs:
     "The packs, and as many packs of padding before them as it takes for every rank to run the same number."
@@ -169,7 +169,7 @@ def idle(device, kind) -> Pack:
     pack = filler(device=device)
     return replace(pack, segment=torch.ones_like(pack.segment)) if kind == "padded" else pack
 
-# %% ../../nbs/step/05_packed.ipynb #ad35bb3a
+# %% ../../nbs/step/05_packed.ipynb #debfccca
 def fsdp2(model:nn.Module) -> bool:
     "Whether `fully_shard` has been called on a model."
     return hasattr(model, "set_requires_gradient_sync")
@@ -182,10 +182,11 @@ def fsdp1(model:nn.Module) -> bool:
 
 def reentrant(model:nn.Module) -> bool:
     "Whether a layer is checkpointed with a backward inside the backward."
-    calls = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    calls = [getattr(m, "_gradient_checkpointing_func", None) for m in layers]
     return any(getattr(call, "keywords", {}).get("use_reentrant", True) for call in calls if call is not None)
 
-
+# %% ../../nbs/step/05_packed.ipynb #2866b106
 @patch(as_prop=True)
 def parameters(self:PackedStep) -> list:
     "The model's trainable parameters; found once, for a large model has thousands of modules."
@@ -199,7 +200,7 @@ def collector(self:PackedStep) -> Gradients:
     if "through" not in self.known: self.known["through"] = fsdp2(self.model) or reentrant(self.model) or was_asked(self.model)
     return Gradients(self.parameters, self.device, self.known["through"])
 
-# %% ../../nbs/step/05_packed.ipynb #257b294e
+# %% ../../nbs/step/05_packed.ipynb #aa701e65
 PLACED = ("log_probs", "entropy", "scores", "top1", "mean_logits", "log_sum_sq_probs") # what has a value a target
 
 
@@ -220,7 +221,7 @@ def score(self:PackedStep, packs:Packs, read=LogProbs(), # a reader
         for i, pack in enumerate(even): place(found, self.run(pack, read, packs.kind), even, i)
     return Output(**found)
 
-
+# %% ../../nbs/step/05_packed.ipynb #6479f9c3
 def place(found:dict, out:Output, packs:Packs, i:int) -> None:
     "Put pack `i`'s values at their places in the batch."
     pack = packs[i]
@@ -315,7 +316,7 @@ def hold(context) -> None:
     context.__enter__()
     torch.autograd.Variable._execution_engine.queue_callback(lambda: context.__exit__(None, None, None))
 
-# %% ../../nbs/step/05_packed.ipynb #dd3b397b
+# %% ../../nbs/step/05_packed.ipynb #2caf8b47
 @patch
 def replay(self:PackedStep, packs:Packs, read=LogProbs()) -> Output: # of the batch's shape
     "All packs put together, with a gradient; one pack is alive at a time."
@@ -326,11 +327,13 @@ def replay(self:PackedStep, packs:Packs, read=LogProbs()) -> Output: # of the ba
             if value.requires_grad: value.register_hook(lambda grad: hold(tree(self.model, packs.kind)))
         return found
     replayed = Replayed(self, self.even(packs), read)
-    names = [n for n, value in replayed.found.items() if n in replayed.graph]
-    made = self.deliver(tuple(replayed.found[n].detach() for n in names), lambda grads: replayed.backward(dict(zip(names, grads))))
-    return Output(**{**{n: v.detach() for n, v in replayed.found.items()}, **dict(zip(names, made))})
+    names = [n for n in replayed.found if n in replayed.graph]
+    values = {n: value.detach() for n, value in replayed.found.items()}
+    def gradient(grads): return replayed.backward(dict(zip(names, grads)))
+    made = self.deliver(tuple(values[n] for n in names), gradient)
+    return Output(**values | dict(zip(names, made)))
 
-# %% ../../nbs/step/05_packed.ipynb #8a446b36
+# %% ../../nbs/step/05_packed.ipynb #b4a496da
 class Replayed:
     "The packs of one `replay`: scored, the last one with its graph; and run again for their gradients."
     def __init__(self, step:PackedStep, packs:Packs, read):
@@ -341,28 +344,33 @@ class Replayed:
             place(self.found, out, packs, i)
         self.graph = {n: v for n, v in out.items() if n in PLACED and v.requires_grad}
 
-    def backward(self, grads:dict) -> list: # {name: gradient of the batch's shape, or None} -> a gradient a parameter
-        "Each pack's share of the incoming gradient."
-        if self.graph is None: raise RuntimeError("Trying to backward through the graph a second time: pass retain_graph=True to the first backward.")
-        packs, collected, keep = self.packs, self.step.collector(), keeps_graph()
-        grads = {n: g for n, g in grads.items() if g is not None}
-        again = self.read.again() if hasattr(self.read, "again") else self.read
-        with collected, torch.enable_grad():
-            with self.step.quiet(last=len(packs) == 1), tree(self.step.model, packs.kind):
-                self.share(collected, packs[-1], self.graph, grads, retain_graph=keep)
-            if not keep: self.graph = None
-            for i, pack in enumerate(packs[:-1]):
-                with self.step.quiet(last=i == len(packs) - 2):
-                    with same_draws(self.draws, i): out = self.step.run(pack, again, packs.kind)
-                    with tree(self.step.model, packs.kind): self.share(collected, pack, out, grads)
-        return collected.sums
-
-    def share(self, collected, pack, out, grads, **given):
-        "One pack's backward."
-        total = sum((out[n] * gather(pack, g)).sum() for n, g in grads.items() if out.get(n) is not None)
-        if isinstance(total, Tensor): collected.add(total, **given)
+# %% ../../nbs/step/05_packed.ipynb #b05f7937
+@patch
+def backward(self:Replayed, grads:dict) -> list: # {name: gradient of the batch's shape, or None} -> a gradient a parameter
+    "Each pack's share of the incoming gradient."
+    if self.graph is None:
+        raise RuntimeError("Trying to backward through the graph a second time: pass retain_graph=True to the first backward.")
+    packs, collected, keep = self.packs, self.step.collector(), keeps_graph()
+    grads = {n: g for n, g in grads.items() if g is not None}
+    again = self.read.again() if hasattr(self.read, "again") else self.read
+    with collected, torch.enable_grad():
+        with self.step.quiet(last=len(packs) == 1), tree(self.step.model, packs.kind):
+            self.share(collected, packs[-1], self.graph, grads, retain_graph=keep)
+        if not keep: self.graph = None
+        for i, pack in enumerate(packs[:-1]):
+            with self.step.quiet(last=i == len(packs) - 2):
+                with same_draws(self.draws, i): out = self.step.run(pack, again, packs.kind)
+                with tree(self.step.model, packs.kind): self.share(collected, pack, out, grads)
+    return collected.sums
 
 
+@patch
+def share(self:Replayed, collected, pack, out, grads, **given):
+    "One pack's backward."
+    total = sum((out[n] * gather(pack, g)).sum() for n, g in grads.items() if out.get(n) is not None)
+    if isinstance(total, Tensor): collected.add(total, **given)
+
+# %% ../../nbs/step/05_packed.ipynb #a71be943
 def gather(pack:Pack, grad:Tensor) -> Tensor: # (B, C, ...) -> (M, ...)
     "A gradient at a pack's targets."
     return grad[pack.row, pack.column]

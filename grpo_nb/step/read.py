@@ -17,8 +17,8 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.utils import ModelOutput
 
 from ..packs.batch import Pack
-from ..models.unwrap import causal_lm
 from ..ops.head.linear_logprob import compute_dtype, linear_logprob
+from ..models.unwrap import causal_lm
 
 # %% ../../nbs/step/01_read.ipynb #be7230fa
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class LogProbs:
         with weights_of(base) as (weight, bias):
             hidden, target = hidden[pack.predict].to(weight.device), pack.target.to(weight.device)
             outside = torch.autocast(hidden.device.type, enabled=False) if head.fp32_head else nullcontext()
-            with outside: found = linear_logprob(hidden, weight, target, bias=bias, temperature=head.temperature, softcap=head.softcap,
-                                                 logit_scale=head.logit_scale, entropy=self.entropy, fp32_head=head.fp32_head)
+            with outside:
+                found = linear_logprob(hidden, weight, target, bias=bias, temperature=head.temperature, softcap=head.softcap,
+                                       logit_scale=head.logit_scale, entropy=self.entropy, fp32_head=head.fp32_head)
         return Output(*found)
 
-
+# %% ../../nbs/step/01_read.ipynb #4fdcc47d
 @dataclass(frozen=True)
 class Scores:
     "A classification head's values at the positions that `pack.predict` names."
@@ -95,7 +96,7 @@ def gathered(*parameters):
     import deepspeed
     with deepspeed.zero.GatheredParameters(sharded): yield
 
-# %% ../../nbs/step/01_read.ipynb #0fd46c88
+# %% ../../nbs/step/01_read.ipynb #8df25163
 WANTS = ("entropy", "top1", "mean_logits", "log_sum_sq_probs", "row_logits")
 TILE = 2**24 # logits that exist at a time
 
@@ -109,7 +110,8 @@ class Stats:
         "The log-probs as `LogProbs` reads them, the rest from the same hidden states."
         out = LogProbs("entropy" in self.want)(base, hidden, pack, head)
         if out.entropy is not None: out.entropy = out.entropy.detach()
-        with torch.no_grad(), weights_of(base) as (weight, bias): found = statistics(hidden.detach(), weight, bias, pack, head, self.want)
+        with torch.no_grad(), weights_of(base) as (weight, bias):
+            found = statistics(hidden.detach(), weight, bias, pack, head, self.want)
         return Output(out.log_probs, out.entropy, **found)
 
     def again(self):
@@ -138,13 +140,14 @@ def statistics(hidden:Tensor, # (N, H) of all positions
             found["row_logits"] = in_tiles(hidden, weight, bias, none, head, dtype, ("mean_logits",))["mean_logits"]
     return {name: found[name] for name in want if name in found}
 
-# %% ../../nbs/step/01_read.ipynb #e656e82e
+# %% ../../nbs/step/01_read.ipynb #474e37af
 def in_tiles(hidden, weight, bias, target, head, dtype, want) -> dict: # hidden: (M, H), target: (M,); name: (M,)
     "The statistics that need logits, a few tokens at a time."
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     parts, step = {name: [] for name in want}, max(1, TILE // len(weight))
     for first in range(0, max(1, len(hidden)), step):
-        z = F.linear(hidden[first:first + step].to(dtype), weight, bias).to(torch.promote_types(dtype, torch.float32)) * head.logit_scale
+        z = F.linear(hidden[first:first + step].to(dtype), weight, bias)
+        z = z.to(torch.promote_types(dtype, torch.float32)) * head.logit_scale
         if head.softcap is not None: z = head.softcap * torch.tanh(z / head.softcap)
         z = z / head.temperature # (tile, V)
         own = z.gather(1, target[first:first + step, None])[:, 0]
@@ -153,7 +156,7 @@ def in_tiles(hidden, weight, bias, target, head, dtype, want) -> dict: # hidden:
         if "log_sum_sq_probs" in parts: parts["log_sum_sq_probs"].append((2 * z).logsumexp(1) - 2 * z.logsumexp(1))
     return {name: torch.cat(value) for name, value in parts.items()}
 
-# %% ../../nbs/step/01_read.ipynb #0fa18230
+# %% ../../nbs/step/01_read.ipynb #4bbf2e1d
 class Past(torch.autograd.Function):
     "The exact value in place of a rounded one; its gradient is laid aside before it is rounded on the way back."
     @staticmethod
@@ -166,7 +169,7 @@ class Past(torch.autograd.Function):
         ctx.aside.append(grad)
         return grad.to(ctx.dtype), None, None
 
-
+# %% ../../nbs/step/01_read.ipynb #a7fcfe01
 class Exact:
     "Carries values past a wrapper that rounds a model's outputs."
     def leave(self, output:Output) -> Output:
@@ -176,7 +179,8 @@ class Exact:
 
     def arrive(self, output:Output) -> Output:
         "Outside: what was returned, unrounded."
-        if not hasattr(self, "kept"): raise RuntimeError("The model's forward did not read the pack: something has replaced it since `install`.")
+        if not hasattr(self, "kept"):
+            raise RuntimeError("The model's forward did not read the pack: something has replaced it since `install`.")
         return Output(**{name: self.back(value, self.kept[name]) for name, value in output.items()})
 
     def back(self, rounded:Tensor, kept:Tensor) -> Tensor:

@@ -26,10 +26,10 @@ class Rows:
     def batch(self) -> RolloutBatch: # its prompt and completion columns are both the row's
         return RolloutBatch(self.ids, self.prompt, self.ids, self.completion)
 
-
+# %% ../../nbs/step/06_rows.ipynb #5ecdaefb
 def split_rows(input_ids:Tensor, # (B, T)
                attention_mask:Tensor, # (B, T) non-zero at real tokens
-               target_mask:Tensor, # (B, T) non-zero at tokens to score; a row's first real token is predicted by nothing and left out
+               target_mask:Tensor, # (B, T) non-zero at tokens to score; nothing predicts a row's first real token, it is left out
                split:Tensor|None=None, # (B,) column at which the completion starts; None: at the first target
                ) -> Rows:
     "Cut each row at its first target, or earlier targets included at `split`."
@@ -41,11 +41,13 @@ def split_rows(input_ids:Tensor, # (B, T)
     order = real.cumsum(1)
     target = target & real & (order > 1)
     first = torch.where(target, column, ids.shape[1]).amin(1, keepdim=True)
-    if split is not None: first = torch.maximum(split.cpu().long()[:, None], torch.where(order > 1, column, ids.shape[1]).amin(1, keepdim=True))
+    if split is not None:
+        second = torch.where(order > 1, column, ids.shape[1]).amin(1, keepdim=True)
+        first = torch.maximum(split.cpu().long()[:, None], second)
     last = torch.where(target, column, -1).amax(1, keepdim=True)
     return Rows(ids, real & (column < first), real & (column >= first) & (column <= last), target)
 
-# %% ../../nbs/step/06_rows.ipynb #ce19d4a2
+# %% ../../nbs/step/06_rows.ipynb #2cb4d100
 def aim(pack:Pack, # on the CPU
         rows:Rows,
         ) -> Pack: # with `rows.target` as its targets
@@ -65,7 +67,7 @@ def aim(pack:Pack, # on the CPU
         for name, value in found.items(): parts[name].append(value)
     return replace(pack, width=max(map(len, parts["rank"])), **{name: torch.cat(value) for name, value in parts.items()})
 
-
+# %% ../../nbs/step/06_rows.ipynb #f9dfe211
 def places(pack:Pack, # on the CPU, before `aim`
            rows:Rows,
            ) -> tuple: # row, column, position: (K,) long each, for every real token up to a row's last target

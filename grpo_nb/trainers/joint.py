@@ -24,7 +24,8 @@ from ..step.replay import hooked
 from .state import IMAGE_INPUTS, micro_batch, own_methods, state_of
 
 # %% ../../nbs/trainers/06_joint.ipynb #97901ae4
-LOOP = ("training_step", "compute_loss", "_compute_loss", "_prepare_inputs", "get_batch_samples", "_run_epoch", "_inner_training_loop")
+LOOP = ("training_step", "compute_loss", "_compute_loss", "_prepare_inputs", "get_batch_samples", "_run_epoch",
+        "_inner_training_loop")
 
 
 def why_not_together(trainer, step:PackedStep, home:type) -> str: # empty where they may; `home`: TRL's class
@@ -46,7 +47,10 @@ def trls_class(trainer) -> type:
 # %% ../../nbs/trainers/06_joint.ipynb #6ab1b41b
 def joined(jobs:list) -> tuple: # of tensors, as those of one job; None stays None
     "The rows of several jobs below each other."
-    return tuple(None if parts[0] is None else torch.cat(parts) if parts[0].ndim == 1 else below(list(parts)) for parts in zip(*jobs))
+    def one(parts):
+        if parts[0] is None: return None
+        return torch.cat(parts) if parts[0].ndim == 1 else below(parts)
+    return tuple(one(list(parts)) for parts in zip(*jobs))
 
 
 def below(tensors:list) -> Tensor: # (B, T) each, filled with 0 on the right where one is shorter
@@ -74,8 +78,10 @@ class Joint:
                  jobs:list, first:int): # the micro-batches, and the number of the first in the optimiser step
         self.step, self.jobs, self.first, self.taken, self.sums = step, jobs, first, set(), {}
         self.positions = packs.positions / len(jobs) # a micro-batch's part
-        ends = torch.tensor([len(job[0]) for job in jobs]).cumsum(0).tolist()
-        self.places = [(slice(end - len(job[0]), end), slice(job[0].shape[1])) for job, end in zip(jobs, ends)] # its rows and columns
+        self.places, end = [], 0 # of each job: its rows and columns
+        for rows, columns in (job[0].shape for job in jobs):
+            self.places.append((slice(end, end + rows), slice(columns)))
+            end += rows
         self.replayed = Replayed(step, step.even(packs), read) if torch.is_grad_enabled() else None
         self.found = self.replayed.found if self.replayed else dict(step.score(packs, read).items())
         self.graph = list(self.replayed.graph) if self.replayed else []
@@ -89,19 +95,21 @@ def take(self:Joint, micro:int, job:tuple) -> Output:
     k = micro - self.first
     self.taken.add(micro)
     if not equal(job, self.jobs[k]):
-        raise RuntimeError(f"Micro-batch {micro + 1} of the optimiser step was changed after it had been packed together with earlier ones. "
-                           "Change it in a method of the trainer (_prepare_inputs, compute_loss): then each is packed by itself.")
+        raise RuntimeError(f"Micro-batch {micro + 1} of the optimiser step was changed after it had been packed together with "
+                           "earlier ones. Change it in a method of the trainer (_prepare_inputs, compute_loss): then each is "
+                           "packed by itself.")
     own = {name: value[self.places[k]].detach() for name, value in self.found.items()}
     if not self.graph: return Output(**own)
     made = self.step.deliver(tuple(own[n] for n in self.graph), lambda grads: self.arrive(k, dict(zip(self.graph, grads))))
     return Output(**{**own, **dict(zip(self.graph, made))})
 
-
+# %% ../../nbs/trainers/06_joint.ipynb #2b652dc1
 @patch
 def arrive(self:Joint, k:int, grads:dict) -> list: # a gradient a parameter, or None
     "The gradient of one micro-batch's loss with respect to its values."
-    if self.replayed.graph is None: raise RuntimeError("A micro-batch's backward came after that of the optimiser step's last one, which has handed out "
-                                                       "the gradient of all. Run them in the order of their forwards.")
+    if self.replayed.graph is None:
+        raise RuntimeError("A micro-batch's backward came after that of the optimiser step's last one, which has handed out "
+                           "the gradient of all. Run them in the order of their forwards.")
     for name, grad in grads.items():
         if grad is None: continue
         if name not in self.sums: self.sums[name] = torch.zeros_like(self.found[name])
@@ -109,7 +117,7 @@ def arrive(self:Joint, k:int, grads:dict) -> list: # a gradient a parameter, or 
     if k < len(self.jobs) - 1: return [None] * len(self.step.parameters)
     return self.replayed.backward(self.sums)
 
-# %% ../../nbs/trainers/06_joint.ipynb #cc2f7d1f
+# %% ../../nbs/trainers/06_joint.ipynb #43f18db0
 def at_hand(trainer, step:PackedStep, job:tuple, key:tuple) -> tuple: # (Output, positions), or None
     "What an earlier micro-batch's forward has found for this one."
     state = state_of(trainer)
@@ -120,7 +128,7 @@ def at_hand(trainer, step:PackedStep, job:tuple, key:tuple) -> tuple: # (Output,
 def full(step, key) -> tuple: # what one forward answers, and another does not
     return id(step.model), torch.is_grad_enabled(), adapters(step.model), step.how, *key
 
-
+# %% ../../nbs/trainers/06_joint.ipynb #d9c93541
 def begin(trainer, step:PackedStep, job:tuple,
           ahead:Callable, # a prepared batch -> its job, or None where it will take TRL's path
           lay:Callable, # a job -> `Packs`
@@ -137,7 +145,7 @@ def begin(trainer, step:PackedStep, job:tuple,
     held = state.joint[full(step, key)] = Joint(step, packs, read, jobs[:least], state.micro)
     return held.take(state.micro, job), held.positions
 
-# %% ../../nbs/trainers/06_joint.ipynb #a1e38838
+# %% ../../nbs/trainers/06_joint.ipynb #1e4b615b
 def following(trainer, step, job, ahead) -> list|None: # of jobs, this one first; None: the same on all processes
     "What will be asked about the micro-batches that are left, as far as it can be told."
     state = state_of(trainer)
@@ -153,7 +161,7 @@ def following(trainer, step, job, ahead) -> list|None: # of jobs, this one first
         jobs.append(found)
     return jobs
 
-
+# %% ../../nbs/trainers/06_joint.ipynb #a8231805
 def fitting(jobs, lay, room) -> tuple: # how many of the first ones, and their `Packs`
     "As many as fit one pack."
     sizes = torch.stack([(job[1] != 0).sum() for job in jobs]).cumsum(0).tolist() if jobs else []

@@ -20,10 +20,10 @@ from ..step.rows import Rows, aim, places, split_rows
 from .joint import at_hand, begin
 from .state import layout_of, settled, step_of
 
-# %% ../../nbs/trainers/07_tokens.ipynb #47f707f8
+# %% ../../nbs/trainers/07_tokens.ipynb #5a13335e
 @dataclass(frozen=True, eq=False)
 class TokenStats:
-    "What the rows' targets are under a model. Column t is about token t + 1, as TRL's shifted tensors are; 0 where there is no target."
+    "What the rows' targets are under a model."
     log_probs: Tensor # (B, T - 1) fp32, with a gradient where one is wanted
     mask: Tensor # (B, T - 1) bool, the targets
     entropy: Tensor|None = None # (B, T - 1) fp32, no gradient; each of these None where it was not asked for
@@ -37,7 +37,7 @@ class TokenStats:
     @property
     def label_mask(self): return self.mask # TRL's name for it
 
-# %% ../../nbs/trainers/07_tokens.ipynb #31374f3a
+# %% ../../nbs/trainers/07_tokens.ipynb #17d2b1fe
 def layout_for(trainer, step, rows:Rows, given:dict) -> Chosen:
     "The layout of these rows; TRL's path where there is nothing to score. All processes take the same."
     chosen = layout_of(trainer, step, given)
@@ -51,7 +51,7 @@ def packs_of(step, rows:Rows, chosen:Chosen, every:bool) -> Packs: # `every`: al
     spots = [tuple(x.to(step.device) for x in places(pack, rows)) for pack in laid] if every else None
     return Packs([aim(pack, rows) for pack in laid], tuple(rows.ids.shape), step.kind(chosen.layout), spots).to(step.device)
 
-
+# %% ../../nbs/trainers/07_tokens.ipynb #abbe4760
 def token_stats(trainer, # of TRL
                 model:nn.Module, # the policy or a reference, as the trainer holds it
                 input_ids:Tensor, # (B, T) long
@@ -60,7 +60,7 @@ def token_stats(trainer, # of TRL
                 want:tuple=("entropy", "top1"), # out of `WANTS`
                 split:Tensor|None=None, # (B,) column where the completion starts, if targets stand in the prompt too
                 given:dict|None=None, # the model's other inputs (images send the batch to TRL's path)
-                ahead:Callable|None=None, # a later batch -> what will be asked about it: the three tensors and `split`; None: TRL's path
+                ahead:Callable|None=None, # a later batch -> its three tensors and `split`, or None where it takes TRL's path
                 **how, # numbers of the step other than the trainer's, such as `temperature`
                 ) -> TokenStats|None: # None: take TRL's own path; why was said once
     "Log-probs of a batch's targets, and what else is wanted, through packs; with a gradient where gradients are on."
@@ -78,9 +78,10 @@ def token_stats(trainer, # of TRL
     packs = lay(job)
     return shifted(step.replay(packs, Stats(want)), packs.positions, rows)
 
-
+# %% ../../nbs/trainers/07_tokens.ipynb #d04db9ef
 def shifted(found:Output, positions:float, rows:Rows) -> TokenStats:
     "Column t about token t + 1."
     def at(value): return None if value is None else value[:, 1:]
-    return TokenStats(at(found.log_probs), rows.target[:, 1:].to(found.log_probs.device), at(found.entropy), at(found.top1), at(found.mean_logits),
+    mask = rows.target[:, 1:].to(found.log_probs.device)
+    return TokenStats(at(found.log_probs), mask, at(found.entropy), at(found.top1), at(found.mean_logits),
                       at(found.log_sum_sq_probs), found.row_logits, positions)
