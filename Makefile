@@ -39,6 +39,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
 	$(BIN)/python tools/checks.py export
+	$(BIN)/python tools/checks.py cells
 	$(BIN)/python tools/checks.py readme
 	$(BIN)/nbdev-test --n-workers 2 --do-print --skip-folder-re '^([_.].*|ops)$$'
 	$(BIN)/nbdev-test --n-workers 2 --do-print nbs/ops

@@ -285,7 +285,8 @@ def test_methods_stand_under_their_class():
     import inspect
     from importlib import import_module
     from grpo_nb.ui.studio.studio import Studio
-    chapters = dict(panels=("boxes", "rewards", "panels"), lab=("scoring", "probes", "lab"), studio=("controls", "examination", "studio"))
+    chapters = dict(panels=("boxes", "rewards", "panels"), lab=("scoring", "probes", "lab"),
+                    studio=("controls", "examination", "studio"))
     for name in (f"{folder}.{chapter}" for folder, names in chapters.items() for chapter in names):
         module = import_module(f"grpo_nb.ui.{name}")
         public = {n: getattr(module, n) for n in module.__all__}

@@ -1,4 +1,4 @@
-"""Checks that stand beside the tests: `python tools/checks.py export | readme [--write] | docs | demo`."""
+"""Checks that stand beside the tests: `python tools/checks.py export | cells | readme [--write] | docs | demo`."""
 import hashlib
 import json
 import re
@@ -29,6 +29,25 @@ def export():
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed: fail(f"nbdev-export changed {', '.join(changed)}: export and commit the result")
     print(f"export changes nothing ({len(after)} files)")
+
+
+def long_cells(most=25):
+    "`notebook: lines: first line` of each exported cell that is longer; a kernel of Triton is one function and stays whole."
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        name = path.relative_to(root)
+        if any(part[0] in "._" for part in name.parts): continue
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or not re.match(r"\s*#\| *exports?\b", source) or "@triton.jit" in source: continue
+            lines = [line for line in source.splitlines() if not line.startswith("#|")]
+            if len(lines) > most: yield f"{name}: {len(lines)} lines: {next(line for line in lines if line.strip())}"
+
+
+def cells():
+    "An exported cell holds one idea, in at most 25 lines."
+    found = list(long_cells())
+    if found: fail("\n".join([f"{len(found)} exported cells of more than 25 lines: cut them, a word of prose between", *found]))
+    print("exported cells: none of more than 25 lines")
 
 
 def readme_text():
@@ -142,6 +161,6 @@ def demo():
 
 if __name__ == "__main__":
     name, *rest = sys.argv[1:] or [""]
-    known = {"export": export, "readme": readme, "docs": docs, "demo": demo}
+    known = {"export": export, "cells": cells, "readme": readme, "docs": docs, "demo": demo}
     if name not in known: fail(f"{name!r} is not a check; there are {', '.join(known)}")
     known[name](**({"write": True} if "--write" in rest else {}))

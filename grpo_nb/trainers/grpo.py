@@ -227,7 +227,7 @@ def evaluate(self:PolicyLoss) -> None:
             out = self.step.run(pack, LogProbs(), even.kind)
             if n >= 0: self.share(n, out)
 
-# %% ../../nbs/trainers/09_grpo.ipynb #3c4ffe9a
+# %% ../../nbs/trainers/09_grpo.ipynb #a30374ba
 @patch
 def record(self:PolicyLoss, k:int) -> None:
     "A micro-batch's metrics; the packs are counted with the first."
@@ -243,7 +243,7 @@ def deliver(self:PolicyLoss, k:int=0, gradient=None) -> Tensor: # scalar
     if not self.training: return self.values[k]
     return self.step.deliver((self.values[k],), gradient or once(self.collected))[0]
 
-
+# %% ../../nbs/trainers/09_grpo.ipynb #a399f236
 @patch
 def hand_out(self:PolicyLoss, grads) -> list: return once(self.collected)(grads)
 
