@@ -89,7 +89,8 @@ def test_layers(name, path):
     for outside in {i.split(".")[0] for i in imports(name, path)} - {"grpo_nb"}:
         if outside == "trl": assert own in KNOW_TRL, f"{name} imports TRL: only floors 4 and 5 do, and the application"
         if own in LIGHT:
-            assert outside in {*sys.stdlib_module_names, "fastcore"}, f"{name} imports {outside}: not of the standard library, nor fastcore"
+            allowed = {*sys.stdlib_module_names, "fastcore"}
+            assert outside in allowed, f"{name} imports {outside}: the standard library and fastcore only"
 
 
 @pytest.mark.parametrize("path", sorted((package / "step").glob("*.py")), ids=lambda p: p.stem)
