@@ -2279,6 +2279,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.one_graph': ( 'step/packed.html#packedstep.one_graph',
                                                                                    'grpo_nb/step/packed.py'),
+                                     'grpo_nb.step.packed.PackedStep.opened': ( 'step/packed.html#packedstep.opened',
+                                                                                'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.pack_count': ( 'step/packed.html#packedstep.pack_count',
                                                                                     'grpo_nb/step/packed.py'),
                                      'grpo_nb.step.packed.PackedStep.packs': ( 'step/packed.html#packedstep.packs',

@@ -55,6 +55,24 @@ def wanted(trainer, loss_of):
 def named(trainer, grads): return {n: g for (n, p), g in zip(trainer.model.named_parameters(), grads) if g is not None}
 
 
+def test_the_first_pack_of_a_model_is_run_as_all_others_are():
+    "In 16 bits: the fused layers are attached before the first pack, or a fresh adapter would seem to have left its reference."
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    from grpo_nb.packs.batch import RolloutBatch
+    from grpo_nb.step.packed import PackedStep
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).to(torch.bfloat16).train()
+    step = PackedStep(model, Accelerator(cpu=True))
+    packs, seen = step.packs(RolloutBatch.from_inputs(micro_batch(seed=1))), []
+    first, again = step.score(packs).log_probs, step.score(packs).log_probs
+    step.gradients(packs, lambda i, out: seen.append(out.log_probs.detach()) or out.log_probs.sum())
+    assert torch.equal(first, again)
+    assert torch.equal(torch.cat(seen), torch.cat([first[pack.row, pack.column] for pack in packs]))
+
+
 def test_a_loss_that_is_dropped(trainer, loss_of, wanted):
     inputs, _ = wanted
     loss_of(trainer, inputs)

@@ -200,10 +200,17 @@ def collector(self:PackedStep) -> Gradients:
     if "through" not in self.known: self.known["through"] = fsdp2(self.model) or reentrant(self.model) or was_asked(self.model)
     return Gradients(self.parameters, self.device, self.known["through"])
 
-# %% ../../nbs/step/05_packed.ipynb #aa701e65
+# %% ../../nbs/step/05_packed.ipynb #41b5cb2b
 PLACED = ("log_probs", "entropy", "scores", "top1", "mean_logits", "log_sum_sq_probs") # what has a value a target
 
 
+@patch
+def opened(self:PackedStep, kind:str): # a context
+    "The tree's attention and the fused layers for several packs; attached first, so that the very first pack has them too."
+    install(self.model)
+    return tree(self.model, kind)
+
+# %% ../../nbs/step/05_packed.ipynb #3873f101
 @patch
 def run(self:PackedStep, pack:Pack, read, kind:str) -> Output:
     "One pack, under the precision in force."
@@ -217,7 +224,7 @@ def score(self:PackedStep, packs:Packs, read=LogProbs(), # a reader
           ) -> Output: # of the batch's shape: (B, C), (B, C, L) for scores
     "All packs, put together."
     found, even = {}, self.even(packs)
-    with nullcontext() if alive else torch.no_grad(), tree(self.model, packs.kind):
+    with nullcontext() if alive else torch.no_grad(), self.opened(packs.kind):
         for i, pack in enumerate(even): place(found, self.run(pack, read, packs.kind), even, i)
     return Output(**found)
 
@@ -255,7 +262,7 @@ def gradients(self:PackedStep, packs:Packs, loss_of:Callable, read=LogProbs()) -
     first, collected = len(even) - len(packs), self.collector()
     scaler = getattr(self.accelerator, "scaler", None)
     collected.scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-    with collected, torch.enable_grad(), tree(self.model, packs.kind):
+    with collected, torch.enable_grad(), self.opened(packs.kind):
         for n, pack in enumerate(even):
             with self.quiet(last=n == len(even) - 1):
                 out = self.run(pack, read, packs.kind)

@@ -31,7 +31,6 @@ from ..models.load import tokenizer_of
 from ..patch.objects import changing
 
 # %% ../../nbs/trainers/09_grpo.ipynb #b94d5055
-from ..step.forward import tree
 from ..step.layout import Choice, Chosen, Layout
 from ..step.packed import PackedStep
 from ..step.read import LogProbs
@@ -222,7 +221,7 @@ def run(self:PolicyLoss) -> "PolicyLoss":
 def evaluate(self:PolicyLoss) -> None:
     "All packs, where no gradient is wanted."
     even = self.step.even(self.packs)
-    with tree(self.step.model, even.kind):
+    with self.step.opened(even.kind):
         for n, pack in enumerate(even, len(self.packs) - len(even)):
             out = self.step.run(pack, LogProbs(), even.kind)
             if n >= 0: self.share(n, out)
