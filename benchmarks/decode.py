@@ -202,7 +202,7 @@ def plans(recorder, device):
         for n, k, stages, warps, split in itertools.product((32, 64, 128, 256), (64, 128), (3, 4, 6), (4, 8), (1, 2, 3, 4, 6, 8)):
             too_large = (n + chosen.block_s) * k * x.element_size() * stages > skinny.SHARED
             if too_large or split * k > x.shape[1] or (name == "head" and split > 1): continue
-            plan = skinny.Plan(chosen.block_s, n, k, split, warps, stages)
+            plan = skinny.Cut(chosen.block_s, n, k, split, warps, stages)
             def run(x=x, weights=weights, plan=plan): return skinny.skinny(x, weights, plan=plan)
             try: found.append((timed(run, device, rounds=3), plan))
             except Exception as problem: # noqa: BLE001  a cut that does not compile is one of the results

@@ -266,7 +266,7 @@ def test_fuse_is_listed_and_leaves_nothing():
     peft = peft_of(tiny("qwen3"))
     base = peft.get_base_model()
     assert fuse(base) == fuse(base)
-    assert {c.by for c in objects()} == {"ops.fuse"} and sum(c.name == "forward" for c in objects()) >= 14
+    assert {c.by for c in objects()} == {"ops.layer.fuse"} and sum(c.name == "forward" for c in objects()) >= 14
     twin, layer = copy.deepcopy(base), base.model.layers[0].self_attn.q_proj
     layer.forward = wrapped_by_somebody(layer.forward)
     unfuse(base)
@@ -307,9 +307,9 @@ def test_a_meter_leaves_its_trainer_as_it_was():
 def test_a_run_leaves_its_trainer_as_it_was(tmp_path):
     from test_run import make
     run = make(tmp_path, max_steps=1)
-    assert not [c for c in objects(run.trainer) if c.by == "measure"]
+    assert not [c for c in objects(run.trainer) if c.by == "run.measure"]
     run.start(background=False)
-    assert run.state == "finished" and not [c for c in objects(run.trainer) if c.by == "measure"] and run._meter.records
+    assert run.state == "finished" and not [c for c in objects(run.trainer) if c.by == "run.measure"] and run._meter.records
 
 
 def test_accelerates_reset_is_guarded_while_somebody_trains():

@@ -10,7 +10,7 @@ from grpo_nb.ground.events import said
 from grpo_nb.models.load import FastLanguageModel
 from grpo_nb.patch.core import PatchError, look_up
 from grpo_nb.trainers import grpo, patch, seams
-from grpo_nb.step.forward import install, installed, uninstall
+from grpo_nb.step.forward import install, is_installed, uninstall
 
 
 @pytest.fixture
@@ -155,10 +155,10 @@ def test_a_model_is_left_as_it_was(had):
     if had: model.forward = model.forward
     before = dict(model.__dict__)
     install(model)
-    assert installed(model) and model.forward is not before.get("forward")
+    assert is_installed(model) and model.forward is not before.get("forward")
     install(model)
     uninstall(model)
     assert model.__dict__.keys() == before.keys()
     assert model.__dict__.get("forward") is before.get("forward")
-    assert not installed(model)
+    assert not is_installed(model)
     assert torch.isfinite(model(torch.tensor([[3, 4]])).logits).all()

@@ -82,7 +82,7 @@ def test_the_way_to_vllm_is_shared(stock, first):
     "GRPO and RLOO have it in common: it comes with the first of them and goes with the last, whichever that is."
     second = {"grpo": "rloo", "rloo": "grpo"}[first]
     def on(): return {p.is_applied for p in patch.shared_patches("grpo")}
-    def rows(name): return [r.state for r in table.patches(name) if r.patch == "vLLM in this process"]
+    def rows(name): return [r.state for r in table.patch_table(name) if r.patch == "vLLM in this process"]
     assert patch.shared_patches("grpo") is patch.shared_patches("rloo")
     assert on() == {False} and rows("grpo") == ["off"] and not patch.shared_patches("dpo")
     patch.PatchRL(FastLanguageModel)
@@ -135,7 +135,7 @@ def test_renamed_methods_are_all_named(stock, algorithm):
         for cls, name in gone: # some are inherited from transformers' Trainer now; those are not the ones
             assert f"{cls.__name__} has no {name!r}{' of its own' if hasattr(cls, name) else ''}" in str(caught.value)
         names = {p.name for p in patch.patches_of(algorithm) if split(p.target)[1] in {name for _, name in gone}}
-        assert gone and {r.state for r in table.patches(algorithm) if r.patch in names} == {"moved"}
+        assert gone and {r.state for r in table.patch_table(algorithm) if r.patch in names} == {"moved"}
     finally: moved.restore()
     assert seams.trl_version() in str(caught.value) and "known to work with trl 1.12" in str(caught.value)
     patch.PatchFastRL(algorithm)
@@ -192,14 +192,14 @@ def test_an_algorithm_that_is_gone(algorithm, capsys):
     if algorithm == "none": pytest.skip("this TRL has them all")
     with pytest.raises(ValueError, match=rf"{algorithm} is in TRL 1\.12 and 1\.13; this is {seams.trl_version()}"):
         patch.PatchFastRL(algorithm.upper())
-    row, = table.patches(algorithm)
+    row, = table.patch_table(algorithm)
     assert row.state == "not in this TRL" and "1.12 and 1.13" in row.why
 
 
 def test_none_takes_all_that_there_is():
     patch.PatchFastRL()
     assert list(patch.applied) == HERE
-    states = {r.algorithm: r.state for r in table.patches() if r.patch != "inference mode"}
+    states = {r.algorithm: r.state for r in table.patch_table() if r.patch != "inference mode"}
     assert all(states[name] == "on" for name in HERE) and all(states[name] == "not in this TRL" for name in ABSENT)
 
 
@@ -207,7 +207,7 @@ def test_the_table_shows_what_is(capsys):
     from trl import GRPOTrainer
 
     patch.PatchFastRL("grpo")
-    found = table.patches()
+    found = table.patch_table()
     assert {r.algorithm for r in found} == {"objects"} | set(seams.HOMES) | {
         n for n, p in seams.SAMPLERS.items() if seams.has_module(p)
     }
@@ -222,7 +222,7 @@ def test_the_table_shows_what_is(capsys):
     moved = Undo()
     moved.setattr(GRPOTrainer, "_compute_loss", lambda self: None)
     try:
-        row = next(r for r in table.patches("grpo") if r.target == "GRPOTrainer._compute_loss")
+        row = next(r for r in table.patch_table("grpo") if r.target == "GRPOTrainer._compute_loss")
         assert row.state == "moved" and "stands there now" in row.why
         assert table.main(SimpleNamespace(json=True, algorithm="grpo")) == 1
     finally: moved.restore()

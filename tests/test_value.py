@@ -226,7 +226,7 @@ def test_nothing_is_left_on_any_object(tmp_path):
     data = Dataset.from_list([{"prompt": "w3 w4"}] * 8)
     run = GRPORun(model, tokenizer(), [lambda completions, **k: [float(len(c)) for c in completions]], data, config)
     run.start(background=False)
-    assert run.state == "finished" and {c.by for c in objects()} <= {"step.forward", "ops.fuse"}
+    assert run.state == "finished" and {c.by for c in objects()} <= {"step.forward", "ops.layer.fuse"}
     UnpatchFastRL()
     assert objects() == [] and applied() == ()
     left = {name: set(vars(m)) - before[name] for name, m in model.named_modules()}

@@ -6,7 +6,7 @@
 __all__ = ['SKIPPED', 'KINDS', 'AnchorError', 'parse', 'function_of', 'Source', 'source_of', 'wildcard', 'same', 'bind', 'is_run',
            'prefixes', 'together', 'call_pairs', 'field_pairs', 'matches', 'AnchorMissing', 'AnchorAmbiguous', 'Match',
            'blocks', 'expressions', 'columns', 'heading', 'closest', 'first_absent', 'explain', 'Anchor',
-           'statements_like', 'expressions_like', 'signature_of', 'default_text', 'written', 'installed',
+           'statements_like', 'expressions_like', 'signature_of', 'default_text', 'written', 'parameters_there',
            'parameter_changes', 'signature_difference']
 
 # %% ../../nbs/patch/01_anchor.ipynb #ac9881cc
@@ -319,7 +319,7 @@ def written(signature:str): # -> ({name: (kind, default or None)}, whether more 
     if args.kwarg: found.append((args.kwarg.arg, P.VAR_KEYWORD, None))
     return {n: (KINDS[k], d and ast.unparse(d)) for n, k, d in found}, bool(more)
 
-def installed(target): # {name: (kind, default or None)}
+def parameters_there(target): # {name: (kind, default or None)}
     parameters = inspect.signature(function_of(target)).parameters.values()
     return {x.name: (KINDS[x.kind], None if x.default is x.empty else default_text(repr(x.default))) for x in parameters}
 
@@ -336,7 +336,7 @@ def signature_difference(expected:str, # "(self, model, inputs)"
                          ) -> str: # "" where the signature holds; raises `ValueError` for a bad `expected`, `AnchorError`
     "What is different about the installed signature, in words."
     (want, more), shown = written(expected), signature_of(target)
-    have, notes = installed(target), []
+    have, notes = parameters_there(target), []
     if gone := [n for n in want if n not in have]: notes.append("missing: " + ", ".join(gone))
     if not more and (new := [n for n in have if n not in want]): notes.append("new: " + ", ".join(new))
     common = [n for n in want if n in have]

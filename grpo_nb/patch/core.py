@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['active', 'COLOURS', 'release', 'Versions', 'Place', 'look_up', 'split', 'place_of', 'Wrap', 'Value', 'edits_of',
-           'build', 'applied', 'inherited', 'change_of', 'original_place', 'Claim', 'Report', 'holds', 'claims',
-           'installed', 'shown', 'calls', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
+           'build', 'applied', 'inherited', 'change_of', 'original_place', 'Claim', 'Inspection', 'holds', 'claims',
+           'version_here', 'shown', 'calls', 'diff', 'coloured', 'Patch', 'take_back', 'refusal', 'PatchSet']
 
 # %% ../../nbs/patch/04_core.ipynb #424ba6a3
 import re
@@ -160,7 +160,7 @@ class Claim:
 
 # %% ../../nbs/patch/04_core.ipynb #214ceed0
 @dataclass(frozen=True)
-class Report:
+class Inspection:
     "What holds and what moved, for one patch."
     patch: object # the `Patch`
     claims: tuple # of `Claim`
@@ -198,7 +198,7 @@ def claims(patch, place): # yields `Claim`
         if edits_of(patch.replacement): yield holds("edit", lambda: build(patch, place))
 
 # %% ../../nbs/patch/04_core.ipynb #c1324ffe
-def installed(patch) -> tuple: # ("trl 1.16.0", whether it was tested)
+def version_here(patch) -> tuple: # ("trl 1.16.0", whether it was tested)
     owner = split(patch.target)[0]
     named = isinstance(owner, str)
     module = owner.partition(":")[0] if named else getattr(owner, "__module__", None) or type(owner).__module__
@@ -285,12 +285,12 @@ def is_applied(self:Patch):
 
 # %% ../../nbs/patch/04_core.ipynb #2626ece6
 @patch
-def check(self:Patch) -> Report:
+def check(self:Patch) -> Inspection:
     "What holds and what moved; nothing is changed but that the target's module is imported."
     with lock:
         try: found = tuple(claims(self, original_place(self)))
         except PatchError as error: found = (Claim("target", str(error)),)
-    return Report(self, found, *installed(self))
+    return Inspection(self, found, *version_here(self))
 
 @patch
 def apply(self:Patch) -> "Patch": # raises `PatchError`
@@ -355,7 +355,7 @@ class PatchSet:
 
 # %% ../../nbs/patch/04_core.ipynb #63a6e593
 @patch
-def check(self:PatchSet) -> tuple: # of `Report`
+def check(self:PatchSet) -> tuple: # of `Inspection`
     "What holds and what moved, for each patch."
     return tuple(p.check() for p in self.patches)
 

@@ -146,14 +146,14 @@ def step_ends(self:StepMeter) -> None:
 def attach(self:StepMeter) -> None:
     "Wrap those of the trainer's methods that it has; doing it again changes nothing."
     arounds = dict(_generate=self._generate, _calculate_rewards=self._rewards, _generate_and_score_completions=self._scored)
-    how = dict(why="times sampling and rewards, keeps the tokens of completions", by="measure")
+    how = dict(why="times sampling and rewards, keeps the tokens of completions", by="run.measure")
     for name, around in arounds.items():
         if hasattr(self.trainer, name): wrap(self.trainer, name, around, **how)
 
 @patch
 def detach(self:StepMeter) -> None:
     "Take the wrappers off; what was measured stays."
-    restore(self.trainer, by="measure")
+    restore(self.trainer, by="run.measure")
 
 @patch
 def __enter__(self:StepMeter): self.attach()

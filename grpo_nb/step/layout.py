@@ -19,7 +19,7 @@ from ..packs.batch import Pack, RolloutBatch
 from ..ground.check import one_of
 from ..packs.attention import Obstacle, Reason, why_not_tree
 from ..packs.plan import plan
-from .forward import install, installed, run_pack, uninstall
+from .forward import install, is_installed, run_pack, uninstall
 from .read import HeadSettings, LogProbs, causal_lm
 
 # %% ../../nbs/step/03_layout.ipynb #80459741
@@ -161,7 +161,7 @@ def difference(base:nn.Module # a causal language model without wrappers
                ) -> float: # nats; infinite for a model that has another head, or that trains what is not its own
     "How far a pack's log-probs, and those of the same rows again, are from the rows' own: 2 prompts with 2 completions each."
     if base.get_output_embeddings() is None: return float("inf")
-    before, ids = installed(base), made_up_rows(base)
+    before, ids = is_installed(base), made_up_rows(base)
     prompts, answers = ids[:, :12], ids[:, 12:]
     pack = plan(RolloutBatch(prompts, torch.ones_like(prompts), answers, torch.ones_like(answers))).packs()[0]
     def own(): return base(ids, use_cache=False).logits[:, 11:-1].float().log_softmax(-1).gather(2, answers[..., None])[..., 0]

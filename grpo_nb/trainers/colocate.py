@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATH', 'OPEN', 'TRLS_SHARE', 'why_not_ours', 'sampling_of', 'memory_share', 'make_engine', 'in_words', 'running',
-           'start', 'sync', 'sample', 'colocate_patches', 'choose', 'loaded_for_vllm', 'spread', 'init', 'choice_patch']
+           'start', 'sync', 'generate_here', 'colocate_patches', 'choose', 'loaded_for_vllm', 'spread', 'init',
+           'choice_patch']
 
 # %% ../../nbs/trainers/05_colocate.ipynb #2337f41b
 import os
@@ -123,7 +124,7 @@ def sync(original): # of `sync_weights`
     return sync_weights
 
 # %% ../../nbs/trainers/05_colocate.ipynb #4008c9f6
-def sample(original): # of `generate`
+def generate_here(original): # of `generate`
     "Sample with our engine; equal prompts are one group."
     def generate(self, prompts, images, num_generations, profiler=None):
         engine = running(self)
@@ -143,7 +144,7 @@ def colocate_patches(versions=None, # tested
                      ) -> tuple: # of Patch, the same ones each time: GRPO and RLOO share the place
     "What puts our engine in the place of TRL's vLLM in the training process."
     made = (("_init_vllm", start, "(self)"), ("sync_weights", sync, "(self)"),
-            ("generate", sample, "(self, prompts, images, num_generations, profiler=None)"))
+            ("generate", generate_here, "(self, prompts, images, num_generations, profiler=None)"))
     why = "vLLM samples from the training weights or takes them from memory, and leaves them bit for bit as they are"
     return tuple(Patch("vLLM in this process", f"{PATH}.{method}", Wrap(wrap), signature=takes, versions=versions, why=why)
                  for method, wrap, takes in made)

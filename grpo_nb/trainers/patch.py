@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'GROUPS', 'applied', 'lock', 'patches_of', 'shared_set', 'shared_patches', 'sampling_patch', 'patch_sets',
-           'sampling_sets', 'checked', 'collect', 'share', 'switch_on', 'quiet', 'check_model_class', 'check_name',
-           'PatchFastRL', 'PatchRL', 'UnpatchFastRL']
+           'sampling_sets', 'checked', 'collect', 'hold_shared_set', 'switch_on', 'quiet', 'check_model_class',
+           'check_name', 'PatchFastRL', 'PatchRL', 'UnpatchFastRL']
 
 # %% ../../nbs/trainers/14_patch.ipynb #76dffb8f
 import warnings
@@ -17,7 +17,7 @@ from threading import RLock
 
 from ..ground.check import one_of
 from ..ground.events import say
-from ..patch.core import Claim, Patch, PatchError, PatchSet, Report, Wrap, original_place, refusal
+from ..patch.core import Claim, Patch, PatchError, PatchSet, Inspection, Wrap, original_place, refusal
 from ..patch.undo import MISSING, describe
 from .colocate import choice_patch, colocate_patches
 from .config import EVERY, FIELDS, config_patches, precision, whole_groups
@@ -76,7 +76,7 @@ def sampling_sets(name, FastLanguageModel) -> list: # of PatchSet
     return [PatchSet([sampling_patch(name, FastLanguageModel)], f"{name} sampling")]
 
 # %% ../../nbs/trainers/14_patch.ipynb #7cbe5147
-def checked(patch) -> Report: # of one patch
+def checked(patch) -> Inspection: # of one patch
     "What holds and what moved; a trainer's method has to be the trainer's own."
     report = patch.check()
     try: place = original_place(patch)
@@ -99,7 +99,7 @@ def collect(names, sets_of) -> tuple: # [(algorithm, PatchSet)] of what is not o
     return sets, problems
 
 
-def share(name): # of an algorithm whose own patches are on
+def hold_shared_set(name): # of an algorithm whose own patches are on
     "Let it hold the common set too, where that is on."
     mine = any(s.name == name for s in applied[name])
     if mine and shared_set().is_applied and shared_set() not in applied[name]: applied[name].append(shared_set())
@@ -118,7 +118,7 @@ def switch_on(names, sets_of) -> list: # of the algorithms that were changed; ra
             for _, s in reversed(done): s.revert()
             raise
         for name, s in done: applied.setdefault(name, []).append(s)
-        for name in {n for n, _ in done} & set(GROUPS): share(name)
+        for name in {n for n, _ in done} & set(GROUPS): hold_shared_set(name)
     if any(r.tested is False for r in reports):
         relied = sum(len(r.claims) for r in reports)
         say(f"TRL {trl_version()} was not tested ({TESTED} were): all {relied} places, signatures and "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'ENGINE_FIELD', 'CONTINUOUS', 'NO_MEMORY', 'BY', 'SAID', 'check_engine', 'Elsewhere', 'why_elsewhere',
            'why_not_in_place', 'why_not_taken', 'out_of_memory', 'engines_of', 'give_back', 'reported',
-           'advice_on_memory', 'groups', 'put_back', 'engine_of', 'sample', 'single_turn', 'engine_patches',
+           'advice_on_memory', 'groups', 'put_back', 'engine_of', 'sample_completions', 'single_turn', 'engine_patches',
            'LeftSampling', 'Asking', 'layers_of', 'asking', 'leaving', 'leave_when']
 
 # %% ../../nbs/trainers/03_sampling.ipynb #066de9cb
@@ -172,7 +172,7 @@ def engine_of(trainer) -> InPlace:
     return engine
 
 
-def sample(trainer, prompts:list) -> list: # of lists of token ids
+def sample_completions(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
     say("completions are sampled in place, from the weights that are trained; "
         "engine='hf' in the configuration takes TRL's own generate.")
@@ -194,7 +194,7 @@ def single_turn(with_logps:bool): # whether the method returns log-probs too -> 
                 if why := why_elsewhere(self, images or multimodal_fields):
                     if why.kind is Elsewhere.CANNOT: say(f"completions are sampled by TRL's own path: {why}.")
                     return original(self, prompt_ids, images, multimodal_fields, *args, **kwargs)
-                done = sample(self, prompt_ids)
+                done = sample_completions(self, prompt_ids)
                 return (done, None) if with_logps else done
         return _generate_single_turn
     return wrap

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLE', 'ON_OBJECTS', 'Row', 'looked', 'evidence', 'row_of', 'sampling', 'rows_of', 'PatchTable',
-           'as_text', 'as_html', 'object_rows', 'patches', 'Differences', 'show_patch', 'main']
+           'as_text', 'as_html', 'object_rows', 'patch_table', 'Differences', 'show_patch', 'main']
 
 # %% ../../nbs/trainers/15_table.ipynb #4f0ef6cd
 import json
@@ -98,7 +98,7 @@ STYLE = """<style>
 
 # %% ../../nbs/trainers/15_table.ipynb #29baea6f
 class PatchTable(list):
-    "Rows of `patches()`; shows itself as aligned text, and as a table in a notebook."
+    "Rows of `patch_table()`; shows itself as aligned text, and as a table in a notebook."
     def __init__(self, rows, trl=""):
         super().__init__(rows)
         self.trl = trl
@@ -146,12 +146,12 @@ def as_html(table) -> str:
 # %% ../../nbs/trainers/15_table.ipynb #b49013a2
 ON_OBJECTS = { # what is changed on objects while a run goes on, by who changes it: (what, why)
     "step.forward": ("a model's forward", "answers `pack=`: what is read from a pack"),
-    "ops.fuse": ("forwards of its layers", "fused forms, in use while a pack runs"),
-    "measure": ("a trainer's sampling and reward methods", "time and completions of each step, while a GRPORun trains"),
+    "ops.layer.fuse": ("forwards of its layers", "fused forms, in use while a pack runs"),
+    "run.measure": ("a trainer's sampling and reward methods", "time and completions of each step, while a GRPORun trains"),
     "trainers.sampling": ("`generate` of a model and a trainer", "sampling can be left between tokens, while a GRPORun trains"),
     "trainers.grpo": ("beta and vLLM's correction of a trainer", "asked in the loss instead, for the time of TRL's sampling"),
     "trainers.sft": ("args and loss function of a trainer", "the branch that reads sums, for the time of a loss, before TRL 1.15"),
-    "engines.one_copy": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
+    "engines.vllm.one_copy": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
 }
 
 # %% ../../nbs/trainers/15_table.ipynb #60aed15f
@@ -168,7 +168,7 @@ def object_rows() -> list: # of Row
     return [row(by, what, why) for by, (what, why) in (ON_OBJECTS | others).items()]
 
 # %% ../../nbs/trainers/15_table.ipynb #c933d42b
-def patches(algorithm:str|None=None, # None: all
+def patch_table(algorithm:str|None=None, # None: all
             ) -> PatchTable:
     "Every patch and every change of an object, and whether it is on; raises `ValueError` for an unknown algorithm."
     name = face.check_name(algorithm)
@@ -207,7 +207,7 @@ def show_patch(algorithm:str, # one of `HOMES`, in any case
 def main(given, # `json` (bool), `algorithm` (a name or None)
          ) -> int: # the exit code
     "The command `grpo-nb patches`."
-    try: table = patches(getattr(given, "algorithm", None))
+    try: table = patch_table(getattr(given, "algorithm", None))
     except (ValueError, PatchError) as error:
         print(f"grpo-nb patches: {error}", file=sys.stderr)
         return 2

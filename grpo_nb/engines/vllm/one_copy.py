@@ -141,7 +141,7 @@ def thin():
         return register_parameter
     change = Patch("thin parameters", "torch.nn:Module.register_parameter", Wrap(thinning),
                    why="a model that will read other tensors is built without memory for its own")
-    with PatchSet([change], "engines.one_copy"): yield lambda: on.__setitem__(0, False)
+    with PatchSet([change], "engines.vllm.one_copy"): yield lambda: on.__setitem__(0, False)
 
 # %% ../../../nbs/engines/vllm/03_one_copy.ipynb #1fb18c1e
 def noted(inner, weights, default) -> dict: # {id of a parameter: its calls, (tensor, arguments, named ones)}
@@ -152,7 +152,7 @@ def noted(inner, weights, default) -> dict: # {id of a parameter: its calls, (te
         calls.setdefault(id(param), []).append((tensor, args, named))
         return True
     with ExitStack() as stack:
-        how = dict(why="takes notes of what is loaded", by="engines.one_copy", new=True)
+        how = dict(why="takes notes of what is loaded", by="engines.vllm.one_copy", new=True)
         for p in inner.parameters(): stack.enter_context(changing(p, "weight_loader", note, **how))
         inner.load_weights(weights)
     return {key: [(loaders[key], *call) for call in done] for key, done in calls.items()}

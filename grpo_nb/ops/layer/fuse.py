@@ -298,7 +298,7 @@ def _recognise(module, mlps) -> tuple: # a key of FORWARDS or None, and what its
     return None, {}
 
 # %% ../../../nbs/ops/layer/05_fuse.ipynb #34a10bbc
-_BY, _WHY = "ops.fuse", "a second forward with fused operations, used while the model's switch is on"
+_BY, _WHY = "ops.layer.fuse", "a second forward with fused operations, used while the model's switch is on"
 
 
 def _attach(module, **entries): # an entry of ours that is there already is replaced
