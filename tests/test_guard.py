@@ -264,3 +264,8 @@ def test_the_error_itself():
     assert len(str(e)) < 400 and "start" in str(e) and "end" in str(e) and "5012 characters" in str(e)
     again = pickle.loads(pickle.dumps(e))
     assert str(again) == str(e) and again.sample == 3
+
+
+def test_an_infinite_timeout_is_none():
+    def fine(completions, **_): return [1.0] * len(completions)
+    assert guard(fine, timeout=float("inf"))(completions=["a", "b"]) == [1.0, 1.0]

@@ -10,6 +10,7 @@ __all__ = ['STOPPING', 'SCRIPT_FIELDS', 'same_randomness', 'inference', 'sample_
 # %% ../../nbs/advice/06_doctor.ipynb #519bd9b3
 import asyncio
 import importlib
+import math
 import random
 import sys
 import threading
@@ -297,7 +298,8 @@ def doctor(model, # a loaded model, with an adapter or without
            clock=time.monotonic, # where the time is read
            ) -> Report:
     "Examine a run before it begins; the model, tokenizer, data and random states stay as they were."
-    prompts, seconds = whole("prompts", prompts, 0), number("seconds", seconds, 0)
+    prompts = whole("prompts", prompts, 0)
+    if seconds != math.inf: seconds = number("seconds", seconds, 0)
     started, unreached = clock(), []
     until = started + seconds
     case, findings = _prepare(model, tokenizer, rewards, dataset, config)

@@ -217,6 +217,7 @@ def guard(function, # a reward: function, partial or callable, sync or async; a 
           timeout:float|None=None, # seconds for one batch; `None`: no limit
           ): # a function with the same name, or the reward model itself
     "Wrap a reward so that it returns one finite float or `None` for each completion, or raises `RewardError`."
+    if timeout == math.inf: timeout = None
     if timeout is not None: timeout = number("timeout", timeout, above=0)
     if is_model(function): return function
     if not callable(function):
