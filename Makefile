@@ -44,7 +44,7 @@ test: setup
 	$(BIN)/nbdev-test --n-workers 2 --do-print --skip-folder-re '^([_.].*|ops)$$'
 	$(BIN)/nbdev-test --n-workers 2 --do-print nbs/ops
 	$(BIN)/python tools/checks.py docs
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --durations=20
 	$(MAKE) test-trl TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'
 	$(MAKE) test-browser BROWSER_TESTS='$(BROWSER_QUICK)'
 
@@ -53,7 +53,7 @@ test: setup
 # DRAWS=--fresh-draws: hypothesis draws other examples than `make test`, whose draws are fixed.
 TRL       ?= 1.12.0
 TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
-TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py xpo.py run.py seed.py)
+TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py joint.py xpo.py run.py seed.py)
 test-trl: setup
 	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(DRAWS) $(TRL_TESTS)
 
