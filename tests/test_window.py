@@ -93,7 +93,7 @@ def test_every_objective(trainer, loss_type):
     settings = itertools.product(("token", "sequence"), (0.0, 0.04))
     for n, (level, beta) in enumerate(settings, LOSSES.index(loss_type)): # the cuts take turns; the slow test below has all of them
         settle(trainer, loss_type, level, beta)
-        for cut in (CUTS[n % 5], CUTS[(n + 2) % 5]): compare(trainer, *cut, beta=beta)
+        compare(trainer, *CUTS[n % 5], beta=beta)
 
 
 @pytest.mark.slow
