@@ -333,8 +333,8 @@ class TestVLLM:
             long = prompts_of(200)
             for _ in range(2):
                 shake(model, 0.1)
-                theirs = HuggingFace(model, tokenizer).generate(long, 2, greedy())
-                assert engine.generate(long, 2, greedy()).completions == theirs.completions
+                wanted = HuggingFace(model, tokenizer).generate(long, 2, greedy())
+                assert engine.generate(long, 2, greedy()).completions == wanted.completions
             model.float().to("cpu")
             attention.k_proj.weight.data = attention.k_proj.weight.data * -1 # moved
             assert same(engine, model)
