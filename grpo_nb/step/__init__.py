@@ -1,1 +1,1 @@
-"""The packed step: a model, an Accelerator and a few numbers; no trainer."""
+"""The packed step: a model, an Accelerator and a few numbers."""

@@ -293,7 +293,7 @@ def begun(trainer, loss:PolicyLoss, inputs) -> Tensor: # scalar
         return total
     loss.run()
     if len(batches) == 1: return loss.deliver()
-    state.window = Window(trainer, batches, loss, (state.clock[0], sum(int(b["completion_mask"].sum()) for b in batches)))
+    state.window = Window(batches, loss, (state.clock[0], sum(int(b["completion_mask"].sum()) for b in batches)))
     return state.window.take(inputs)
 
 

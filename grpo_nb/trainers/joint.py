@@ -135,9 +135,9 @@ def begin(trainer, step:PackedStep, job:tuple,
           room:int, # positions that one pack takes
           read, key:tuple): # (Output, positions), or None: the micro-batch is run by itself
     "Run this micro-batch together with those that follow."
-    jobs = following(trainer, step, job, ahead)
+    jobs = following(trainer, step, job, ahead, room)
     if jobs is None: return None
-    count, packs = fitting(jobs, lay, room)
+    count, packs = fitting(jobs, lay)
     least = agreed_count(trainer, count)
     if least < 2: return None
     if least < count: packs = lay(joined(jobs[:least]))
@@ -146,8 +146,8 @@ def begin(trainer, step:PackedStep, job:tuple,
     return held.take(state.micro, job), held.positions
 
 # %% ../../nbs/trainers/06_joint.ipynb #1e4b615b
-def following(trainer, step, job, ahead) -> list|None: # of jobs, this one first; None: the same on all processes
-    "What will be asked about the micro-batches that are left, as far as it can be told."
+def following(trainer, step, job, ahead, room) -> list|None: # of jobs, this one first; None: the same on all processes
+    "What will be asked about the micro-batches that are left, as far as it can be told and fits one pack."
     state = state_of(trainer)
     left = (state.coming or [])[state.micro:]
     if not state.inside or len(left) < 2 or left[0] is not state.present or step.how.n_packs is not None: return None
@@ -158,17 +158,17 @@ def following(trainer, step, job, ahead) -> list|None: # of jobs, this one first
     for batch in map(trainer._prepare_inputs, left):
         found = None if any(batch.get(name) is not None for name in IMAGE_INPUTS) else ahead(batch)
         if found is None or not jobs and not equal(found, job): break
+        room -= int((found[1] != 0).sum())
+        if room < 0: break
         jobs.append(found)
     return jobs
 
 # %% ../../nbs/trainers/06_joint.ipynb #a8231805
-def fitting(jobs, lay, room) -> tuple: # how many of the first ones, and their `Packs`
-    "As many as fit one pack."
-    sizes = torch.stack([(job[1] != 0).sum() for job in jobs]).cumsum(0).tolist() if jobs else []
-    count = sum(size <= room for size in sizes)
-    if count < 2: return 1, None
-    packs = lay(joined(jobs[:count]))
-    return (count, packs) if len(packs) == 1 else (1, None)
+def fitting(jobs, lay) -> tuple: # how many run together, and their `Packs`
+    "All of them where they are one pack indeed, or this one alone."
+    if len(jobs) < 2: return 1, None
+    packs = lay(joined(jobs))
+    return (len(jobs), packs) if len(packs) == 1 else (1, None)
 
 
 def agreed_count(trainer, count:int) -> int:

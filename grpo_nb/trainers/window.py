@@ -62,10 +62,10 @@ def split(values:Tensor, # (sum of B, T)
 # %% ../../nbs/trainers/08_window.ipynb #944c73db
 class Window:
     "The losses of packed micro-batches, in the order in which the trainer asks for them."
-    def __init__(self, trainer, batches:list,
+    def __init__(self, batches:list, # TRL's micro-batches
                  loss, # has `deliver(k, gradient)`, `hand_out(grads)` and `alone(k)`
                  clock:tuple): # when it began, and completion tokens
-        self.trainer, self.loss, self.clock, self.next, self.factors = trainer, loss, clock, 0, {}
+        self.loss, self.clock, self.next, self.factors = loss, clock, 0, {}
         self.batches = [dict(b) for b in batches] # as they were packed
         self.versions = [versions(b) for b in batches]
 
