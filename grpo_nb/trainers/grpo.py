@@ -141,6 +141,7 @@ class PolicyLoss:
         self.values, self.found = [torch.zeros((), device=step.device) for _ in batches], [{} for _ in batches]
         self.fresh = layout is Layout.SHARED and is_fresh(trainer)
         self.lay_out()
+        self.refs = None # of each micro-batch, (R, C) each
         if settings.beta != 0.0 and any("ref_per_token_logps" not in b for b in batches): self.ask_reference()
 
 # %% ../../nbs/trainers/09_grpo.ipynb #a0d71707
@@ -198,6 +199,7 @@ def part(self:PolicyLoss, i:int, k:int, rows:Tensor, logps:Tensor, entropies:Ten
     settings, parts = self.settings, self.parts[k]
     inputs = self.batches[k]
     if self.fresh: inputs = {n: v for n, v in inputs.items() if n not in OLD}
+    if self.refs is not None: inputs = {**inputs, "ref_per_token_logps": self.refs[k]} # a micro-batch may stand here twice
     here = self.inputs_of(self.trainer, inputs, self.masks[k], rows, logps, entropies)
     loss, self.found[k][i] = policy_loss(here, settings, parts)
     value = loss.detach() * policy_scale(settings, parts)
@@ -452,7 +454,8 @@ def ask_reference(self:PolicyLoss) -> None:
     "The reference's log-probs on the window's packs, kept with the micro-batches."
     with torch.no_grad(), reference(self.trainer) as model:
         found = step_of(self.trainer, model).score(self.packs, LogProbs(False)).log_probs
-    for inputs, part in zip(self.batches, split(found, self.batches)): inputs["ref_per_token_logps"] = part
+    self.refs = split(found, self.batches)
+    for inputs, part in zip(self.batches, self.refs): inputs["ref_per_token_logps"] = part
 
 # %% ../../nbs/trainers/09_grpo.ipynb #51121f43
 def sampler_ratio(trainer, logps, sampled, mask) -> Tensor: # (B, T) or (B, 1)
