@@ -43,8 +43,9 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    "Every test, its fixtures included, starts from the same random state, whichever tests ran before it, and sums in one thread."
+    "Every test, its fixtures included, starts from the same state, whichever tests ran before it, and sums in one thread."
     random.seed(0)
+    if "grpo_nb.ground.events" in sys.modules: sys.modules["grpo_nb.ground.events"].said.clear() # it hears what is said once
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
