@@ -7,25 +7,29 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Two threads that contend for two cores run several times slower than one each.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+N ?= 2
 
-.PHONY: demo test test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
+.PHONY: demo test check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
+
+# Python compiles a module when it is first imported; pip would compile all 17,660 files of the environment, for 78 s.
+PIP := $(BIN)/pip install -q --no-compile
 
 # torch first, and the CPU build where there is no GPU: a bare `torch` would bring gigabytes of CUDA libraries.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-	  $(BIN)/pip install -q "torch==$(TORCH)"; \
+	  $(PIP) "torch==$(TORCH)"; \
 	else \
-	  $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)" 2>/dev/null \
-	  || $(BIN)/pip install -q "torch==$(TORCH)"; \
+	  $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)" 2>/dev/null \
+	  || $(PIP) "torch==$(TORCH)"; \
 	fi
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch settings.ini setup.py pyproject.toml
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,tasks]"
+	$(PIP) -c constraints.txt -e ".[dev,tasks]"
 	@touch $@
 
 # The main job: run the quickstart without a browser and keep it with its outputs.
@@ -35,18 +39,33 @@ demo: setup
 	$(BIN)/jupyter nbconvert --to html demo/quickstart.ipynb --output-dir demo --output quickstart.html
 	@$(BIN)/python tools/checks.py demo
 
-# The kernels' notebooks (nbs/ops) switch Triton's interpreter on for their whole process, so they run apart from the others.
-test: setup
+# Everything that must hold, on two cores: what keeps one of them busy runs beside another such thing.
+test:
+	$(MAKE) -j2 setup chromium
+	$(MAKE) check-sources
+	$(BIN)/nbdev-test --n-workers 2 --do-print --timing --skip-folder-re '^([_.].*|ops)$$'
+	$(MAKE) -j2 check-docs test-kernel-notebooks
+	$(BIN)/pytest -n 2 --dist worksteal --durations=20
+	$(MAKE) -j2 test-trl-quick test-browser-quick
+
+check-sources: setup
 	$(BIN)/ruff check grpo_nb tests tools benchmarks setup.py
 	$(BIN)/python tools/checks.py export
 	$(BIN)/python tools/checks.py cells
 	$(BIN)/python tools/checks.py readme
-	$(BIN)/nbdev-test --n-workers 2 --do-print --skip-folder-re '^([_.].*|ops)$$'
-	$(BIN)/nbdev-test --n-workers 2 --do-print nbs/ops
+
+check-docs: setup
 	$(BIN)/python tools/checks.py docs
-	$(BIN)/pytest -n 2 --durations=20
-	$(MAKE) test-trl TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'
-	$(MAKE) test-browser BROWSER_TESTS='$(BROWSER_QUICK)'
+
+# The kernels' notebooks switch Triton's interpreter on for their whole process, so they run apart from the others.
+test-kernel-notebooks: setup
+	$(BIN)/nbdev-test --n-workers 1 --do-print --timing nbs/ops
+
+test-trl-quick: setup
+	$(MAKE) test-trl N=1 TRL=1.12.0 TRL_TESTS='$(TRL_QUICK)'
+
+test-browser-quick: setup
+	$(MAKE) test-browser N=1 BROWSER_TESTS='$(BROWSER_QUICK)'
 
 # The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
 # .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list. The weekly job adds
@@ -55,7 +74,7 @@ TRL       ?= 1.12.0
 TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
 TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py joint.py xpo.py run.py seed.py)
 test-trl: setup
-	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n 2 $(DRAWS) $(TRL_TESTS)
+	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n $(N) $(DRAWS) $(TRL_TESTS)
 
 # With Colab's ipywidgets, ipykernel, anywidget and plotly, the oldest that are supported, in .oldest-notebook/; with a Chromium, in the
 # classic notebook too. Weekly, not in `make test`.
@@ -78,10 +97,12 @@ test-drawn: setup
 # A real JupyterLab in Chromium. `make test` runs a whole session in the studio, and completions that try to break out of the page.
 BROWSER_QUICK := tests/test_browser_studio.py::test_a_session_in_the_studio tests/test_browser_completions.py::test_hostile_completions_are_only_text
 BROWSER_TESTS ?= tests
-test-browser: setup
+test-browser: setup chromium
+	$(BIN)/pytest -n $(N) -m browser $(BROWSER_TESTS)
+
+chromium:
 	@command -v chromium >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null) \
 	  || echo "no Chromium here, and apt-get could not bring one: the browser tests are skipped"
-	$(BIN)/pytest -n 2 -m browser $(BROWSER_TESTS)
 
 # vLLM's CPU build in an environment of its own; it needs an older numpy than the rest. `make test-vllm VLLM=0.29.0` tests another version, with the
 # Transformers that it takes; before 0.27 it pins an older PyTorch: `make test-vllm VLLM=0.24.0 TORCH=2.11.0`.

@@ -89,10 +89,10 @@ class JupyterLab:
         raise RuntimeError("JupyterLab did not start:\n" + (home / "server.log").read_text()[-2000:])
 
     def _answers(self):
-        "Whether the server comes up: within a minute, or not at all."
-        for _ in range(240):
+        "Whether the server comes up: within three minutes, or not at all."
+        for _ in range(720):
             with contextlib.suppress(OSError):
-                return bool(urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=2).read())
+                return bool(urllib.request.urlopen(f"{self.url}/api?token={self.token}", timeout=10).read())
             if self.process.poll() is not None: return False
             time.sleep(0.25)
         return False
@@ -127,20 +127,21 @@ class JupyterLab:
         with tempfile.TemporaryDirectory() as profile, sync_playwright() as p:
             context = p.chromium.launch_persistent_context(profile, executable_path=chromium(), headless=True, args=FLAGS,
                                                            viewport=dict(width=width, height=height))
+            context.set_default_timeout(120_000) # what waits for something fails late: a busy machine is eight times slower
             try: yield context.pages[0] if context.pages else context.new_page()
             finally: context.close()
 
     def open(self, page, name):
         "Open a notebook alone (no side bars), with its kernel ready."
         page.goto(f"{self.url}/doc/tree/{name}?token={self.token}")
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        for _ in range(240):
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
+        for _ in range(720):
             accept = page.locator(".jp-Dialog .jp-mod-accept")
             if accept.count(): accept.first.click() # which kernel: the one proposed
             kernels = []
             with (
                 contextlib.suppress(OSError),
-                urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}", timeout=5) as answer,
+                urllib.request.urlopen(f"{self.url}/api/kernels?token={self.token}", timeout=10) as answer,
             ):
                 kernels = json.load(answer) # a kernel that is just starting can make this an error 500
             if any(k["connections"] and k["execution_state"] == "idle" for k in kernels): break
@@ -153,15 +154,15 @@ class JupyterLab:
 
     def save(self, page):
         "Save the notebook and wait until it is on disk."
-        self.menu(page, "File", "Save Notebook")
-        page.wait_for_timeout(1500)
+        with page.expect_response(lambda r: "/api/contents/" in r.url and r.request.method == "PUT"):
+            self.menu(page, "File", "Save Notebook")
 
     def menu(self, page, menu, item):
         "Choose an item of the menu bar by its label."
         page.locator(".lm-MenuBar-itemLabel", has_text=menu).first.click()
         page.locator(".lm-Menu-item:not(.lm-mod-disabled)", has=page.get_by_text(item, exact=True)).first.click()
 
-    def wait_idle(self, page, timeout_s=60):
+    def wait_idle(self, page, timeout_s=240):
         "Wait until the kernel has nothing to do and no cell waits."
         page.wait_for_timeout(400)
         page.wait_for_function("""() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'

@@ -144,4 +144,3 @@ if kind == "ddp":
         (logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * target[:, 1:]).sum().backward()
         for p in plain.parameters(): p.grad is None or dist.all_reduce(p.grad.div_(2))
         assert relative({n.removeprefix("module."): g for n, g in gradients(fresh).items()}, gradients(plain)) < 1e-5
-dist.destroy_process_group()

@@ -77,4 +77,3 @@ with patches("sft"): ours = optimiser_steps(trainer, model)
 for g, h in zip(ours, theirs, strict=True): assert relative(g, h) < 1e-5, relative(g, h)
 assert counts
 if dist.get_rank() == 0: print(f"fsdp2: joint forwards agree, {counts}", flush=True)
-dist.destroy_process_group()

@@ -30,7 +30,7 @@ def step_shown(page): return int(page.inner_text(".grpo-nb-step").removeprefix("
 
 def check_marks(page, step):
     "Every drawn chart has the change and the pause, and the pointer finds out what they are."
-    page.wait_for_function("document.querySelectorAll('.grpo-nb-flag').length === 4", timeout=20_000) # two charts have lines
+    page.wait_for_function("document.querySelectorAll('.grpo-nb-flag').length === 4", timeout=120_000) # two charts have lines
     assert page.eval_on_selector_all(".grpo-nb-plot", "els => els.map(e => (e.layout?.shapes ?? []).length)") == [2, 0, 2]
     tip = page.locator(".grpo-nb-flag[data-kind=change] .grpo-nb-tip").first
     assert not tip.is_visible()
@@ -48,7 +48,7 @@ def check_files(page, folder, steps):
     assert lines[0].startswith("step,reward") and len(lines) == steps + 1 and float(lines[1].split(",")[2]) == 0.2
     other = page.context.new_page()
     other.goto((folder / "saved.html").as_uri())
-    other.wait_for_selector(".grpo-nb .main-svg", timeout=20_000)
+    other.wait_for_selector(".grpo-nb .main-svg", timeout=120_000)
     assert step_shown(other) == steps and other.get_by_role("button").all_inner_texts() == ["PNG", "CSV"]
     check_marks(other, steps - 40)
     other.close()
@@ -86,7 +86,7 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         lab.write("live.ipynb", [SHOW, TRAIN.replace("SILENT", str(silent))])
         lab.open(page, "live.ipynb")
         lab.run_all(page)
-        page.wait_for_selector(".grpo-nb .main-svg", timeout=60_000)
+        page.wait_for_selector(".grpo-nb .main-svg", timeout=240_000)
         page.wait_for_timeout(1500)
         first = step_shown(page)
         page.wait_for_timeout(1500)
@@ -95,7 +95,7 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         page.wait_for_function(
             "n => document.querySelector('.grpo-nb-step').textContent.replace(',', '') === 'step ' + n",
             arg=silent + 60,
-            timeout=20_000,
+            timeout=120_000,
         )
         cards = page.eval_on_selector_all(".grpo-nb-plot", POINTS)
         assert len(cards) == 3 and min(cards[0], cards[2]) >= min(silent, 900) and max(cards) <= 2100 and cards[1] == 0
@@ -106,7 +106,7 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         print(json.dumps({"points": silent, "updates": len(sizes), "bytes_mean": sum(sizes) / len(sizes), "bytes_max": max(sizes)}))
         lab.save(page)
         page.reload()
-        page.wait_for_selector(".grpo-nb .main-svg", timeout=60_000)
+        page.wait_for_selector(".grpo-nb .main-svg", timeout=240_000)
         page.wait_for_timeout(1000)
         assert step_shown(page) == silent + 60 and page.locator(".grpo-nb").count() == 1
         check_marks(page, silent + 20)
@@ -121,13 +121,13 @@ def test_the_pointer_shows_the_same_step_in_all_charts_and_the_switches_switch(t
         lab.write("hover.ipynb", [SHOW + "\n" + fill])
         lab.open(page, "hover.ipynb")
         lab.run_all(page)
-        page.wait_for_function("document.querySelectorAll('.grpo-nb .main-svg').length >= 3", timeout=60_000)
+        page.wait_for_function("document.querySelectorAll('.grpo-nb .main-svg').length >= 3", timeout=240_000)
         page.wait_for_timeout(1000)
         box = page.locator(".grpo-nb-plot").first.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_function(
             "document.querySelectorAll('.grpo-nb-plot .hoverlayer .spikeline, .grpo-nb-plot .hoverlayer .legend').length >= 3",
-            timeout=10_000,
+            timeout=120_000,
         )
         titles = page.eval_on_selector_all(
             ".grpo-nb-plot", "els => els.map(e => e.querySelector('.hoverlayer')?.textContent.match(/step \\d+/)?.[0])"
@@ -141,7 +141,7 @@ def test_the_pointer_shows_the_same_step_in_all_charts_and_the_switches_switch(t
         page.get_by_label("smooth").uncheck()
         page.wait_for_function(
             "[...document.querySelectorAll('.grpo-nb-plot')].every(e => e._fullLayout.yaxis.type === 'log' && e.data.length === 1)",
-            timeout=10_000,
+            timeout=120_000,
         )
 
 
@@ -150,7 +150,7 @@ def test_charts_that_have_no_row_yet_say_so(tmp_path):
         lab.write("empty.ipynb", [SHOW])
         lab.open(page, "empty.ipynb")
         lab.run_all(page)
-        page.wait_for_function("document.querySelectorAll('.grpo-nb-empty').length === 3", timeout=60_000)
+        page.wait_for_function("document.querySelectorAll('.grpo-nb-empty').length === 3", timeout=240_000)
         page.wait_for_timeout(1000)
         assert page.locator(".grpo-nb-empty").all_inner_texts() == ["waiting for the first step"] * 3
         assert not page.locator(".grpo-nb-static").is_visible()

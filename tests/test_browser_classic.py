@@ -91,23 +91,23 @@ def test_charts_and_completions(tmp_path, request):
         page, errors = context.pages[0], []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address.format("live.ipynb"))
-        page.wait_for_function("window.Jupyter?.notebook?.kernel?.is_connected()", timeout=60_000)
+        page.wait_for_function("window.Jupyter?.notebook?.kernel?.is_connected()", timeout=240_000)
         page.wait_for_timeout(2000)
         page.evaluate("Jupyter.notebook.execute_all_cells()")
-        page.wait_for_selector(".grpo-nb .main-svg", timeout=60_000)
+        page.wait_for_selector(".grpo-nb .main-svg", timeout=240_000)
         step = "document.querySelector('.grpo-nb-step').textContent"
-        page.wait_for_function(f"{step} && {step} !== 'step 30'", timeout=20_000) # live, not only at the end
-        page.wait_for_function(f"{step} === 'step 30'", timeout=60_000)
-        page.wait_for_function("document.querySelectorAll('.grpo-nb-flag[data-kind=change]').length === 2", timeout=20_000)
+        page.wait_for_function(f"{step} && {step} !== 'step 30'", timeout=120_000) # live, not only at the end
+        page.wait_for_function(f"{step} === 'step 30'", timeout=240_000)
+        page.wait_for_function("document.querySelectorAll('.grpo-nb-flag[data-kind=change]').length === 2", timeout=120_000)
         page.wait_for_function(
             "[...document.querySelectorAll('.gnb-view .gnb-text')].some(e => e.textContent.includes('answer 30 <b>bold</b>'))",
-            timeout=20_000,
+            timeout=120_000,
         )
         assert page.locator(".gnb-view .gnb-card").count() == 4 and page.locator(".gnb-view .gnb-text b").count() == 0
         copies = page.locator(".gnb-copy") # of the charts and of the completions
         assert copies.count() == 2 and not any(copy.is_visible() for copy in copies.all()), "hidden while the widget is there"
         page.locator(".gnb-view select").nth(1).select_option(label="best")
-        page.wait_for_function("document.querySelector('.gnb-view .gnb-card').textContent.includes('#4')", timeout=20_000)
+        page.wait_for_function("document.querySelector('.gnb-view .gnb-card').textContent.includes('#4')", timeout=120_000)
         if shots := request.config.getoption("--shots"): page.screenshot(path=os.path.join(shots, "classic-notebook.png"))
         context.close()
         assert not errors

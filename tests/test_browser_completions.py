@@ -95,7 +95,7 @@ def a_copy_stays(folder):
     assert os.path.getsize(folder / "a.ipynb") < 400_000
     with JupyterLab(folder) as lab, lab.browser(width=700) as page:
         lab.open(page, "a.ipynb")
-        page.wait_for_selector(".gnb-copy .gnb-card", timeout=20_000)
+        page.wait_for_selector(".gnb-copy .gnb-card", timeout=120_000)
         assert page.locator(".gnb-copy").is_visible() and page.evaluate("window.owned") is None
         assert not page.get_by_text("Error displaying widget").is_visible()
         assert page.locator(".gnb-copy mjx-container").count() == 0
@@ -108,10 +108,10 @@ def test_hostile_completions_are_only_text(tmp_path):
         lab.write("a.ipynb", [HOSTILE + "\n" + STORE, "browser", "log(6)"])
         lab.open(page, "a.ipynb")
         lab.run_all(page)
-        page.wait_for_selector(".gnb-view .gnb-card", timeout=60_000)
+        page.wait_for_selector(".gnb-view .gnb-card", timeout=240_000)
         lab.wait_idle(page)
         # it follows the run
-        page.wait_for_function("() => document.querySelector('.gnb-view .gnb-muted').textContent === 'step 6'", timeout=10_000)
+        page.wait_for_function("() => document.querySelector('.gnb-view .gnb-muted').textContent === 'step 6'", timeout=120_000)
         nothing_is_run(page)
         a_long_text_opens(page)
         assert not page.locator(".gnb-copy").first.is_visible(), "the copy is hidden while the widget is there"
@@ -155,25 +155,25 @@ def test_the_reward_lab(tmp_path):
         )
         lab.open(page, "lab.ipynb")
         for _ in range(2): page.keyboard.press("Shift+Enter")
-        page.wait_for_selector(".gnb-view textarea", timeout=60_000)
+        page.wait_for_selector(".gnb-view textarea", timeout=240_000)
         lab.wait_idle(page)
         page.locator(".gnb-view textarea").fill(TYPED)
         page.locator(".gnb-view").get_by_text("Score", exact=True).click()
-        page.wait_for_selector(".gnb-view .gnb-even", timeout=20_000)
+        page.wait_for_selector(".gnb-view .gnb-even", timeout=120_000)
         assert "ZeroDivisionError" in page.inner_text(".gnb-view")
         assert "<script>window.owned = 1</script>" in page.inner_text(".gnb-view")
         assert page.evaluate("window.owned") is None and page.locator(".gnb-view img, .gnb-view script").count() == 0
         page.keyboard.press("Escape")
         lab.run_all(page) # the last cell defines `brittle` anew
-        page.wait_for_selector(".gnb-view textarea", timeout=20_000)
+        page.wait_for_selector(".gnb-view textarea", timeout=120_000)
         lab.wait_idle(page)
         page.locator(".gnb-view textarea").fill(TYPED)
         page.locator(".gnb-view").get_by_text("Score", exact=True).click()
         page.wait_for_function(
-            "() => document.querySelector('.gnb-view').innerText.includes('brittle was defined anew')", timeout=20_000
+            "() => document.querySelector('.gnb-view').innerText.includes('brittle was defined anew')", timeout=120_000
         )
         assert "ZeroDivisionError" not in page.inner_text(".gnb-view")
         page.locator(".gnb-view").get_by_text("Probe", exact=True).click()
-        page.wait_for_selector(".gnb-view .gnb-dot", timeout=30_000)
+        page.wait_for_selector(".gnb-view .gnb-dot", timeout=120_000)
         assert "every model will find this" in page.inner_text(".gnb-view") or "outweigh" in page.inner_text(".gnb-view")
         assert errors == []

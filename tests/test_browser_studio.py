@@ -44,7 +44,7 @@ class Page:
     def state(self): return self.page.inner_text(".gnb-status .gnb-state")
     def wait_state(self, name):
         self.page.wait_for_function(
-            "n => document.querySelector('.gnb-status .gnb-state')?.textContent === n", arg=name, timeout=90_000
+            "n => document.querySelector('.gnb-status .gnb-state')?.textContent === n", arg=name, timeout=240_000
         )
     def step(self): return int(re.search(r"step ([\d,]+)", self.page.inner_text(".gnb-status"))[1].replace(",", ""))
     def wait_step(self, n):
@@ -66,28 +66,28 @@ class Page:
 def choose_a_reward(page, u):
     "A reward that has options shows them."
     page.locator(".gnb-reward", has_text="repetition_penalty").locator("input[type=checkbox]").click()
-    page.wait_for_selector(".gnb-options:visible", timeout=10_000)
+    page.wait_for_selector(".gnb-options:visible", timeout=120_000)
     u.shot("rewards")
 
 
 def set_what_is_advised(page, u):
     "Advice beside a setting is taken with a button, what is no number is refused, and all of it is text in the end."
     u.go("Settings")
-    page.wait_for_selector(".gnb-stack", timeout=30_000)
+    page.wait_for_selector(".gnb-stack", timeout=120_000)
     page.locator(".gnb-bar-row button", has_text="Sampling").first.click()
     u.type("num_generations", "6")
-    page.wait_for_selector(".gnb-advice button:visible", timeout=20_000)
+    page.wait_for_selector(".gnb-advice button:visible", timeout=120_000)
     u.shot("settings")
     page.locator(".gnb-advice button:visible").first.click()
     u.type("num_generations", "8")
     u.type("temperature", "hot")
-    page.wait_for_selector("text=temperature: 'hot' is not a number.", timeout=10_000)
+    page.wait_for_selector("text=temperature: 'hot' is not a number.", timeout=120_000)
     u.type("temperature", "1")
     page.locator(".gnb-bar-row button", has_text="Optimisation").first.click()
     u.type("per_device_train_batch_size", "32")
     page.locator(".gnb-bar-row button", has_text="As text").first.click()
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.gnb-studio textarea')].some(t => t.value.includes('def short('))", timeout=20_000
+        "() => [...document.querySelectorAll('.gnb-studio textarea')].some(t => t.value.includes('def short('))", timeout=120_000
     )
     u.shot("code")
 
@@ -106,17 +106,17 @@ def train_pause_and_change(page, u):
     u.press("Start")
     u.wait_state("running")
     u.wait_step(12)
-    page.wait_for_function(POINTS + " > 8", timeout=60_000)
+    page.wait_for_function(POINTS + " > 8", timeout=240_000)
     first = page.evaluate(POINTS)
-    page.wait_for_function(POINTS + f" > {first}", timeout=60_000)
+    page.wait_for_function(POINTS + f" > {first}", timeout=240_000)
     u.shot("running")
     u.press("Pause")
     u.wait_state("paused")
     at = u.step()
     u.type("learning_rate", "5e-4")
-    page.wait_for_selector("text=learning_rate 0.001 → 0.0005", timeout=20_000)
+    page.wait_for_selector("text=learning_rate 0.001 → 0.0005", timeout=120_000)
     u.type("temperature", "0")
-    page.wait_for_selector("text=/temperature=0.* must be a finite number above 0/", timeout=20_000)
+    page.wait_for_selector("text=/temperature=0.* must be a finite number above 0/", timeout=120_000)
     assert u.step() == at
     u.shot("paused")
     u.press("Resume")
@@ -133,8 +133,8 @@ def train_pause_and_change(page, u):
 def reload_the_page(page, u):
     "The page that comes again is the run's, and goes on."
     page.reload()
-    page.wait_for_selector(".gnb-studio .gnb-state", timeout=90_000)
-    page.wait_for_function(POINTS + " > 8", timeout=60_000)
+    page.wait_for_selector(".gnb-studio .gnb-state", timeout=240_000)
+    page.wait_for_function(POINTS + " > 8", timeout=240_000)
     assert page.locator(".gnb-studio").count() == 1 and u.state() == "running"
     at = u.step()
     u.wait_step(at + 3)
@@ -143,11 +143,11 @@ def reload_the_page(page, u):
 def read_and_probe(page, u):
     "Completions and the lab, while it trains."
     u.go("Completions")
-    page.wait_for_selector(".gnb-card:visible", timeout=30_000)
+    page.wait_for_selector(".gnb-card:visible", timeout=120_000)
     u.shot("completions")
     u.go("Lab")
     u.press("Probe")
-    page.wait_for_selector("text=/that are fine/", timeout=90_000)
+    page.wait_for_selector("text=/that are fine/", timeout=240_000)
     u.shot("lab")
 
 
@@ -156,7 +156,7 @@ def save_stop_and_go_on(page, u):
     u.go("Run")
     at = u.step()
     u.press("Save")
-    page.wait_for_selector("text=/checkpoint in files.run.checkpoint-/", timeout=60_000)
+    page.wait_for_selector("text=/checkpoint in files.run.checkpoint-/", timeout=240_000)
     u.press("Stop")
     u.wait_state("stopped")
     assert u.step() >= at
@@ -206,7 +206,7 @@ def test_themes_and_widths(tmp_path, request, dark, width):
             if name == "Settings":
                 page.locator(".gnb-bar-row button", has_text="Loss").first.click()
                 page.locator(".gnb-row select").first.select_option(label="dr_grpo")
-                page.wait_for_selector(".gnb-advice:visible", timeout=30_000)
+                page.wait_for_selector(".gnb-advice:visible", timeout=120_000)
             if name == "Doctor":
                 u.press("Examine")
                 page.wait_for_selector(".gnb-advice.gnb-good:visible", timeout=150_000)
@@ -220,11 +220,11 @@ def test_themes_and_widths(tmp_path, request, dark, width):
         assert u.fits()
         u.shot(f"run_{tag}")
         u.go("Completions")
-        page.wait_for_selector(".gnb-card:visible", timeout=30_000)
+        page.wait_for_selector(".gnb-card:visible", timeout=120_000)
         assert u.fits()
         u.shot(f"completions_{tag}")
         u.go("Lab")
         u.press("Probe")
-        page.wait_for_selector("text=/that are fine/", timeout=90_000)
+        page.wait_for_selector("text=/that are fine/", timeout=240_000)
         assert u.fits()
         u.shot(f"lab_{tag}")

@@ -131,7 +131,7 @@ def test_at_most_ten_updates_a_second_and_append_does_not_wait():
         front = FrontEnd()
         assert all(front.receive(*update) for update in list(charts._widget.sent))
         return front.at
-    while arrived() < 300 and time.monotonic() < start + 60: time.sleep(0.01)
+    while arrived() < 300 and time.monotonic() < start + 300: time.sleep(0.01)
     assert arrived() == 300 and 2 <= len(charts._widget.sent) <= 10 * (time.monotonic() - start) + 1
 
 
@@ -144,7 +144,6 @@ def test_append_from_many_threads_loses_nothing():
     [t.join() for t in threads]
     assert len(charts.history) == 1200 and charts.failures == 0
     charts.flush()
-    time.sleep(0.1)
     front = FrontEnd()
     assert all(front.receive(*update) for update in charts._widget.sent) and front.at == 1200
 
@@ -286,7 +285,7 @@ NOTEBOOK = [
 def test_nbconvert_leaves_the_final_charts():
     nbformat, nbclient, nbconvert = (pytest.importorskip(m) for m in ("nbformat", "nbclient", "nbconvert"))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in NOTEBOOK])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
     outputs = [o for c in notebook.cells for o in c.outputs]
     assert len(outputs) == 1, "one picture, not two"
     assert "widgets" not in notebook.metadata and outputs[0].data["text/html"].count("<polyline") == 6

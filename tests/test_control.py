@@ -40,7 +40,7 @@ def make(folder, rewards=digits, adapter=False, run=None, **more):
     return GRPORun(model, tokenizer, rewards, TASK.train, {**config, **more}, **(run or {}))
 
 
-def until(test, seconds=60):
+def until(test, seconds=300):
     end = time.monotonic() + seconds
     while not test():
         assert time.monotonic() < end
@@ -250,7 +250,7 @@ def test_changes_before_the_start_while_paused_and_after_the_end(tmp_path):
     run.change(learning_rate=1e-3)
     until(lambda: run.settings["learning_rate"] == 1e-3)
     assert run.state == "paused" and run.step == 2
-    run.resume().wait(60)
+    run.resume().wait(300)
     assert told == [(0, "temperature", 0.7), (0, "reward_weights", {"digits": 3.0, "constant": 2.0}), (2, "learning_rate", 1e-3)]
     with pytest.raises(RuntimeError, match="already finished"): run.change(temperature=1)
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_on_request_resumes_to_the_same_weights(tmp_path, when):
         until(lambda: run.checkpoint)
         assert run.state == "paused"
         run.resume()
-    run.wait(60)
+    run.wait(300)
     assert paths == [(2, str(tmp_path / "checkpoint-2"))] and Path(run.checkpoint, "trainer_state.json").is_file()
     assert json.loads(Path(run.checkpoint, control.FILE).read_text())["changed"] == {
         "learning_rate": 3e-3, "temperature": 0.9, "reward_weights": {"digits": 0.5},
@@ -340,11 +340,11 @@ def test_pause_and_stop_in_the_middle_of_sampling_hold_after_that_step(tmp_path)
     inside, go = threading.Event(), threading.Event()
     def slow(completions, **kwargs):
         inside.set()
-        assert go.wait(60)
+        assert go.wait(300)
         return digits(completions)
     run = make(tmp_path, rewards=slow, max_steps=50)
     run.start(background=True)
-    assert inside.wait(60)
+    assert inside.wait(300)
     run.pause()
     go.set()
     until(lambda: run.state == "paused")
@@ -352,10 +352,10 @@ def test_pause_and_stop_in_the_middle_of_sampling_hold_after_that_step(tmp_path)
     inside.clear()
     go.clear()
     run.resume()
-    assert inside.wait(60)
+    assert inside.wait(300)
     run.stop(save=False)
     go.set()
-    run.wait(60)
+    run.wait(300)
     assert run.state == "stopped" and run.step == 2
 
 
@@ -424,7 +424,7 @@ def test_a_listener_that_hangs_does_not_hold_up_the_run(tmp_path):
     assert run.start(background=False).state == "finished" # while the listener still has the first event in its hands
     assert got == [] and run.events.dropped == 14 - 3
     gate.set()
-    assert run.events.drain(30) and isinstance(got[-1], events.RunFinished) and len(got) == 3
+    assert run.events.drain(120) and isinstance(got[-1], events.RunFinished) and len(got) == 3
 
 
 def test_ten_thousand_events_leave_a_bounded_queue():
@@ -434,7 +434,7 @@ def test_ten_thousand_events_leave_a_bounded_queue():
         gate.wait()
     off = bus.subscribe(hangs, queue=100)
     bus.emit(events.RunPaused())
-    assert held.wait(60) # it has one in its hands, and takes no other
+    assert held.wait(300) # it has one in its hands, and takes no other
     for step in range(10_000): bus.emit(events.StepLogged(step=step, metrics={"reward": 1.0}))
     queue = bus._subscriptions[0].queue
     assert len(queue.waiting) == 100 and bus.dropped == 10_000 - 100 and len(bus.kept) == 10
@@ -450,7 +450,7 @@ def test_a_failing_listener_in_a_queue_is_counted():
     with pytest.warns(RuntimeWarning, match="disk full"):
         for _ in range(3):
             bus.emit(events.RunPaused())
-            assert bus.drain(10)
+            assert bus.drain(60)
     assert bus.failures == 3 and bus.dropped == 0
     for wrong in (-1, 1.5, True, "2"):
         with pytest.raises(ValueError, match="queue="): bus.subscribe(print, queue=wrong)

@@ -324,7 +324,7 @@ def run_script(folder, text):
         "import sys\nsys.modules['grpo_nb'] = None\n" + text + "print('LOG', [log for log in trainer.state.log_history])\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     return ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("LOG"))[4:].replace("nan", "None"))
 
@@ -383,7 +383,7 @@ def test_trl_command_trains_from_our_files(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd(), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "trl.scripts.grpo", "--config", "grpo.yaml"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280,
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rewards/brief/mean" in done.stdout

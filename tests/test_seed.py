@@ -61,7 +61,7 @@ def test_example_runs_unchanged(folder, tmp_path, order):
     # the first call of `train` logs every 10 steps, as TRL's default has it; the second, by the check, every step
     script = tmp_path / "example.py"
     script.write_text(data + code + textwrap.dedent(CHECK))
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "trained" in done.stdout
     assert done.stdout.count("is read as 2") == 1, done.stdout
