@@ -322,6 +322,36 @@ def test_gated(activation, shape, dtype):
     close(lambda f, a, b: f(a, b, activation), gated_naive, gated, ((3 * gate).to(dtype), up.to(dtype)), d)
 
 
+def outputs_of(kind): # of every function of ours that stands in a layer, in two and in three dimensions
+    g = torch.Generator().manual_seed(0)
+    def randn(*shape): return torch.randn(*shape, generator=g).requires_grad_()
+    for x, y in ((randn(6, 8), randn(6, 5)), (randn(2, 3, 8), randn(2, 3, 5))):
+        A, B, weight, bias = randn(4, 8), randn(5, 4), randn(5, 8), randn(5)
+        if kind == "lora":
+            from grpo_nb.ops.layer.lora import lora_add, lora_group, lora_linear
+            frozen = weight.detach()
+            yield from (lora_linear(x, weight, bias, A, B, 2.0), lora_add(y, x, A, B, 2.0))
+            yield from lora_group(x, [frozen] * 2, [None] * 2, [A, A], [B, B], [1.0, 2.0])
+        else:
+            from grpo_nb.ops.layer.gated_mlp import gated
+            from grpo_nb.ops.layer.rms_norm import rms_norm
+            from grpo_nb.ops.layer.rotary import rotary
+            angles = torch.rand(1, 3, 4, generator=g)
+            yield from (rms_norm(x, randn(8), 1e-6), gated(x, randn(*x.shape)))
+            yield from rotary(randn(2, 4, 3, 4), randn(2, 2, 3, 4), angles, angles)
+    from grpo_nb.ops.head.linear_logprob import linear_logprob
+    for keep in (torch.ones(6, dtype=torch.bool), torch.arange(6) % 2 == 0):
+        yield from linear_logprob(randn(6, 8), randn(9, 8), torch.arange(6), mask=keep, entropy=True, backend="chunked")
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("kernels", marks=interpreted)])
+def test_what_a_function_gives_back_can_be_changed_in_place(kind):
+    "As Gemma 3n does with what its projections give; a view made inside a custom function forbids it."
+    for out in outputs_of(kind):
+        assert not out._is_view()
+        out.mul_(2).sum().backward(retain_graph=True) # several come of one call
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 5, 6), (2, 12, 2, 9, 128)])

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PROGRAMS', 'rms_norm_naive', 'runs_on', 'RMSNorm', 'rms_norm']
 
-# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #9bb9f106
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #4a308018
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .lora import shaped
 
 # %% ../../../nbs/ops/layer/02_rms_norm.ipynb #a1d1e1ae
 def rms_norm_naive(x:Tensor, # (..., d)
@@ -98,7 +100,7 @@ def _slopes(x, weight, scale, dy, offset, needs_x, trained): # -> dx (n, d) or N
     if len(x): _backward[(programs,)](x, weight, scale, dy, *outs, *x.shape, **how)
     return dx, parts
 
-# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #3c067b5a
+# %% ../../../nbs/ops/layer/02_rms_norm.ipynb #e62fdf99
 class RMSNorm(torch.autograd.Function):
     "RMSNorm; keeps its input and one number a row."
     @staticmethod
@@ -107,7 +109,7 @@ class RMSNorm(torch.autograd.Function):
         y, scale = _normed(flat, weight, eps, offset)
         ctx.offset = offset
         ctx.save_for_backward(flat, weight, scale)
-        return y.view(x.shape)
+        return shaped(y, x.shape)
 
     @staticmethod
     @once_differentiable
