@@ -28,10 +28,12 @@ def magnitudes(tensors:list) -> Tensor: # (n,) fp32, on the first one's device
         for (i, _), v in zip(members, values): found[i] = next(norms).float() if v.numel() else torch.zeros((), device=v.device)
     return torch.stack([f.to(found[0].device) for f in found]) if found else torch.zeros(0)
 
+_KINDS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
 def not_finite(named:dict # name to tensor
                ) -> list: # of names, in the order of `named`
     "The tensors that hold a NaN or an infinity."
-    known = {name: t for name, t in named.items() if t.is_floating_point() and not t.is_meta}
+    known = {name: t for name, t in named.items() if t.dtype in _KINDS and not t.is_meta}
     if not known: return []
     return [name for name, fine in zip(known, magnitudes(list(known.values())).isfinite().tolist()) if not fine]
 
@@ -49,11 +51,12 @@ class Lookout:
     "Looks whether a training's gradients and weights are numbers, and raises `NotFinite` where they are none."
     def __init__(self,
                  model:nn.Module, # what is trained
-                 explain, # called with "gradient" or "weight", the names that are not finite, how many were looked at -> a sentence
+                 explain, # called with "gradient", "step" or "weight", the names, how many were looked at -> a sentence
                  alike=None, # called with a bool, gives whether it holds in any process; None: there is one process
                  ):
         self.model, self.explain, self.alike = model, explain, alike or bool
         self.noted, self.optimizer, self.hooks, self.whole = None, None, [], False
+        self.since, self.began_from = 0.0, "" # seconds since the epoch, and the checkpoint that the training went on from
 
 # %% ../../nbs/models/07_finite.ipynb #bd06878a
 @patch
@@ -98,7 +101,7 @@ def before_step(self:Lookout, *_) -> None:
 def after_step(self:Lookout, *_) -> None:
     "Raise where the step has made a weight not finite."
     found = trained(self.model)
-    self._judge("weight", not_finite(found), len(found))
+    self._judge("step", not_finite(found), len(found))
 
 @patch
 @torch.no_grad()

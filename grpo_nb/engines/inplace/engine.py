@@ -168,8 +168,8 @@ def _check_numbers(self:_Run, numbers): # one a slot: whether its log-probs are 
     "Raise `NotFinite` where a slot in use has drawn from logits that are NaN or infinite."
     lost = [row for row, fine in zip(self.table.row_of, numbers) if row is not None and not fine]
     if not lost: return
-    raise NotFinite(f"The logits of {len(lost)} of {len(self.owner)} completions are not finite (completion {min(lost)} the first), "
-                    "so no token can be drawn from them.")
+    raise NotFinite(f"The logits of {len(lost)} of {len(self.owner)} completions are not finite (completion {min(lost)} first): "
+                    "no token can be drawn from them.")
 
 @patch
 def _whole(self:_Run, at, counts) -> list: # one a slot
