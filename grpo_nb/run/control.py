@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_head
            'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'Randomness',
            'close_training', 'agreed', 'Steering']
 
-# %% ../../nbs/run/02_control.ipynb #c8ba7df5
+# %% ../../nbs/run/02_control.ipynb #d2d583ef
 import json
 import math
 import random
@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..ground.check import known_arguments, nearest, number, whole
 from ..ground.events import Notice, SettingChanged, say, short
+from ..ground.text import error_text, put
 
 # %% ../../nbs/run/02_control.ipynb #3707c795
 def _leaves(scheduler) -> list:
@@ -312,7 +313,7 @@ class Steering:
         "The settings that can be changed, as they are now."
         return current(self.trainer)
 
-# %% ../../nbs/run/02_control.ipynb #e0d557b1
+# %% ../../nbs/run/02_control.ipynb #1016ab0b
 @patch(as_prop=True)
 def requested(self:Steering) -> dict: # name to value
     "Changes that were asked for and have not happened yet."
@@ -326,10 +327,10 @@ def changes(self:Steering) -> list: # dicts with step, name, old and new, oldest
 @patch
 def _report(self:Steering, message):
     "Print a sentence and emit it."
-    print(f"grpo_nb: {message}")
+    put(f"grpo_nb: {message}")
     self._emit(Notice, message=message)
 
-# %% ../../nbs/run/02_control.ipynb #cf8de86c
+# %% ../../nbs/run/02_control.ipynb #21100e0f
 @patch
 def _change_settings(self:Steering, asked=None): # name to value; None: what was asked of this process
     "Set what was asked for and can be set before the next step."
@@ -345,7 +346,7 @@ def _set(self:Steering, name, value):
     old = self.settings[name]
     try: SETTINGS[name][1](self.trainer, value)
     except Exception as error: # noqa: BLE001 it is reported; the run goes on with what it had
-        self._report(f"{name} could not be changed to {value!r} ({type(error).__name__}: {error}); the run goes on.")
+        self._report(f"{name} could not be changed to {value!r} ({error_text(error)}); the run goes on.")
         return
     self._changed[name] = value
     if old == value: return

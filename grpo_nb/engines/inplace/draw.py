@@ -41,7 +41,7 @@ def seeds_of(seed:int, # of all
     "A seed for each row."
     return mix(mix(torch.tensor(_signed(seed & (2**64 - 1)))) + torch.arange(1, rows + 1) * _GAMMA)
 
-# %% ../../../nbs/engines/inplace/01_draw.ipynb #1fc81bc2
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #dfad383c
 BLOCK = 64 # tokens whose probabilities are summed before they are cumulated
 
 
@@ -54,9 +54,9 @@ def _blocks(e): # (R, V) -> (R, blocks, BLOCK)
 def _find(cumulative, t): # (R, N) fp64, (R,) -> (R, 1): the first place that exceeds t
     last = cumulative[:, -1]
     t = torch.minimum(t.clamp(min=0), torch.nextafter(last, torch.zeros_like(last)))
-    return torch.searchsorted(cumulative, t[:, None], right=True)
+    return torch.searchsorted(cumulative, t[:, None], right=True).clamp(max=cumulative.shape[1] - 1)
 
-# %% ../../../nbs/engines/inplace/01_draw.ipynb #55b6e774
+# %% ../../../nbs/engines/inplace/01_draw.ipynb #814c564b
 def draw(logits:Tensor, # (R, V) fp32, from `sampling_logits`
          u:Tensor, # (R,) fp64 in [0, 1)
          ) -> tuple: # (R,) int64 tokens, (R,) fp32 their log-probs
@@ -69,7 +69,7 @@ def draw(logits:Tensor, # (R, V) fp32, from `sampling_logits`
     block = _find(cumulative, t)
     inside = e.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)
     t = t - (cumulative.gather(1, block) - sums.gather(1, block))[:, 0]
-    token = block * BLOCK + _find(inside, t)
+    token = (block * BLOCK + _find(inside, t)).clamp(max=logits.shape[1] - 1)
     return token[:, 0], (logits.gather(1, token) - top)[:, 0] - cumulative[:, -1].log().float()
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOK', 'neighbours', 'free_bytes', 'cannot', 'InPlace']
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #b2690fea
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #7d9cbf2d
 import os
 import time
 from collections import deque
@@ -22,6 +22,7 @@ from .decode import first_tokens, forward, prefill, step
 from .draw import seeds_of
 from .layers import Decoder, why_not_inplace
 from .static import Recorder, recorded
+from ...models.finite import NotFinite
 from ...models.modes import Snapshot
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #fd5b1ca3
@@ -141,12 +142,14 @@ def _note_prompts(self:_Run, slots, rows):
         seen[slot] = False
         seen[slot, torch.tensor(self.prompts[self.owner[row]], device=seen.device)] = True
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #c746d695
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #9b2facff
 @patch
 def retire(self:_Run) -> bool: # whether any slot became free
     "Take what has finished out of the table."
     t = self.table
-    alive, counts = torch.stack([t.alive.long(), t.count]).tolist()
+    newest = t.logps.gather(1, (t.count - 1).clamp(min=0)[:, None])[:, 0]
+    alive, counts, numbers = torch.stack([t.alive.long(), t.count, newest.isfinite().long()]).tolist()
+    self._check_numbers(numbers)
     ends = self.match_strings(counts) if self.sampling.stop else {}
     used = [i for i, row in enumerate(t.row_of) if row is not None]
     over = [i for i in used if i in ends or not alive[i]]
@@ -159,11 +162,30 @@ def retire(self:_Run) -> bool: # whether any slot became free
         if prompt is not None and not self.left[prompt]: t.prompt_of[lane] = None
     return True
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #10975230
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #f91ee7dc
+@patch
+def _check_numbers(self:_Run, numbers): # one a slot: whether its log-probs are finite
+    "Raise `NotFinite` where a slot in use has drawn from logits that are NaN or infinite."
+    lost = [row for row, fine in zip(self.table.row_of, numbers) if row is not None and not fine]
+    if not lost: return
+    raise NotFinite(f"The logits of {len(lost)} of {len(self.owner)} completions are not finite (completion {min(lost)} first): "
+                    "no token can be drawn from them.")
+
+@patch
+def _whole(self:_Run, at, counts) -> list: # one a slot
+    "Whether all tokens of some slots were drawn from numbers."
+    t = self.table
+    inside = torch.arange(t.logps.shape[1], device=at.device) < t.count[at, None]
+    fine, found = (t.logps[at].isfinite() | ~inside).all(1).tolist(), [True] * len(counts)
+    for slot, one in zip(at.tolist(), fine): found[slot] = one
+    return found
+
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #666eccda
 @patch
 def _take(self:_Run, over, counts, ends):
     "Note what finished slots have drawn, and why they ended."
     t, at = self.table, torch.tensor(over, device=self.table.out.device)
+    self._check_numbers(self._whole(at, counts))
     for slot, tokens, values in zip(over, t.out[at].tolist(), t.logps[at].tolist()):
         row, count = t.row_of[slot], ends.get(slot, counts[slot])
         stopped = tokens[count - 1] in self.sampling.stop_token_ids

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #3d793556
+# %% ../../../nbs/ops/decode/04_sample.ipynb #c401719c
 def _scores(logits, temperature, softcap): # (R, V) -> (R, V) float32
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None: z = torch.tanh(z / softcap) * softcap
@@ -29,7 +29,7 @@ def sample_naive(logits:Tensor, # (R, V), any floating type; at least one finite
     cumulative = (z - top).exp().double().cumsum(-1)
     last = cumulative[:, -1:]
     below = torch.nextafter(last, torch.zeros_like(last)) # what rounding must not exceed
-    token = torch.searchsorted(cumulative, torch.minimum(u[:, None] * last, below), right=True)
+    token = torch.searchsorted(cumulative, torch.minimum(u[:, None] * last, below), right=True).clamp(max=z.shape[1] - 1)
     return token[:, 0], (z.gather(1, token) - top)[:, 0].float() - last[:, 0].log().float()
 
 # %% ../../../nbs/ops/decode/04_sample.ipynb #0c36a5e8
@@ -69,7 +69,7 @@ def _read(logits, row_stride, row, chunk, vocabulary, inverse, cap, HAS_CAP: tl.
     x = tl.load(logits + row * row_stride + at, mask=at < vocabulary, other=0.0)
     return tl.where(at < vocabulary, _score(x, inverse, cap, HAS_CAP), -float("inf")), at
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #4c382a12
+# %% ../../../nbs/ops/decode/04_sample.ipynb #1cf12d7c
 @triton.jit
 def _fold(logits, row_stride, tops, sums, places, vocabulary, inverse, cap, HAS_CAP: tl.constexpr, GREEDY: tl.constexpr):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -79,7 +79,7 @@ def _fold(logits, row_stride, tops, sums, places, vocabulary, inverse, cap, HAS_
     to = row * tl.num_programs(0) + chunk
     tl.store(tops + to, top)
     tl.store(sums + to, tl.sum(tl.sum(e, 1).to(tl.float64), 0))
-    if GREEDY: tl.store(places + to, tl.min(tl.min(tl.where(z == top, at, 2147483647), 1), 0))
+    if GREEDY: tl.store(places + to, tl.min(tl.min(tl.where((z == top) & (at < vocabulary), at, 2147483647), 1), 0))
 
 # %% ../../../nbs/ops/decode/04_sample.ipynb #3669f7f4
 @triton.jit
@@ -121,13 +121,14 @@ def _pick(logits, row_stride, tops, sums, u, tokens, logps, vocabulary, chunks, 
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logps + row, score - best - tl.log(whole).to(tl.float32))
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #11122b39
+# %% ../../../nbs/ops/decode/04_sample.ipynb #06e13de6
 @triton.jit
 def _largest(tops, sums, places, tokens, logps, chunks, CHUNKS: tl.constexpr):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
     top, total, best, factor = _totals(tops, sums, row, chunks, CHUNKS)
     place = tl.load(places + row * chunks + at, mask=at < chunks, other=2147483647)
     token = tl.min(tl.where(top == best, place, 2147483647), 0)
+    token = tl.where(token == 2147483647, 0, token) # a NaN equals nothing
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logps + row, -tl.log(tl.sum(total * factor, 0)).to(tl.float32))
 
