@@ -69,7 +69,9 @@ def known_arguments(function:str, # the function's name
         if name in RETIRED:
             since, now = RETIRED[name]
             raise TypeError(f"{function}() has no argument {name!r} any more, since {since}. Write now: {now}.")
-        raise TypeError(f"{function}() has no argument {name!r}.{nearest(name, allowed)} It takes: {', '.join(allowed)}.")
+        close = nearest(name, allowed)
+        listed = "" if close and len(allowed) > 60 else f" It takes: {', '.join(allowed)}." # a page of names hides the right one
+        raise TypeError(f"{function}() has no argument {name!r}.{close}{listed}")
 
 # %% ../../nbs/ground/01_check.ipynb #0ecb9d4d
 def bounds(least=None, above=None, most=None, below=None) -> str: # "of at least 1 and at most 8"; empty without a bound

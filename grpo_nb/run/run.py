@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['GRPORun']
 
-# %% ../../nbs/run/05_run.ipynb #b12cb605
+# %% ../../nbs/run/05_run.ipynb #e4e58384
 import contextvars
 import html
-import inspect
 import math
 import shutil
 import threading
@@ -23,12 +22,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-# %% ../../nbs/run/05_run.ipynb #65312384
-from ..ground.check import known_arguments
+# %% ../../nbs/run/05_run.ipynb #fb03947f
+from ..ground.check import flag, number
 from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed,
                                    RunStarted, RunStopped, StepLogged, say)
 from .control import Randomness, Steering, agreed, close_training, write_changes
-from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
+from .inputs import (check_dataset, check_model, check_reference, check_rewards, check_run, check_together, check_tokenizer,
                                 first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
@@ -60,20 +59,15 @@ def _numbers(logs) -> dict: # name to float
     "The metrics of a log that are numbers."
     return {k: float(v) for k, v in logs.items() if isinstance(v, Real) and not isinstance(v, bool)}
 
-# %% ../../nbs/run/05_run.ipynb #83f8e022
-def _trainer_arguments(trainer_class) -> set:
-    "The arguments that may be passed on to the trainer."
-    ours = {"self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks", "kwargs"}
-    return set(inspect.signature(trainer_class.__init__).parameters) - ours
-
+# %% ../../nbs/run/05_run.ipynb #dbb03d65
 def _free_reference(model):
     "Take away the reference adapter of an earlier run: the trainer makes its own, a copy of the adapter as it now is."
     if "ref" not in getattr(model, "peft_config", {}) or model.active_adapters == ["ref"]: return
     model.delete_adapter("ref")
     say("the model had the reference adapter of an earlier run; this run takes the adapter as it now is for its reference.")
 
-# %% ../../nbs/run/05_run.ipynb #30efcba9
-def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, kwargs) -> dict: # arguments of the trainer
+# %% ../../nbs/run/05_run.ipynb #9dbd99ca
+def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_class, kwargs) -> dict: # arguments of the trainer
     "What a run is given, checked before anything is made of it."
     own_adapter = kwargs.get("peft_config") is not None # the trainer will put one on
     if not own_adapter: check_model(model)
@@ -81,13 +75,13 @@ def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, kwargs) -
     if eval_dataset is not None: eval_dataset = check_dataset(eval_dataset, "eval_dataset")
     check_tokenizer(tokenizer, first_prompt(dataset))
     functions, weights = check_rewards(rewards)
-    check_reward_columns(functions, dataset.column_names)
     config = make_config(config, weights)
+    check_together(model, tokenizer, functions, dataset, config, trainer_class, kwargs)
     if not own_adapter: check_reference(model, config)
     return dict(model=model, processing_class=tokenizer, reward_funcs=functions, args=config, train_dataset=dataset,
                 eval_dataset=eval_dataset, **kwargs)
 
-# %% ../../nbs/run/05_run.ipynb #30fbab4a
+# %% ../../nbs/run/05_run.ipynb #161d7cf6
 class GRPORun(Steering):
     "One GRPO training run; `start` begins it, `events` tells what happens, `history` what was measured."
     def __init__(self,
@@ -105,8 +99,8 @@ class GRPORun(Steering):
                  **kwargs, # more arguments of the trainer, such as `peft_config`
                  ):
         if trainer_class is None: from trl import GRPOTrainer as trainer_class
-        known_arguments("GRPORun", kwargs, _trainer_arguments(trainer_class))
-        given = _checked(model, tokenizer, rewards, dataset, config, eval_dataset, kwargs)
+        check_run(GRPORun, trainer_class, callbacks, reward_timeout, progress, kwargs)
+        given = _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_class, kwargs)
         given["reward_funcs"] = [guard(function, timeout=reward_timeout) for function in given["reward_funcs"]]
         _free_reference(model)
         self._reset()
@@ -114,7 +108,7 @@ class GRPORun(Steering):
         for shown in () if progress else _displays(self.trainer): self.trainer.remove_callback(shown)
         self._meter = StepMeter(self.trainer)
 
-# %% ../../nbs/run/05_run.ipynb #67e8df1f
+# %% ../../nbs/run/05_run.ipynb #3fa09058
 def _displays(trainer) -> list:
     "The trainer's callbacks that print or draw."
     from transformers.utils.notebook import NotebookProgressCallback
@@ -132,10 +126,11 @@ def _reset(self:GRPORun):
     self._stop, self._pause = None, False # what asked for the end, and whether to wait after the step
     self._save_asked, self._save_at_stop, self._log_due = False, False, False
     self._thread, self._failure, self._ended = None, None, threading.Event()
+    self._scored = None # whether a reward gave a number to a completion; None: nothing was logged yet
     self._from, self._began_at = None, 0 # the checkpoint it goes on from, and the step
     self._random, self._new_epoch = None, False # what a checkpoint of the last whole step holds of the random numbers
 
-# %% ../../nbs/run/05_run.ipynb #fdfb7d92
+# %% ../../nbs/run/05_run.ipynb #a4ed846e
 @patch(as_prop=True)
 def step(self:GRPORun) -> int: # of `total_steps`
     "Optimiser steps done."
@@ -152,7 +147,7 @@ def token_values(self:GRPORun) -> bool: # set it at any time; it takes effect at
     return self._meter.token_values
 
 @patch(set_prop=True, nm="token_values")
-def _set_token_values(self:GRPORun, wanted): self._meter.token_values = bool(wanted)
+def _set_token_values(self:GRPORun, wanted): self._meter.token_values = flag("token_values", wanted)
 
 @patch(as_prop=True)
 def _longest_prompt(self:GRPORun) -> int: return self._meter.longest_prompt
@@ -160,7 +155,7 @@ def _longest_prompt(self:GRPORun) -> int: return self._meter.longest_prompt
 @patch
 def _emit(self:GRPORun, kind, **fields): self.events.emit(kind(step=self.step, **fields))
 
-# %% ../../nbs/run/05_run.ipynb #99e236d5
+# %% ../../nbs/run/05_run.ipynb #df71f699
 @patch(as_prop=True)
 def history(self:GRPORun) -> list: # dicts with `step`, `name` and `value`
     "Everything that was logged so far, oldest first."
@@ -172,6 +167,7 @@ def _logged(self:GRPORun, logs, control):
     "Report one log; the closing one, with the whole run's time, is left to `RunFinished`."
     if "train_runtime" in logs: return
     self._emit(StepLogged, metrics=_numbers(logs))
+    if "reward" in logs: self._look_at_reward(logs["reward"])
     completions = _completions(self.trainer) if "reward" in logs else None
     if completions: self._emit(CompletionsLogged, **completions, **self._meter.fields(len(completions["completions"])))
     if self._log_due:
@@ -275,7 +271,29 @@ def _end(self:GRPORun, state, kind, **fields):
     self.state = state
     self._emit(kind, **fields)
 
-# %% ../../nbs/run/05_run.ipynb #4b9d5c51
+# %% ../../nbs/run/05_run.ipynb #23af9110
+@patch
+def _finish(self:GRPORun):
+    "The state that belongs to the step at which the trainer came back; raises `RuntimeError` where nothing was done."
+    if self.step >= self.total_steps: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))
+    elif self._stop: self._end("stopped", RunStopped, reason=self._stop)
+    elif self.step > self._began_at:
+        self._report(f"the run ended at step {self.step} of {self.total_steps}: a callback ended it, or the data did.")
+        self._end("stopped", RunStopped, reason="the trainer ended")
+    else:
+        raise RuntimeError(f"the run ended at step {self.step} of {self.total_steps} without doing one: the data set gave no whole "
+                           "batch, or a callback ended it. Give more rows, or lower per_device_train_batch_size.")
+    if self._scored is False: self._report("no reward gave a number to any completion in this run: it learned nothing from rewards.")
+
+@patch
+def _look_at_reward(self:GRPORun, reward):
+    "Say it the first time that a whole log has no reward; TRL writes None there, and goes on."
+    found = isinstance(reward, Real) and not math.isnan(reward)
+    if not found and self._scored is None:
+        self._report(f"step {self.step}: every reward returned None for every completion, so nothing is learned from them.")
+    self._scored = found or bool(self._scored)
+
+# %% ../../nbs/run/05_run.ipynb #dbe52a2b
 @patch
 def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
@@ -284,8 +302,7 @@ def _train(self:GRPORun, checkpoint, in_background):
         with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator(), self._meter, \
              leave_when(self.trainer, self._leaves):
             self.result = self.trainer.train(resume_from_checkpoint=checkpoint)
-        if self._stop and self.step < self.total_steps: self._end("stopped", RunStopped, reason=self._stop)
-        else: self._end("finished", RunFinished, metrics=_numbers(self.result.metrics))
+        self._finish()
     except LeftSampling:
         self._leave()
         self._end("stopped", RunStopped, reason=self._stop)
@@ -379,13 +396,14 @@ def _check_startable(self:GRPORun, resume):
     more = "" if self.state == "finished" else " start(resume=True) goes on from its last checkpoint."
     raise RuntimeError(f"start(): the run has already {_past[self.state]}, {where}.{more} Make a new GRPORun to begin anew.")
 
-# %% ../../nbs/run/05_run.ipynb #f09eb43a
+# %% ../../nbs/run/05_run.ipynb #60e81711
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
           background=None, # train in a thread of its own; None: where a notebook has a reader
           ) -> GRPORun: # the run itself
     "Begin training; in the background it returns at once, else when the run has ended. Raises `RuntimeError` for a second start."
+    flag("background", background, open=True)
     in_background = interactive_kernel() if background is None else bool(background)
     with self._lock:
         self._check_startable(resume)
@@ -431,12 +449,13 @@ def resume(self:GRPORun) -> GRPORun: # the run itself
     self._wake.set()
     return self
 
-# %% ../../nbs/run/05_run.ipynb #cc96e477
+# %% ../../nbs/run/05_run.ipynb #29c8a29e
 @patch
 def stop(self:GRPORun,
          save=True, # leave a checkpoint; False: only if the config saves
          ) -> GRPORun: # the run itself
     "End after the current step, or at once where it is still sampling; `start(resume=True)` goes on from its checkpoint."
+    flag("save", save)
     self._check_going("stop")
     if self._stop: raise RuntimeError("stop(): the run is already about to stop.")
     if save and not self._config_saves:
@@ -445,14 +464,14 @@ def stop(self:GRPORun,
     self._wake.set()
     return self
 
-# %% ../../nbs/run/05_run.ipynb #2c81fd98
+# %% ../../nbs/run/05_run.ipynb #73aa35cf
 @patch
 def wait(self:GRPORun,
          timeout=None, # seconds; None: until the run has ended
          ) -> GRPORun: # the run itself; `state` says whether it has ended
     "Wait for the end of the run; raises the run's error with the traceback it had."
     if self.state == "ready": raise RuntimeError("wait(): the run has not been started; call start() first.")
-    until = math.inf if timeout is None else monotonic() + timeout
+    until = math.inf if timeout in (None, math.inf) else monotonic() + number("timeout", timeout, least=0)
     while not self._ended.is_set() and (left := until - monotonic()) > 0:
         try: self._ended.wait(min(0.2, left))
         except KeyboardInterrupt:

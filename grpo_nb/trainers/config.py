@@ -75,6 +75,7 @@ def table_of(config_class) -> dict: # of `ground.check`
     if config_class.__module__ == "trl.trainer.grpo_config": return SETTINGS
     return {name: allowed for name, allowed in SETTINGS.items() if name != "loss_type"}
 
+# %% ../../nbs/trainers/04_config.ipynb #8143db99
 def check_theirs(config_class, # TRL's, or one of the user's own
                  values:dict, # name to value, of as many fields as are known
                  ) -> None:
