@@ -283,7 +283,7 @@ def _finish(self:GRPORun):
     else:
         raise RuntimeError(f"the run ended at step {self.step} of {self.total_steps} without doing one: the data set gave no whole "
                            "batch, or a callback ended it. Give more rows, or lower per_device_train_batch_size.")
-    if self._scored is False: self._report("no reward gave a number to any completion in this run: it learned nothing from rewards.")
+    if self._scored is False: self._report("no reward gave a number to any completion in this run: it learned nothing.")
 
 @patch
 def _look_at_reward(self:GRPORun, reward):
