@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['vllm_engines', 'IMAGE_INPUTS', 'told', 'ROWS', 'OfSampling', 'OfPacking', 'TrainerState', 'state_of', 'micro_batch',
-           'started', 'log_rate', 'how_of', 'step_of', 'layout_of', 'settled', 'agreed', 'Alone', 'is_plain', 'copied',
-           'untouched', 'by_trl', 'why_not_compared', 'is_first', 'first_step', 'Verdict', 'settle', 'libraries', 'few',
-           'narrow', 'asks', 'owner_of', 'written_elsewhere', 'own_methods', 'passed_over']
+           'lookout_of', 'whole_before_save', 'watching_weights', 'lost_words', 'last_whole', 'way_back', 'NoMemory',
+           'lacks_memory', 'moment_of', 'no_memory', 'optimiser_name', 'started', 'log_rate', 'how_of', 'step_of',
+           'layout_of', 'settled', 'agreed', 'Alone', 'is_plain', 'copied', 'untouched', 'by_trl', 'why_not_compared',
+           'is_first', 'first_step', 'Verdict', 'settle', 'libraries', 'few', 'narrow', 'asks', 'owner_of',
+           'written_elsewhere', 'own_methods', 'passed_over']
 
 # %% ../../nbs/trainers/02_state.ipynb #ee67bd5c
 import ast
@@ -17,19 +19,25 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from inspect import getattr_static, unwrap
+from pathlib import Path
+from traceback import walk_tb
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..ground.events import say
+from ..ground.text import error_text
+from ..models.finite import Lookout
+from ..models.room import ESTIMATES, chain, let_go, out_of_memory
 from ..packs.attention import Reason
 from ..patch.anchor import source_of
+from ..patch.objects import wrapping
 from ..step.compare import compare, drawn, steady
-from ..step.layout import Choice, Chosen, Layout, attention_dropout, home_of, is_known, origins, theirs
+from ..step.layout import Choice, Chosen, Layout, attention_dropout, default_budget, home_of, is_known, origins, theirs
 from ..step.packed import How, PackedStep
 
 # %% ../../nbs/trainers/02_state.ipynb #19e64d39
@@ -67,6 +75,7 @@ class TrainerState(OfPacking, OfSampling):
     compared: bool = False # whether the run's first step was compared with TRL's own loss, or need not be
     differs: Reason|None = None # what that found
     clock: tuple|None = None # when the present loss began, and completion tokens since
+    lookout: object = None # what looks whether gradients and weights are numbers
 
     def restart(self):
         "The next micro-batch is the first of an optimiser step."
@@ -93,14 +102,122 @@ def micro_batch(trainer):
         state.restart()
     state.inside, state.clock, state.before = True, None, getattr(trainer, "_buffered_inputs", None)
     try: yield state
-    except BaseException:
+    except BaseException as error:
         state.restart()
-        raise
+        if not lacks_memory(error): raise
+        raise no_memory(trainer, error) from error
     finally: state.inside = False
     state.micro += 1
     if trainer.accelerator.sync_gradients:
+        if state.lookout is not None: state.lookout.note()
         state.restart()
         state.coming = None
+
+# %% ../../nbs/trainers/02_state.ipynb #31d18bbd
+def lookout_of(trainer) -> Lookout:
+    "What looks whether a trainer's gradients and weights are numbers."
+    state, accelerator = state_of(trainer), trainer.accelerator
+    model = accelerator.unwrap_model(trainer.model)
+    if state.lookout is None or state.lookout.model is not model:
+        if state.lookout is not None: state.lookout.detach()
+        def alike(held): return bool(accelerator.gather(torch.tensor([held], device=accelerator.device)).any())
+        state.lookout = Lookout(model, partial(lost_words, trainer), alike if accelerator.num_processes > 1 else None)
+        state.lookout.since = time.time()
+    if getattr(trainer, "optimizer", None) is not None: state.lookout.attach(trainer.optimizer)
+    return state.lookout
+
+def whole_before_save(trainer, save, *args, **kwargs): # goes around `_save_checkpoint`
+    "Write a checkpoint, unless its weights would be NaN."
+    lookout_of(trainer).check()
+    return save(*args, **kwargs)
+
+# %% ../../nbs/trainers/02_state.ipynb #1b730a27
+@contextmanager
+def watching_weights(trainer):
+    "Inside, weights and gradients are looked at; afterwards nothing is left on the trainer."
+    said = dict(why="looks whether weights and gradients are numbers", by="trainers.state")
+    def whole(trainer, save, *args, **kwargs): return whole_before_save(trainer, save, *args, **kwargs)
+    def noted(accelerator, clip, *args, **kwargs):
+        if accelerator.scaler is None and state_of(trainer).lookout is not None: state_of(trainer).lookout.note()
+        return clip(*args, **kwargs)
+    with wrapping(trainer.accelerator, "clip_grad_norm_", noted, **said), wrapping(trainer, "_save_checkpoint", whole, **said):
+        try: yield
+        finally:
+            if state_of(trainer).lookout is not None: state_of(trainer).lookout.detach()
+
+# %% ../../nbs/trainers/02_state.ipynb #706ffd87
+_KINDS = {
+    "gradient": "The gradient of {first} is NaN or infinite in step {next}{others}. The optimiser's step was not made: the weights "
+                "are whole, as step {done} left them.",
+    "step": "The weights are lost: step {next} of the optimiser made {first} NaN or infinite{others}.",
+    "weight": "The weights are lost since step {done}: {first} is NaN or infinite{others}. The optimiser did not do it: the tensor "
+              "was so before its first step, or something else wrote into it.",
+}
+
+def lost_words(trainer, kind:str, names:list, total:int) -> str:
+    "The sentence about weights or gradients that are no numbers."
+    first = repr(names[0]) if names else "a tensor of another process"
+    others = f" (the first of {len(names)} such tensors of {total})" if len(names) > 1 else ""
+    done = trainer.state.global_step
+    return f"{_KINDS[kind].format(first=first, others=others, done=done, next=done + 1)} {way_back(trainer)}"
+
+# %% ../../nbs/trainers/02_state.ipynb #ff0b4f17
+def last_whole(trainer) -> str: # empty where there is none
+    "The newest checkpoint that this training has written, or that it began from."
+    lookout, done = state_of(trainer).lookout, trainer.state.global_step
+    written = [p for p in Path(trainer.args.output_dir).glob("checkpoint-*") if p.name[11:].isdigit() and int(p.name[11:]) <= done
+               and (p / "trainer_state.json").is_file() and (p / "trainer_state.json").stat().st_mtime >= lookout.since - 1]
+    return str(max(written, key=lambda p: int(p.name[11:]))) if written else lookout.began_from
+
+def way_back(trainer) -> str:
+    "What to go back to, and what to lower."
+    args, folder = trainer.args, last_whole(trainer)
+    back = f"{folder!r} is whole, and resuming goes on from it." if folder else "No checkpoint of this training was written before."
+    half = " Take bf16 or float32 in place of fp16." if getattr(args, "fp16", False) or _half(trainer.model) else ""
+    return (f"{back} Lower learning_rate (now {args.learning_rate}) or max_grad_norm (now {args.max_grad_norm}), and look at the "
+            f"loss and the rewards of the steps before.{half}")
+
+def _half(model) -> bool: return any(p.dtype is torch.float16 for p in model.parameters())
+
+# %% ../../nbs/trainers/02_state.ipynb #63937652
+class NoMemory(torch.OutOfMemoryError):
+    "A step for which there was no memory: the message names where, and what to lower."
+
+def lacks_memory(error) -> bool:
+    "Whether an error is an allocation's that nobody has explained yet."
+    return out_of_memory(error) and not isinstance(error, NoMemory)
+
+def moment_of(error) -> str:
+    "What a training did when it failed, by the frames of the failure."
+    frames = [(f.f_code.co_name, f.f_code.co_filename) for e in chain(error) for f, _ in walk_tb(e.__traceback__)]
+    names = {name for name, _ in frames}
+    if names & {"_save_checkpoint", "save_model"}: return "the saving of a checkpoint"
+    if any(name == "step" and "optim" in file for name, file in frames): return "the optimiser's step"
+    if names & {"backward", "gradients"}: return "the forward and backward"
+    return "the forward"
+
+# %% ../../nbs/trainers/02_state.ipynb #3d3fa0be
+def no_memory(trainer, error) -> NoMemory:
+    "The error that says what to lower; what the failure held is given back."
+    args, moment, device = trainer.args, moment_of(error), trainer.accelerator.device
+    packs = getattr(args, "max_tokens_per_pack", None) or default_budget(device)
+    ways = [f"lower max_tokens_per_pack (now {packs}, {packs // 2} would halve what a pack takes)"]
+    if not args.gradient_checkpointing: ways.append("set gradient_checkpointing=True")
+    length = getattr(args, "max_completion_length", None)
+    if length: ways.append(f"lower max_completion_length (now {length})")
+    if moment == "the optimiser's step":
+        ways.insert(0, f"train an adapter, or take a smaller optimiser than optim={optimiser_name(args)!r}, such as 'adamw_8bit'")
+    if moment == "the saving of a checkpoint": ways.insert(0, "set save_only_model=True")
+    words = f"There was no memory left in {moment} of step {trainer.state.global_step + 1}. To need less: {'; '.join(ways)}."
+    told = " ".join(text for one in ESTIMATES if (text := _estimated(one, trainer)))
+    let_go(error)
+    return NoMemory(f"{words} {told + ' ' if told else ''}The error was {error_text(error, 400)}")
+
+def optimiser_name(args) -> str: return str(getattr(args.optim, "value", args.optim))
+
+def _estimated(estimate, trainer) -> str:
+    try: return estimate(trainer)
+    except Exception: return "" # noqa: BLE001 an estimate that cannot be made is left out of the message
 
 # %% ../../nbs/trainers/02_state.ipynb #cfc797a6
 def started(trainer, tokens:int) -> None:
@@ -130,7 +247,7 @@ def step_of(trainer, model:nn.Module, **changes) -> PackedStep:
     "The packed step of one of a trainer's models: its policy or its reference."
     return PackedStep(model, trainer.accelerator, how_of(trainer, **changes))
 
-# %% ../../nbs/trainers/02_state.ipynb #65090480
+# %% ../../nbs/trainers/02_state.ipynb #b5c99681
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
                 "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
@@ -163,7 +280,7 @@ def agreed(trainer, why:Reason|None) -> Reason|None:
     if not trainer.accelerator.gather(odd).any(): return why
     return why or Reason(Choice.BATCH, "another process's batch has no tree")
 
-# %% ../../nbs/trainers/02_state.ipynb #1f57327e
+# %% ../../nbs/trainers/02_state.ipynb #a477b5fe
 class Alone:
     "An Accelerator whose process is alone."
     def __init__(self, accelerator): self.__dict__["_own"] = accelerator
@@ -179,7 +296,7 @@ def is_plain(value) -> bool:
     if isinstance(value, list | tuple | deque): return all(map(is_plain, value))
     return value is None or isinstance(value, int | float | str)
 
-# %% ../../nbs/trainers/02_state.ipynb #707548fd
+# %% ../../nbs/trainers/02_state.ipynb #b5416c6f
 def copied(name, value):
     "An attribute that a loss may write to, as one that it may."
     if name == "accelerator": return Alone(value)
@@ -200,7 +317,7 @@ def untouched(trainer, model:nn.Module):
         vars(trainer).clear()
         vars(trainer).update(before)
 
-# %% ../../nbs/trainers/02_state.ipynb #4be5c956
+# %% ../../nbs/trainers/02_state.ipynb #bc544de9
 @contextmanager
 def by_trl(trainer):
     "Inside, every loss takes TRL's own path."
@@ -208,7 +325,7 @@ def by_trl(trainer):
     try: yield
     finally: trainer.args.step = before
 
-# %% ../../nbs/trainers/02_state.ipynb #3127418e
+# %% ../../nbs/trainers/02_state.ipynb #11621994
 def why_not_compared(trainer, step:PackedStep, own:list) -> str: # `own`: methods of the user's that would be called
     "Why a first step is taken as it is."
     if step.gathers_weights or str(step.accelerator.distributed_type).rpartition(".")[2] == "DEEPSPEED":
@@ -224,7 +341,7 @@ def is_first(trainer) -> bool:
     state.compared = True
     return getattr(trainer.args, "self_check", True) and getattr(trainer.args, "step", "trl") != "trl"
 
-# %% ../../nbs/trainers/02_state.ipynb #ef1fd0c8
+# %% ../../nbs/trainers/02_state.ipynb #b9a9ea18
 def first_step(trainer, model:nn.Module, # as the trainer holds it
                given:Callable, # () -> a few rows of the batch, and how many
                theirs:Callable, ours:Callable, # of the bare model and those rows -> their loss
@@ -246,7 +363,7 @@ def first_step(trainer, model:nn.Module, # as the trainer holds it
             why = f"{type(error).__name__}: {error}"
     settle(trainer, found, rows, why)
 
-# %% ../../nbs/trainers/02_state.ipynb #46d0c31d
+# %% ../../nbs/trainers/02_state.ipynb #0e1e12e1
 class Verdict(Enum):
     "Why TRL's path is taken for a run."
     DIFFERS = "the first step differed"
@@ -254,7 +371,7 @@ class Verdict(Enum):
 
 told = set() # that a first step agrees is said once in a process
 
-# %% ../../nbs/trainers/02_state.ipynb #b8ee693e
+# %% ../../nbs/trainers/02_state.ipynb #fdb901ac
 def settle(trainer, found, rows:int, why:str) -> None: # `found`: Compared, or None and why
     "Take the verdict of all processes, and say it."
     differs = found is not None and not found.agree
@@ -274,7 +391,7 @@ def settle(trainer, found, rows:int, why:str) -> None: # `found`: Compared, or N
 
 def libraries() -> str: return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl"))
 
-# %% ../../nbs/trainers/02_state.ipynb #2dadfe7a
+# %% ../../nbs/trainers/02_state.ipynb #da55e164
 ROWS = 4 # that are compared
 
 
@@ -291,7 +408,7 @@ def few(inputs:dict, pairs:bool=False) -> tuple: # (dict, how many rows)
         return [value[i] for i in keep.tolist()] if isinstance(value, list | tuple) and len(value) == count else value
     return narrow({name: some(value) for name, value in inputs.items()}), len(keep) * (2 if pairs else 1)
 
-# %% ../../nbs/trainers/02_state.ipynb #985349c9
+# %% ../../nbs/trainers/02_state.ipynb #5f1c8a36
 def narrow(inputs:dict) -> dict:
     "Without the columns on the right that no row fills any more."
     found = dict(inputs)
