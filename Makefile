@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 N ?= 2
 
-.PHONY: demo test check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
+.PHONY: demo test check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -68,13 +68,19 @@ test-browser-quick: setup
 	$(MAKE) test-browser N=1 BROWSER_TESTS='$(BROWSER_QUICK)'
 
 # The patch, parity and smoke tests with another TRL: `make test-trl TRL=1.12.0`, or TRL=newest, or TRL=main. It is installed into
-# .trl/, alone; the rest comes from the environment. `make test` runs the oldest supported one, with the shorter list. The weekly job adds
+# .trl/, alone; the rest comes from the environment. What has another source there than in the tested versions is listed first.
+# `make test` runs the oldest supported one, with the shorter list. The weekly job adds
 # DRAWS=--fresh-draws: hypothesis draws other examples than `make test`, whose draws are fixed.
 TRL       ?= 1.12.0
 TRL_QUICK := $(addprefix tests/test_,trl_versions.py parity.py preference.py reward.py xpo.py) "tests/test_seed.py::test_example_runs_unchanged[trl last]"
 TRL_TESTS ?= $(addprefix tests/test_,trl_versions.py rl_patch.py parity.py preference.py sft.py reward.py joint.py xpo.py run.py seed.py)
 test-trl: setup
-	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && PYTHONPATH=$$folder $(BIN)/pytest -n $(N) $(DRAWS) $(TRL_TESTS)
+	@folder=$$($(BIN)/python tools/overlay_trl.py $(TRL)) && $(BIN)/python tools/fingerprints.py moved $$folder \
+	  && PYTHONPATH=$$folder $(BIN)/pytest -n $(N) $(DRAWS) $(TRL_TESTS)
+
+# grpo_nb/trainers/trl_sources.json anew: what the patches stand in for, in each tested TRL. After a version was added to TESTED.
+fingerprints: setup
+	$(BIN)/python tools/fingerprints.py write
 
 # With Colab's ipywidgets, ipykernel, anywidget and plotly, the oldest that are supported, in .oldest-notebook/; with a Chromium, in the
 # classic notebook too. Weekly, not in `make test`.

@@ -32,6 +32,6 @@ setup(
     install_requires=lines("requirements"),
     extras_require=extras,
     packages=find_packages(include=["grpo_nb*"]),
-    package_data={"grpo_nb": ["py.typed"], "grpo_nb.ui": ["static/*"]},
+    package_data={"grpo_nb": ["py.typed"], "grpo_nb.ui": ["static/*"], "grpo_nb.trainers": ["*.json"]},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["grpo_nb = grpo_nb._modidx:d"]},
 )

@@ -22,7 +22,7 @@ from time import monotonic
 
 from fastcore.basics import patch
 
-from .text import _foreign
+from .text import is_users
 
 # %% ../../nbs/ground/04_limit.ipynb #b5c1fe61
 class TimedOut(Exception):
@@ -36,7 +36,7 @@ class TimedOut(Exception):
     def place(self) -> str: # "rewards.py:12 in judge"; empty where it is not known
         "Where the call was found: the innermost frame that is the user's."
         if not self.frames: return ""
-        frame = next((f for f in self.frames if _foreign(f.f_code.co_filename)), self.frames[0])
+        frame = next((f for f in self.frames if is_users(f.f_code.co_filename)), self.frames[0])
         return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 

@@ -25,7 +25,7 @@ from ..patch.core import Patch, Value, Wrap
 from ..step.layout import STEPS
 from .sampling import ENGINE_FIELD, check_engine
 
-# %% ../../nbs/trainers/04_config.ipynb #9ad0aa03
+# %% ../../nbs/trainers/04_config.ipynb #c94720f4
 FIELDS = {
     "unsloth_num_chunks": (int, -1, "Packs a micro-batch is cut into. -1: as many as `max_tokens_per_pack` needs."),
     "max_tokens_per_pack": (int | None, None, "Positions that one forward and backward may hold; peak memory follows it. "
@@ -34,8 +34,10 @@ FIELDS = {
              "'padded' (rows padded to the longest of their chunk) or 'trl' (TRL's own)."),
     "skip_zero_advantage": (bool, True, "Leave rows whose gradient is exactly zero out of the backward."),
     "engine": ENGINE_FIELD,
+    "self_check": (bool, True, "Compare the first step of a run with TRL's own loss on a few rows, and take TRL's path for the "
+                   "run where they differ by more than rounding."),
 }
-EVERY = ("unsloth_num_chunks", "max_tokens_per_pack", "step") # for every trainer
+EVERY = ("unsloth_num_chunks", "max_tokens_per_pack", "step", "self_check") # for every trainer
 
 # %% ../../nbs/trainers/04_config.ipynb #8ca9f1a9
 ORDINARY = fields(Patch)[0]._field_type # marks a field that is neither ClassVar nor InitVar
@@ -52,6 +54,7 @@ def make_field(name) -> Field:
 def check_fields(values:dict) -> None:
     "Raise `ValueError` for a value of ours that makes no sense."
     one_of("step", values["step"], STEPS)
+    one_of("self_check", values["self_check"], (True, False))
     chunks, budget = values["unsloth_num_chunks"], values["max_tokens_per_pack"]
     if chunks != -1: whole("unsloth_num_chunks", chunks, what="packs (or -1: as the budget needs)")
     if budget is not None: whole("max_tokens_per_pack", budget, what="positions (or None: the device's default)")
