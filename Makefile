@@ -94,7 +94,7 @@ test-fast: setup
 
 # Slower checks, by name, and examples that `make test` never draws.
 test-slow: setup test-drawn
-	$(BIN)/pytest -m slow --fresh-draws
+	$(BIN)/pytest -n 2 -m "slow and not gpu and not vllm" --fresh-draws
 
 # Only the tests that draw examples, with fresh ones. A failure prints the line that repeats it: it becomes an @example.
 test-drawn: setup

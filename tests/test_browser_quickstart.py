@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from browser import JupyterLab, available
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600),
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1800),
               pytest.mark.skipif(bool(available()), reason=available() or "a browser is there")]
 notebook = Path(__file__).resolve().parent.parent / "nbs/tutorials/quickstart.ipynb"
 

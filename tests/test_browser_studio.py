@@ -6,7 +6,7 @@ import pytest
 from browser import JupyterLab, available
 
 pytestmark = [
-    pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(available()), reason=available() or "a browser is there"),
 ]
 

@@ -201,9 +201,9 @@ def test_an_async_reward_cannot_end_the_loop(kind, timeout):
     thread.start()
     for _ in range(2):
         with pytest.raises(RewardError, match="'judge'"):
-            asyncio.run_coroutine_threadsafe(guard(judge, timeout)(completions=TEXT), loop).result(20)
+            asyncio.run_coroutine_threadsafe(guard(judge, timeout)(completions=TEXT), loop).result(120)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(5)
+    thread.join(60)
 
 
 # ---- a reward that failed is asked again at most by halves, and not where that may cost
@@ -246,12 +246,12 @@ def test_the_search_has_a_limit():
     release = threading.Event()
     def hangs(completions, **columns):
         if len(completions) == 3: raise ValueError("batch")
-        release.wait(30)
+        release.wait(600)
         return [0.0] * len(completions)
     for timeout in (None, 0.3):
         began = time.monotonic()
         e = error(hangs, timeout=timeout)
-        assert time.monotonic() - began < 5 and e.sample is None and "ValueError: batch" in str(e) and "not known" in str(e)
+        assert time.monotonic() - began < 300 and e.sample is None and "ValueError: batch" in str(e) and "not known" in str(e)
     release.set()
 
 
@@ -259,31 +259,31 @@ def test_timeout_from_any_thread():
     release = threading.Event()
     def waits(prompts, completions, **columns):
         for completion in completions:
-            if completion == "two": release.wait(30)
+            if completion == "two": release.wait(600)
         return [0] * len(completions)
     def waits_chat(prompts, completions, **columns):
         for completion in completions:
             text = completion[0]["content"]
-            if text == "two": release.wait(30)
+            if text == "two": release.wait(600)
         return [0] * len(completions)
     out = []
     def work():
-        out.append(error(waits, timeout=0.5))
-        out.append(error(waits_chat, CHAT, timeout=0.5))
+        out.append(error(waits, timeout=1))
+        out.append(error(waits_chat, CHAT, timeout=1))
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(20)
-    out.append(error(waits, timeout=0.5))
+    thread.join(300)
+    out.append(error(waits, timeout=1))
     release.set()
-    assert [e.sample for e in out] == [1, 1, 1] and all("took longer than 0.5 s" in str(e) and "two" in str(e) for e in out)
+    assert [e.sample for e in out] == [1, 1, 1] and all("took longer than 1 s" in str(e) and "two" in str(e) for e in out)
 
 
 def test_timeout_of_an_unknown_sample():
     release = threading.Event()
     def blind(**columns):
         del columns
-        release.wait(30)
-    e = error(blind, timeout=0.5)
+        release.wait(600)
+    e = error(blind, timeout=1)
     release.set()
     assert e.sample is None and "not known" in str(e) and "'one'" in str(e)
 
@@ -292,12 +292,12 @@ def test_async_timeout_cancels():
     cancelled = []
     async def slow(prompts, completions, **columns):
         for completion in completions:
-            try: await asyncio.sleep(0 if completion != "three" else 30)
+            try: await asyncio.sleep(0 if completion != "three" else 600)
             except asyncio.CancelledError:
                 cancelled.append(completion)
                 raise
         return [0] * len(completions)
-    e = error(slow, timeout=0.5)
+    e = error(slow, timeout=1)
     assert e.sample == 2 and cancelled == ["three"]
 
 
@@ -305,12 +305,12 @@ def test_an_async_reward_that_blocks_is_timed_out():
     "Its loop cannot be woken: the clock is another one, the next batch gets another loop, and one that only waits shares it."
     async def blocks(prompts, completions, **columns):
         for completion in completions:
-            if completion == "two": time.sleep(2)
+            if completion == "two": time.sleep(600)
         return [1.0] * len(completions)
     for _ in range(2):
         began = time.monotonic()
         e = error(blocks, timeout=0.3)
-        assert time.monotonic() - began < 1.9 and e.sample == 1 and "took longer than 0.3 s" in str(e) and "in blocks" in str(e)
+        assert time.monotonic() - began < 300 and e.sample == 1 and "took longer than 0.3 s" in str(e) and "in blocks" in str(e)
     assert call(returning_async([1, 2, 3]), timeout=30) == [1, 2, 3]
 
 
@@ -321,12 +321,12 @@ def test_a_time_limit_ends_a_loop_without_an_end():
         threads.append(threading.current_thread())
         while completions[0] == "endless": pass
         return [0.0] * len(completions)
-    guarded = guard(counts, timeout=0.3)
+    guarded = guard(counts, timeout=1)
     guarded(prompts=["?"], completions=["a"]), guarded(prompts=["?"], completions=["b"])
     with pytest.raises(RewardError, match="took longer"): guarded(prompts=["?"], completions=["endless"])
     guarded(prompts=["?"], completions=["c"])
     assert threads[0] is threads[1] is threads[2] and threads[3] is not threads[2]
-    threads[2].join(10)
+    threads[2].join(120)
     assert not threads[2].is_alive() and all(t.daemon for t in threads)
 
 
@@ -336,28 +336,26 @@ def test_a_hanging_reward_does_not_keep_the_interpreter():
 import asyncio, time
 from concurrent.futures import ThreadPoolExecutor
 from grpo_nb.tasks.guard import RewardError, guard
-def sleeps(completions, **columns): time.sleep(60)
+def sleeps(completions, **columns): time.sleep(3600)
 def pools(completions, **columns):
-    with ThreadPoolExecutor(2) as pool: return list(pool.map(time.sleep, [60, 60]))
-async def blocks(completions, **columns): time.sleep(60)
-async def threads(completions, **columns): await asyncio.to_thread(time.sleep, 60)
+    with ThreadPoolExecutor(2) as pool: return list(pool.map(time.sleep, [3600, 3600]))
+async def blocks(completions, **columns): time.sleep(3600)
+async def threads(completions, **columns): await asyncio.to_thread(time.sleep, 3600)
 for f in (sleeps, pools, blocks, threads):
     try:
         out = guard(f, timeout=0.3)(completions=["a", "b"])
         if asyncio.iscoroutine(out): asyncio.run(out)
     except RewardError as error: print(error.reason.partition(" for ")[0])
 """
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=800)
     assert done.stdout.split("\n")[:4] == ["took longer than 0.3 s"] * 4, done.stderr
-    assert time.monotonic() - began < 40
 
 
 def test_a_question_ends_the_wait():
     "In a thread that is not the main one, and for an async reward anywhere."
     asked = threading.Event()
-    def sleeps(completions, **columns): time.sleep(30)
-    async def awaits(completions, **columns): await asyncio.sleep(30)
+    def sleeps(completions, **columns): time.sleep(600)
+    async def awaits(completions, **columns): await asyncio.sleep(600)
     out = []
     def work(call):
         try: call()
@@ -369,10 +367,10 @@ def test_a_question_ends_the_wait():
             return asyncio.run(made) if inspect.iscoroutine(made) else made
         thread = threading.Thread(target=work, args=(call,))
         thread.start()
-        time.sleep(0.2)
+        while guarded.since is None and thread.is_alive(): time.sleep(0.01)
         assert guarded.since is not None and thread.is_alive()
         asked.set()
-        thread.join(10)
+        thread.join(300)
         asked.clear()
         assert guarded.since is None
     assert len(out) == 2
