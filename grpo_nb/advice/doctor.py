@@ -7,25 +7,22 @@ __all__ = ['STOPPING', 'SCRIPT_FIELDS', 'same_randomness', 'inference', 'sample_
            'find_reward', 'load_data', 'load_model', 'main', 'Finding', 'Report', 'DoctorError', 'Learning', 'Watcher',
            'watch']
 
-# %% ../../nbs/advice/06_doctor.ipynb #519bd9b3
-import asyncio
+# %% ../../nbs/advice/06_doctor.ipynb #8e2a5320
 import importlib
 import math
 import random
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-# %% ../../nbs/advice/06_doctor.ipynb #55a5d6dc
+# %% ../../nbs/advice/06_doctor.ipynb #962a76d2
 from . import memory
-from .data import Case, Sampled, reward_failed, setup_of_case
-from .finding import DoctorError, Finding, Report, found, rules_about, words
+from .data import Case, Sampled, lacks, reward_failed, setup_of_case
+from .finding import RULES, DoctorError, Finding, Report, found, rules_about, words
 from .live import Learning, Watcher, watch
 from .settings import about_settings
 from ..ground.check import nearest, number, whole
@@ -34,12 +31,13 @@ from ..models.unwrap import causal_lm
 from ..recipe.code import FILES, loader_of
 from ..recipe.value import changes_of, config_fields
 from ..run import inputs
-from ..tasks.evaluate import _pad_left, _prompt_ids
-from ..tasks.guard import RewardError, guard, is_async, is_model, name_of
+from ..tasks.evaluate import call_reward, reward_arguments
+from ..tasks.guard import RewardError, guard, is_model, name_of, shorten
+from ..trainers.rehearsal import close, columns_kept, is_ours, prompt_ids_of, rehearsal, sampled
 
 _all_ = ["Finding", "Report", "DoctorError", "Learning", "Watcher", "watch"] # the doctor's public names in one place
 
-# %% ../../nbs/advice/06_doctor.ipynb #4a77152f
+# %% ../../nbs/advice/06_doctor.ipynb #ffd141b1
 @contextmanager
 def same_randomness(device, seed:int=0):
     "Random numbers inside start from `seed`; all global generators are as before afterwards."
@@ -49,6 +47,7 @@ def same_randomness(device, seed:int=0):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             random.seed(seed)
+            if numpy: numpy.random.seed(seed)
             yield
     finally:
         random.setstate(python)
@@ -66,86 +65,35 @@ def inference(model, tokenizer):
         tokenizer.padding_side = side
         if not known: base.__dict__.pop("_grpo_nb_modes", None)
 
-# %% ../../nbs/advice/06_doctor.ipynb #957797b9
-class _Clock(StoppingCriteria):
-    "Ends generation when the time is up."
-    def __init__(self, until, clock): self.until, self.clock, self.rang = until, clock, False
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.rang = self.rang or self.clock() > self.until
-        return torch.full((len(input_ids),), self.rang, dtype=torch.bool, device=input_ids.device)
-
-def _stops(model, tokenizer) -> list:
-    "The ids that end a completion."
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
-
-def _generation(c, stops, tokenizer) -> GenerationConfig:
-    "The trainer's sampling settings."
-    made = dict(max_new_tokens=c.max_completion_length, temperature=c.temperature, top_p=c.top_p, top_k=c.top_k or 0,
-                repetition_penalty=c.repetition_penalty, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-                do_sample=True, use_cache=True)
-    if getattr(c, "min_p", None) is not None: made["min_p"] = c.min_p
-    return GenerationConfig(**{**made, **(getattr(c, "generation_kwargs", None) or {})})
-
-# %% ../../nbs/advice/06_doctor.ipynb #91b8905d
-def _drawn(case:Case, rows:list, stops:list, bell:_Clock): # -> (N·G, T) ids of the completions, N·G rows in whole groups
-    "Completions for some rows, as the trainer would sample them."
-    tokenizer, model, g = case.tokenizer, case.model, case.config.num_generations
-    ids, mask = _pad_left(_prompt_ids(tokenizer, [r["prompt"] for r in rows]), tokenizer.pad_token_id, model.device)
-    ids, mask = ids.repeat_interleave(g, 0), mask.repeat_interleave(g, 0) # (N·G, P)
-    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=_generation(case.config, stops, tokenizer),
-                          stopping_criteria=StoppingCriteriaList([bell]))
-    return made[:, ids.shape[1]:]
-
-@torch.no_grad()
-def sample_case(case:Case, rows:list, until:float, clock) -> tuple: # -> (list of Sampled, whether the clock rang)
-    "Completions for some rows; whole groups only."
-    tokenizer, g = case.tokenizer, case.config.num_generations
-    stops, bell = _stops(case.model, tokenizer), _Clock(until, clock)
-    made = _drawn(case, rows, stops, bell)
-    if bell.rang: return [], True
-    ends = torch.isin(made, torch.tensor(stops, device=made.device)) # (N·G, T)
-    ended = ends.any(1).tolist()
-    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, made.shape[1]).tolist()
-    kept = [ids[:n].tolist() for ids, n in zip(made, lengths)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+# %% ../../nbs/advice/06_doctor.ipynb #efce1b71
+def sample_case(case:Case, rows:list, until:float, clock) -> list|None: # of Sampled, whole groups only; None: the time was up
+    "Completions for some rows."
+    g, limit, trainer = case.config.num_generations, case.config.max_completion_length, case.trainer
+    found = sampled(trainer, [row["prompt"] for row in rows for _ in range(g)], lambda: clock() > until)
+    if found is None: return None
+    ids, completions = found
+    ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+    ended = [len(one) < limit or one[-1] in ends for one in ids]
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     spans = [slice(i * g, (i + 1) * g) for i in range(len(rows))]
-    return [Sampled(row["prompt"], texts[s], lengths[s], ended[s], ids=kept[s], row=row) for row, s in zip(rows, spans)], False
+    return [Sampled(row["prompt"], texts[s], list(map(len, ids[s])), ended[s], ids=ids[s], row=row, completions=completions[s])
+            for row, s in zip(rows, spans)]
 
-# %% ../../nbs/advice/06_doctor.ipynb #2b658385
-def _run_async(coroutine):
-    "The result of a coroutine; what it raises is raised here."
-    out = {}
-    def work():
-        try: out["value"] = asyncio.run(coroutine)
-        except BaseException as error: out["error"] = error # noqa: BLE001 raised again by the caller
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if "error" in out: raise out["error"]
-    return out["value"]
-
-def _nowhere(*args, **kwargs): # stands for the trainer's logging functions
-    "Takes what a reward logs."
-
-# %% ../../nbs/advice/06_doctor.ipynb #96c1b05b
+# %% ../../nbs/advice/06_doctor.ipynb #80f59b70
 def score_group(case:Case, group:Sampled, timeout:float) -> None: # raises `RewardError`
     "Fill in one group's scores."
     n = len(group.texts)
-    completions = [t if isinstance(group.prompt, str) else [{"role": "assistant", "content": t}] for t in group.texts]
-    columns = {k: [v] * n for k, v in group.row.items() if k not in ("prompt", "completion", "completion_ids")}
-    given = dict(prompts=[group.prompt] * n, completions=completions, completion_ids=group.ids, trainer_state=None,
-                 log_extra=_nowhere, log_metric=_nowhere)
+    columns = {name: [group.row[name]] * n for name in columns_kept(case.trainer, group.row)}
+    given = reward_arguments([group.prompt] * n, group.completions, columns, group.ids, case.trainer.state)
     for function in case.functions:
-        if is_model(function): continue
-        values = guard(function, timeout=max(1.0, timeout))(**{**columns, **given})
-        group.scores[name_of(function)] = _run_async(values) if is_async(function) else values
+        if is_model(function) or lacks(case, function): continue
+        group.scores[name_of(function)] = call_reward(guard(function, timeout=max(1.0, timeout)), given)
     weights = case.weights or [1.0] * len(case.functions)
     parts = [(w, group.scores[name_of(f)]) for w, f in zip(weights, case.functions) if name_of(f) in group.scores]
-    if parts: group.totals = [sum(w * (values[i] or 0.0) for w, values in parts) for i in range(n)]
+    known = [[w * values[i] for w, values in parts if values[i] is not None] for i in range(n)]
+    if parts: group.totals = [sum(one) if one else None for one in known]
 
-# %% ../../nbs/advice/06_doctor.ipynb #dbb5ac1f
+# %% ../../nbs/advice/06_doctor.ipynb #4b9b3882
 words("""
 config
     {said}
@@ -159,16 +107,21 @@ rewards
     {said}
     → Give at least one function or name.
 
+prompt
+    the prompt {prompt} cannot be turned into tokens: {said}
+    → Mend that row of the data set, or leave it out.
+
 sampling
     sampling failed with {said}
-    → The trainer samples in the same way and would fail too.
+    → It is the trainer's own method that raised this, called with the settings of the run.
 """)
 
-# %% ../../nbs/advice/06_doctor.ipynb #fb8bf378
+# %% ../../nbs/advice/06_doctor.ipynb #91922d9c
 def _spread(data, n) -> list: # of dicts
     "Up to `n` rows, evenly over the data set; the first ones of a stream."
     if not hasattr(data, "__len__"): return [dict(row) for row, _ in zip(data, range(n))]
-    places = sorted({round(i * (len(data) - 1) / max(1, n - 1)) for i in range(min(n, len(data)))})
+    n = min(n, len(data))
+    places = sorted({round(i * (len(data) - 1) / max(1, n - 1)) for i in range(n)})
     return [dict(data[i]) for i in places]
 
 def _asked(config) -> SimpleNamespace: # as Case.asked
@@ -176,7 +129,7 @@ def _asked(config) -> SimpleNamespace: # as Case.asked
     given = changes_of(config) if hasattr(config, "to_dict") else config or {}
     return SimpleNamespace(**{**config_fields(), **given})
 
-# %% ../../nbs/advice/06_doctor.ipynb #b47f1ef3
+# %% ../../nbs/advice/06_doctor.ipynb #a86a32d5
 def _read(findings:list, name:str, kinds, default, read, *args):
     "What `read` makes of an argument; where it raises one of `kinds`, that is a finding, and the default stands in."
     try: return read(*args)
@@ -194,84 +147,128 @@ def _prepare(model, tokenizer, rewards, dataset, config) -> tuple: # (Case, list
     data = _read(findings, "dataset", wrong, None, inputs.check_dataset, dataset)
     functions, weights = _read(findings, "rewards", wrong, ([], None), inputs.check_rewards, rewards)
     if weights is None: weights = settings.reward_weights
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    device = next((p.device for p in parameters), torch.device("cpu"))
     rows = _spread(data, 256) if data is not None else []
-    return Case(model, tokenizer, functions, weights, data, settings, rows, device=device, asked=asked), findings
+    return Case(model, tokenizer, functions, weights, data, settings, rows, device=_device(model), asked=asked), findings
 
-# %% ../../nbs/advice/06_doctor.ipynb #4d6c892c
+def _device(model) -> torch.device:
+    "Where a model is; a CPU where it is none."
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+# %% ../../nbs/advice/06_doctor.ipynb #9398ca89
 def _attempt(name, look, *args) -> list: # of Finding
     "A rule's findings, or that it failed."
     try: return list(look(*args))
     except Exception as error: # noqa: BLE001 a rule's own failure is reported and hides no other rule
         return [Finding(name, "info", f"this could not be examined: {type(error).__name__}: {error}")]
 
-def _measure_prompts(case):
-    "Tokens of the prompts looked at."
-    try: case.lengths = [len(ids) for ids in _prompt_ids(case.tokenizer, [r["prompt"] for r in case.rows])]
-    except Exception: # noqa: BLE001 the rules on tokenizer and template report what is wrong
-        case.lengths = []
+# %% ../../nbs/advice/06_doctor.ipynb #4490c600
+def _rehearse(case, tools, trainer_class, unreached) -> None:
+    "Put the stand-in for the trainer into the case, where there is a model and a tokenizer to make it of."
+    if not isinstance(case.model, torch.nn.Module) or not callable(getattr(case.tokenizer, "batch_decode", None)): return
+    try: case.trainer = rehearsal(case.model, case.tokenizer, case.config, case.device, tools, trainer_class)
+    except Exception as error: # noqa: BLE001 what cannot be made cannot be asked, and the rest is examined all the same
+        unreached.append(f"prompts and completions: {type(error).__name__}: {error}")
 
+# %% ../../nbs/advice/06_doctor.ipynb #3cba5f6b
+def _unreadable(case, prompts) -> list: # of Finding
+    "The first prompt that the trainer cannot turn into tokens."
+    for prompt in prompts:
+        try: prompt_ids_of(case.trainer, [prompt])
+        except Exception as error: # noqa: BLE001 what a template or tokenizer raises is the finding
+            return [found("prompt", "error", prompt=shorten(prompt, 120), said=f"{type(error).__name__}: {error}")]
+    return []
+
+def _measure_prompts(case) -> list: # of Finding
+    "Put the prompts' tokens into the case; where that fails, the prompt that is to blame."
+    prompts = [row["prompt"] for row in case.rows]
+    if case.trainer is None or not prompts: return []
+    try: case.lengths = [len(ids) for ids in prompt_ids_of(case.trainer, prompts)]
+    except Exception: # noqa: BLE001 the rules on tokenizer and template say what is wrong with all of them
+        try: prompt_ids_of(case.trainer, prompts[:1])
+        except Exception: # noqa: BLE001 as above
+            if not isinstance(prompts[0], (str, list)) or not prompts[0]: return _unreadable(case, prompts)
+            return []
+        return _unreadable(case, prompts)
+    return []
+
+# %% ../../nbs/advice/06_doctor.ipynb #f042dc51
 def _estimate(case) -> list: # of Finding; nothing where it succeeds
     "Put the estimate into the case, and the function that estimates with fields changed."
     if not isinstance(case.model, torch.nn.Module): return []
     mean = sum(case.lengths) / len(case.lengths) if case.lengths else None
     rows = len(case.data) if hasattr(case.data, "__len__") else None
     def estimated(change):
-        return memory.estimate(case.model, {**vars(case.config), **change}, device=case.device, prompt_length=mean, rows=rows)
+        lengths = [n for group in case.groups for n in group.lengths]
+        answer = sum(lengths) / len(lengths) if lengths else None
+        return memory.estimate(case.model, {**vars(case.config), **change}, device=case.device, prompt_length=mean,
+                               completion_length=answer, rows=rows)
     case.cheaper = estimated
     try: case.estimate = estimated({})
     except Exception as error: # noqa: BLE001 an unusual model must not hide the other findings
         return [Finding("memory", "info", f"memory could not be estimated: {type(error).__name__}: {error}")]
     return []
 
-# %% ../../nbs/advice/06_doctor.ipynb #cec92212
+# %% ../../nbs/advice/06_doctor.ipynb #51f66955
 def _before(case) -> list: # of Finding
     "What needs no sampling."
-    _measure_prompts(case)
-    said = _estimate(case)
+    said = _measure_prompts(case)
+    said += _estimate(case)
     said += _attempt("settings", lambda: about_settings(setup_of_case(case))[0])
     for rule in rules_about("data"): said += _attempt(rule.name, rule, case)
     return said
 
-# %% ../../nbs/advice/06_doctor.ipynb #28f27664
-def _sample_all(case, rows, until, clock) -> None:
-    "Sample for the rows in turn, until the time is up."
-    each = 4 if case.device.type == "cuda" else 1
-    with inference(case.model, case.tokenizer):
-        for i in range(0, len(rows), each):
-            if clock() > until: return
-            groups, rang = sample_case(case, rows[i:i + each], until, clock)
-            case.groups += groups
-            if rang: return
-
-def _score_all(case, until, clock, unreached) -> list: # of Finding: the first reward that failed
-    "Score the groups in turn."
-    for n, group in enumerate(case.groups):
-        if clock() > until:
-            unreached.append(f"the rewards of {len(case.groups) - n} groups: the time was up")
-            return []
-        try: score_group(case, group, until - clock())
-        except RewardError as error: return [reward_failed(error)]
+# %% ../../nbs/advice/06_doctor.ipynb #81736758
+def _scored(case, group, until, clock, unreached) -> list|None: # of Finding: what failed; None: the time was up
+    "Score one group."
+    try: score_group(case, group, until - clock())
+    except RewardError as error:
+        if clock() < until or "took longer than" not in error.reason: return [reward_failed(error)]
+        unreached.append(f"the reward {error.function}: the time was up while it scored")
+        return None
+    except Exception as error: # noqa: BLE001 such as a reward that is not ready
+        return [found("reward_error", "error", said=shorten(f"{type(error).__name__}: {error}", 600).strip("'\""))]
     return []
 
-# %% ../../nbs/advice/06_doctor.ipynb #070b9474
+def _sample_all(case, rows, until, clock, unreached) -> list: # of Finding: the first reward that failed
+    "Sample and score for the rows in turn, until the time is up."
+    each, failed = 4 if case.device.type == "cuda" else 1, []
+    with inference(case.model, case.tokenizer):
+        for i in range(0, len(rows), each):
+            if clock() > until: break
+            groups = sample_case(case, rows[i:i + each], until, clock)
+            if groups is None: break
+            case.groups += groups
+            for group in groups if failed == [] else ():
+                failed = _scored(case, group, until, clock, unreached)
+                if failed is None or failed: break
+    return failed or []
+
+# %% ../../nbs/advice/06_doctor.ipynb #293ed65a
+def _otherwise(case) -> list: # sentences
+    "What was not looked at, or looked at in another way than the run's."
+    c, models = case.config, [f if isinstance(f, str) else type(f).__name__ for f in case.functions if is_model(f)]
+    said = [f"the reward model {name}: the doctor calls functions alone" for name in models]
+    if case.trainer.tools: said.append("tool calls: completions end where the first turn does, and no tool is called")
+    if c.use_vllm or c.engine.startswith("vllm"): said.append("vLLM: the completions are those of the loaded model itself")
+    elif getattr(c, "use_transformers_continuous_batching", False): said.append("continuous batching: `generate` sampled")
+    return said
+
 def _sampled(case, prompts, until, clock, unreached) -> list: # of Finding
     "Sample, score, and apply the rules on completions."
     rows = _spread(case.data, prompts)
-    with same_randomness(case.device):
-        _sample_all(case, rows, until, clock)
-        if len(case.groups) < len(rows): unreached.append(f"{len(rows) - len(case.groups)} of {len(rows)} prompts: the time was up")
-        failed = _score_all(case, until, clock, unreached)
-    for function in filter(is_model, case.functions):
-        name = function if isinstance(function, str) else type(function).__name__
-        unreached.append(f"the reward model {name}: the doctor calls functions alone")
+    try: failed = _sample_all(case, rows, until, clock, unreached)
+    finally: close(case.trainer)
+    if len(case.groups) < len(rows): unreached.append(f"{len(rows) - len(case.groups)} of {len(rows)} prompts: the time was up")
+    unscored = sum(not group.totals for group in case.groups)
+    if unscored and not failed: unreached.append(f"the rewards of {unscored} groups")
+    unreached += _otherwise(case)
     said = list(failed)
     for rule in rules_about("completions") if case.groups else (): said += _attempt(rule.name, rule, case)
     return [f for f in said if not (failed and f.rule in ("zero_spread", "zero_because_cut_off"))]
 
-# %% ../../nbs/advice/06_doctor.ipynb #b9ef3b56
-STOPPING = {"model", "tokenizer", "chat_template", "dataset", "rewards", "num_generations", "context"}
+# %% ../../nbs/advice/06_doctor.ipynb #5f058936
+STOPPING = {"model", "tokenizer", "chat_template", "dataset", "rewards", "num_generations", "context", "prompt"}
 
 def _why_not_sampled(case, findings, prompts, late) -> str: # empty where it can be
     "Why no completions can be looked at."
@@ -279,6 +276,7 @@ def _why_not_sampled(case, findings, prompts, late) -> str: # empty where it can
     why = [f.rule for f in findings if f.severity == "error" and f.rule in STOPPING]
     if isinstance(case.model, torch.nn.Module): why = [rule for rule in why if rule != "model"]
     if why: return f"{', '.join(why)} must be right before anything can be sampled"
+    if case.trainer is None: return "there is nothing to sample from"
     return "the time was up before the first one" if late else ""
 
 def _samples(case) -> list: # as Report.samples
@@ -286,7 +284,33 @@ def _samples(case) -> list: # as Report.samples
     return [dict(prompt=g.prompt, completions=g.texts, rewards=g.scores, lengths=g.lengths, cut_off=[not e for e in g.ended])
             for g in case.groups]
 
-# %% ../../nbs/advice/06_doctor.ipynb #f9dcfee8
+# %% ../../nbs/advice/06_doctor.ipynb #bfab946d
+def _looked(case, prompts, until, clock, unreached) -> list: # of Finding
+    "What completions show, or why there are none."
+    try: return _sampled(case, prompts, until, clock, unreached)
+    except Exception as error: # noqa: BLE001 whatever it is, it is reported, and what was found before it stays
+        if is_ours(error, case.trainer):
+            unreached.append(f"completions: {type(case.trainer).__name__} reads what only a trainer has ({error})")
+            return []
+        return [found("sampling", "error", said=f"{type(error).__name__}: {error}")]
+
+def _estimated_again(case, findings) -> list: # of Finding
+    "The findings, with the estimate for completions as long as those that were sampled."
+    if not case.groups or case.estimate is None: return findings
+    case.estimate = case.cheaper({})
+    kept = [f for f in findings if f.rule != "memory"]
+    return kept + _attempt("memory", RULES["memory"], case)
+
+# %% ../../nbs/advice/06_doctor.ipynb #70db16c7
+def _examined(case, findings, prompts, until, clock, unreached) -> list: # of Finding
+    "Everything that is found, from what needs no sampling to what completions show."
+    findings = findings + _before(case)
+    why_not = _why_not_sampled(case, findings, prompts, clock() > until)
+    if not why_not: return _estimated_again(case, findings + _looked(case, prompts, until, clock, unreached))
+    unreached.append(f"completions: {why_not}")
+    return findings
+
+# %% ../../nbs/advice/06_doctor.ipynb #28a3b3d4
 def doctor(model, # a loaded model, with an adapter or without
            tokenizer, # its tokenizer
            rewards, # as GRPORun takes them
@@ -296,20 +320,17 @@ def doctor(model, # a loaded model, with an adapter or without
            prompts:int=8, # how many to sample for; 0: none
            seconds:float=110, # that the examination may take
            clock=time.monotonic, # where the time is read
+           tools=None, # as GRPOTrainer takes them; they are described to the model and not called
+           trainer_class=None, # the run's, where it is not TRL's GRPOTrainer
            ) -> Report:
     "Examine a run before it begins; the model, tokenizer, data and random states stay as they were."
     prompts = whole("prompts", prompts, 0)
     if seconds != math.inf: seconds = number("seconds", seconds, 0)
     started, unreached = clock(), []
-    until = started + seconds
-    case, findings = _prepare(model, tokenizer, rewards, dataset, config)
-    findings += _before(case)
-    why_not = _why_not_sampled(case, findings, prompts, clock() > until)
-    if why_not: unreached.append(f"completions: {why_not}")
-    else:
-        try: findings += _sampled(case, prompts, until, clock, unreached)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            findings.append(found("sampling", "error", said=f"{type(error).__name__}: {error}."))
+    with same_randomness(_device(model)):
+        case, findings = _prepare(model, tokenizer, rewards, dataset, config)
+        _rehearse(case, tools, trainer_class, unreached)
+        findings = _examined(case, findings, prompts, started + seconds, clock, unreached)
     return Report(findings, clock() - started, unreached, _samples(case), case.estimate)
 
 # %% ../../nbs/advice/06_doctor.ipynb #96915aec

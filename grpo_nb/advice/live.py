@@ -366,18 +366,19 @@ def _check(self:Watcher, rule):
     self.findings.append(replace(said, step=self.step))
     self.events.emit(self.findings[-1])
 
-# %% ../../nbs/advice/05_live.ipynb #a0ce8ad4
+# %% ../../nbs/advice/05_live.ipynb #89c31b17
 @patch
 def measure(self:Watcher) -> Accuracy: # raises `RuntimeError` while the run trains, `ValueError` without held-out prompts
     "Greedy accuracy on the held-out prompts, with the model as it is now."
     if self.held_out is None: raise ValueError("held_out=None: give watch(run, held_out=...) a data set with prompts and answers.")
     if getattr(self.run, "state", "ready") == "running":
         raise RuntimeError("measure(): the run is training; pause it or wait for its end.")
-    from grpo_nb.tasks.evaluate import accuracy, exact_answer
+    from grpo_nb.tasks.evaluate import accuracy, exact_answer, rendering_of
     trainer = self.run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     most = self.max_new_tokens or trainer.args.max_completion_length or 256
-    share = accuracy(model, trainer.processing_class, self.held_out, self.reward or exact_answer, most)
+    share = accuracy(model, trainer.processing_class, self.held_out, self.reward or exact_answer, most,
+                     **rendering_of(trainer))
     self.accuracy.append(Accuracy(self.run.step, round(share * len(self.held_out)), len(self.held_out)))
     return self.accuracy[-1]
 

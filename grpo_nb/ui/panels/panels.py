@@ -224,15 +224,23 @@ def _is_program(text):
     except SyntaxError: return "from_pretrained" in text
     return any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #116130ab
+# %% ../../../nbs/ui/panels/03_panels.ipynb #ddde4a8c
 @patch
 def prompt_length(self:HyperparameterPanel) -> int|None: # tokens
     "The longest prompt, where data set and tokenizer are known."
-    if self._prompt is None and self.rows is not None and self.tokenizer is not None:
-        from grpo_nb.tasks.evaluate import _prompt_ids
-        first = [row["prompt"] for row, _ in zip(self.rows, range(200))]
-        self._prompt = max(map(len, _prompt_ids(self.tokenizer, first)))
-    return self._prompt
+    if self.rows is None or self.tokenizer is None: return None
+    options = self._base.config.get("chat_template_kwargs")
+    if self._prompt is None or self._prompt[0] != options: self._prompt = options, self._longest(options)
+    return self._prompt[1]
+
+
+@patch
+def _longest(self:HyperparameterPanel, options) -> int|None: # None where the template cannot render them; the doctor says why
+    "The longest of the first prompts, in the template with these arguments."
+    from grpo_nb.tasks.evaluate import prompt_ids
+    first = [row["prompt"] for row, _ in zip(self.rows, range(200))]
+    try: return max(map(len, prompt_ids(self.tokenizer, first, options)))
+    except Exception: return None # noqa: BLE001 a template is a program of its own, and a panel is drawn all the same
 
 
 @patch
