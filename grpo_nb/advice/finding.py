@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'RULES', 'WORDS', 'COLOURS', 'Rule', 'rule', 'rules_about', 'words', 'found', 'DoctorError', 'Report',
-           'finding_html', 'Finding']
+           'shown', 'finding_html', 'Finding']
 
-# %% ../../nbs/advice/01_finding.ipynb #ff343015
+# %% ../../nbs/advice/01_finding.ipynb #15959c83
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from html import escape
 
 from fastcore.basics import patch
 
-from ..ground.check import one_of
+from ..ground.check import one_of, written
 from ..ground.events import SEVERITIES, Finding, say
 
 _all_ = ["Finding"]
@@ -144,27 +144,32 @@ def apply(self:Report,
             now[name] = value
     return made
 
-# %% ../../nbs/advice/01_finding.ipynb #06cac567
+# %% ../../nbs/advice/01_finding.ipynb #28f3ad8c
 @patch
 def __str__(self:Report):
     numbers = {severity: len(self.of(severity)) for severity in SEVERITIES}
     counts = [f"{n} {s}{'s' if n != 1 and s in ('error', 'warning') else ''}" for s, n in numbers.items() if n]
     head = f"doctor: {', '.join(counts) or 'no findings'} in {self.seconds:.1f} s"
-    return "\n".join([head, *map(str, self.findings), *(f"? not reached: {what}" for what in self.unreached)])
+    return "\n".join([head, *map(str, self.findings), *(written(f"? not reached: {what}") for what in self.unreached)])
 
 @patch
 def __repr__(self:Report): return str(self)
 
-# %% ../../nbs/advice/01_finding.ipynb #16303918
+# %% ../../nbs/advice/01_finding.ipynb #aaf3f27f
+def shown(text) -> str: # HTML
+    "A text that may come from anywhere, as text."
+    return escape(written(text))
+
+# %% ../../nbs/advice/01_finding.ipynb #32f58489
 COLOURS = {"error": "var(--jp-error-color1, #d64545)", "warning": "var(--jp-warn-color1, #c77d1a)",
            "info": "var(--jp-info-color1, #4a7fb5)", "good": "var(--jp-success-color1, #3d8f4d)"}
 
 def finding_html(f:Finding) -> str:
     "One finding, with a stripe in the colour of its severity."
-    change = escape(", ".join(f"{name}={value!r}" for name, value in f.change.items()))
-    parts = [f'<b style="color:{COLOURS[f.severity]}">{f.severity}</b> <span style="opacity:.7">{escape(f.rule)}</span>',
-             f"<div>{escape(f.message)}</div>"]
-    if f.fix: parts.append(f'<div style="opacity:.85;margin-top:2px">→ {escape(f.fix)}</div>')
+    change = shown(", ".join(f"{name}={value!r}" for name, value in f.change.items()))
+    parts = [f'<b style="color:{COLOURS[f.severity]}">{f.severity}</b> <span style="opacity:.7">{shown(f.rule)}</span>',
+             f"<div>{shown(f.message)}</div>"]
+    if f.fix: parts.append(f'<div style="opacity:.85;margin-top:2px">→ {shown(f.fix)}</div>')
     if change: parts.append(f'<div style="margin-top:2px"><code>{change}</code></div>')
     stripe = f"border-left:3px solid {COLOURS[f.severity]};padding:4px 10px;margin:6px 0;overflow-wrap:anywhere"
     return f'<div style="{stripe}">{"".join(parts)}</div>'
@@ -172,7 +177,7 @@ def finding_html(f:Finding) -> str:
 @patch(as_prop=True)
 def html(self:Report) -> str:
     "The report for a notebook."
-    missed = "".join(f'<div style="opacity:.7">not reached: {escape(what)}</div>' for what in self.unreached)
+    missed = "".join(f'<div style="opacity:.7">not reached: {shown(what)}</div>' for what in self.unreached)
     head = f'<div style="font-weight:600">{escape(str(self).splitlines()[0])}</div>'
     page = ("font:13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);color:var(--jp-content-font-color1, inherit);"
             "max-width:62em")

@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['SEVERITIES', 'notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed',
            'RunStopped', 'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'CheckpointSaved',
-           'Finding', 'Bus', 'say']
+           'Finding', 'Bus', 'weakly', 'say']
 
-# %% ../../nbs/ground/02_events.ipynb #59126a70
+# %% ../../nbs/ground/02_events.ipynb #e8001a1a
 import contextvars
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from time import time as now
 
 from fastcore.basics import patch
 
-from .check import one_of, whole
+from .check import one_of, whole, written
 
 # %% ../../nbs/ground/02_events.ipynb #c5ef07d9
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +132,8 @@ class Finding(Event):
     def __str__(self):
         change = ", ".join(f"{name}={value!r}" for name, value in self.change.items())
         mark = dict(zip(SEVERITIES, "✗!·✓"))[self.severity]
-        return "\n    → ".join([f"{mark} {self.severity:7} {self.rule}: {self.message}",
-                                *([self.fix] if self.fix else []), *([f"config: {change}"] if change else [])])
+        return written("\n    → ".join([f"{mark} {self.severity:7} {self.rule}: {self.message}",
+                                        *([self.fix] if self.fix else []), *([f"config: {change}"] if change else [])]))
 
 # %% ../../nbs/ground/02_events.ipynb #50127255
 @dataclass(eq=False)
@@ -220,7 +221,21 @@ class Bus:
         "How many events were dropped because a handler's queue was full."
         with self._lock: return self._dropped + sum(s.queue.dropped for s in self._subscriptions if s.queue)
 
-# %% ../../nbs/ground/02_events.ipynb #1d35db83
+# %% ../../nbs/ground/02_events.ipynb #3343b74d
+def weakly(thing) -> Callable: # without arguments; returns the thing, or None once it is gone
+    "A reference that does not keep a thing alive; what takes no such reference is held."
+    try: return weakref.ref(thing)
+    except TypeError: return partial(_itself, thing)
+
+
+def _itself(thing): return thing
+
+
+def _end_at(bus, subscription) -> None:
+    "End a subscription, if its bus is still there."
+    if bus() is not None: bus()._end(subscription)
+
+# %% ../../nbs/ground/02_events.ipynb #843854a4
 @patch
 def subscribe(self:Bus,
               handler:Callable, # called with each event, in the thread that emits unless it has a queue
@@ -237,7 +252,7 @@ def subscribe(self:Bus,
         kept = list(self._kept) if replay else []
         self._subscriptions += (subscription,)
     for event in kept: self._deliver(subscription, event)
-    return partial(self._end, subscription)
+    return partial(_end_at, weakly(self), subscription)
 
 # %% ../../nbs/ground/02_events.ipynb #b0f3f34d
 @patch
@@ -286,13 +301,14 @@ def drain(self:Bus,
     until = monotonic() + timeout
     return all([s.queue.drain(until) for s in self._subscriptions if s.queue])
 
-# %% ../../nbs/ground/02_events.ipynb #0eee368e
+# %% ../../nbs/ground/02_events.ipynb #2428cff2
 notices = Bus(keep=100) # where `say` emits
 said = set() # the messages said in this process; clear it to hear them again
 
 def say(message:str, # one plain sentence
         ) -> None:
     "Print `grpo_nb: message` and emit it as a `Notice` on `notices`, once per distinct message."
+    message = written(message)
     if message in said: return
     said.add(message)
     print(f"grpo_nb: {message}")

@@ -6,7 +6,7 @@
 __all__ = ['shorten', 'RewardError', 'name_of', 'is_async', 'is_model', 'check_value', 'check_values', 'why_not_values', 'locate',
            'locate_async', 'guard']
 
-# %% ../../nbs/tasks/03_guard.ipynb #e5f48444
+# %% ../../nbs/tasks/03_guard.ipynb #1d7fc94e
 import asyncio
 import contextvars
 import functools
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterable
 
-from ..ground.check import number
+from ..ground.check import number, written
 
 # %% ../../nbs/tasks/03_guard.ipynb #5cb04963
 def shorten(completion, # a string, or chat messages
@@ -27,7 +27,7 @@ def shorten(completion, # a string, or chat messages
     if len(written) <= width: return written
     return f"{written[:width * 2 // 3]} ... {written[-width // 3:]} ({len(written)} characters)"
 
-# %% ../../nbs/tasks/03_guard.ipynb #f1837c87
+# %% ../../nbs/tasks/03_guard.ipynb #4502d1ac
 class RewardError(RuntimeError):
     "A reward that failed or returned what is no reward. The exception it raised, if any, is the `__cause__`."
     def __init__(self, function:str, # the reward's name
@@ -40,7 +40,7 @@ class RewardError(RuntimeError):
     def __str__(self):
         where = "" if self.sample is None else f" at sample {self.sample}"
         shown = "" if self.completion is None else f"\n  completion: {shorten(self.completion)}"
-        return f"reward {self.function!r}{where}: {self.reason}{shown}"
+        return f"reward {self.function!r}{where}: {written(self.reason)}{shown}"
 
 # %% ../../nbs/tasks/03_guard.ipynb #c2eb1b20
 def name_of(function) -> str: # the name in logs and errors
