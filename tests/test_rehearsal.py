@@ -190,3 +190,16 @@ def test_the_doctors_own_clock_is_no_fault_of_a_reward(world):
         return [1.0] * len(completions)
     report = doctor(world.model, world.tokenizer, slow, world.task.train, BASE, prompts=1, seconds=1.2)
     assert "reward_error" not in [f.rule for f in report] and "the time was up" in str(report)
+
+
+def test_a_reward_that_fails_keeps_no_other_from_being_scored(world):
+    def first(completions, **_): raise OSError("gone")
+    def second(completions, **_): return [float(i) for i in range(len(completions))]
+    report = doctor(world.model, world.tokenizer, [first, second], world.task.train, BASE, prompts=2)
+    assert "gone" in report["reward_error"].message and report["reward:second"].severity == "good"
+    assert "zero_spread" not in [f.rule for f in report]
+
+
+def test_a_small_data_set_is_looked_at_as_a_whole(world):
+    report = doctor(world.model, world.tokenizer, spread, world.task.train, BASE, prompts=0)
+    assert report["prompt_length"].evidence["n"] == len(world.task.train) == 16

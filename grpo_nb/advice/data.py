@@ -13,12 +13,13 @@ from statistics import mean, pstdev
 
 import torch
 
+from ..ground.check import plain
 from .finding import Finding, found, rule, words
 from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
 from ..run import inputs
 from ..tasks.evaluate import as_dict
-from ..tasks.guard import RewardError, name_of, shorten
+from ..tasks.guard import RewardError, name_of
 from ..trainers.rehearsal import columns_kept
 
 # %% ../../nbs/advice/04_data.ipynb #7830e367
@@ -455,7 +456,7 @@ def _reward(c):
     for name, values in _values(c).items():
         for one in _about_reward(name, values): yield replace(one, rule=f"reward:{name}")
 
-# %% ../../nbs/advice/04_data.ipynb #b92ce435
+# %% ../../nbs/advice/04_data.ipynb #5dd9b5a4
 @rule("completions")
 def _reward_scales(c):
     "Rewards of so different size that one of them counts for nothing."
@@ -469,4 +470,5 @@ def _reward_scales(c):
 
 def reward_failed(error:RewardError) -> Finding:
     "A reward that raised, or returned what is no number."
-    return found("reward_error", "error", said=shorten(str(error), 600).strip("'\""))
+    said = plain(error)
+    return found("reward_error", "error", said=said if len(said) <= 600 else f"{said[:400]} ... {said[-200:]}")
