@@ -80,7 +80,7 @@ def test_every_rule_has_a_name_of_its_own():
     def batch(setup): yield from ()
     batch.__module__ = "elsewhere"
     with pytest.raises(ValueError, match="'batch'"): finding.rule("live")(batch)
-    of_the_doctor = {"config", "dataset", "rewards", "sampling", "reward_error", "trl", "kind"}
+    of_the_doctor = {"config", "dataset", "rewards", "prompt", "sampling", "reward_error", "trl", "kind"}
     assert {name.partition(".")[0] for name in finding.WORDS} == set(RULES) | of_the_doctor
     with pytest.raises(ValueError, match="something else"): finding.words("batch\n    other words")
 

@@ -127,6 +127,7 @@ def test_steps_and_time():
     )
     assert e.steps == 100 and e.run_seconds == pytest.approx(100 * e.step_seconds)
     assert estimate(SMALL, dict(max_steps=7), device="cpu").steps == 7 and estimate(SMALL, {}, device="cpu").steps is None
+    assert peak({}).seconds["sampling"] < peak(dict(engine="hf")).seconds["sampling"] # in place a prompt is computed once a group
     assert peak(dict(num_iterations=2)).seconds["sampling"] == pytest.approx(peak({}).seconds["sampling"] / 2)
 
 

@@ -171,7 +171,8 @@ def test_accuracy_passes_the_columns(made):
     task = tasks.get("countdown", n_train=4, n_test=3)
 
     def reward(prompts, completions, answer, numbers, target, **rest):
-        assert not rest and isinstance(completions[0], list) and prompts[0][0]["role"] == "user"
+        assert set(rest) == {"trainer_state", "log_extra", "log_metric"}
+        assert isinstance(completions[0], list) and prompts[0][0]["role"] == "user"
         return [1.0] * len(target)
     assert accuracy(*made, task.test, reward, 2) == 1.0
 

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['GAMED', 'Series', 'Thinned', 'Trend', 'trend', 'wilson', 'Accuracy', 'Learning', 'Watcher', 'watch']
 
-# %% ../../nbs/advice/05_live.ipynb #734827f1
+# %% ../../nbs/advice/05_live.ipynb #5e19bc63
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import combinations
 from statistics import mean, median, pstdev
 
 from fastcore.basics import patch
 
-from .finding import found, rule, rules_about, words
+from .finding import found, rule, rules_about, shown, words
 from ..ground.events import CompletionsLogged, RunStarted, StepLogged
 
 # %% ../../nbs/advice/05_live.ipynb #3b9d90e5
@@ -255,7 +254,7 @@ def wilson(k:int, n:int, z:float=1.959964) -> tuple: # lowest and highest plausi
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
-# %% ../../nbs/advice/05_live.ipynb #d76f0df2
+# %% ../../nbs/advice/05_live.ipynb #7a1e9a86
 @dataclass(frozen=True)
 class Accuracy:
     "One measurement on held-out prompts."
@@ -280,7 +279,7 @@ class Learning:
 
     def __str__(self): return self.text
     __repr__ = __str__
-    def _repr_html_(self): return f'<p style="max-width:62em;color:var(--jp-content-font-color1, inherit)">{escape(self.text)}</p>'
+    def _repr_html_(self): return f'<p style="max-width:62em;color:var(--jp-content-font-color1, inherit)">{shown(self.text)}</p>'
 
 # %% ../../nbs/advice/05_live.ipynb #c3db674d
 class Watcher:
@@ -366,18 +365,19 @@ def _check(self:Watcher, rule):
     self.findings.append(replace(said, step=self.step))
     self.events.emit(self.findings[-1])
 
-# %% ../../nbs/advice/05_live.ipynb #a0ce8ad4
+# %% ../../nbs/advice/05_live.ipynb #89c31b17
 @patch
 def measure(self:Watcher) -> Accuracy: # raises `RuntimeError` while the run trains, `ValueError` without held-out prompts
     "Greedy accuracy on the held-out prompts, with the model as it is now."
     if self.held_out is None: raise ValueError("held_out=None: give watch(run, held_out=...) a data set with prompts and answers.")
     if getattr(self.run, "state", "ready") == "running":
         raise RuntimeError("measure(): the run is training; pause it or wait for its end.")
-    from grpo_nb.tasks.evaluate import accuracy, exact_answer
+    from grpo_nb.tasks.evaluate import accuracy, exact_answer, rendering_of
     trainer = self.run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
     most = self.max_new_tokens or trainer.args.max_completion_length or 256
-    share = accuracy(model, trainer.processing_class, self.held_out, self.reward or exact_answer, most)
+    share = accuracy(model, trainer.processing_class, self.held_out, self.reward or exact_answer, most,
+                     **rendering_of(trainer))
     self.accuracy.append(Accuracy(self.run.step, round(share * len(self.held_out)), len(self.held_out)))
     return self.accuracy[-1]
 

@@ -8,7 +8,7 @@ __all__ = ['REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', 'REACHED_BANDWIDTH', '
            'weight_bytes', 'optimiser_bytes', 'layer_numbers', 'activation_bytes', 'head_bytes', 'cache_bytes',
            'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate']
 
-# %% ../../nbs/advice/02_memory.ipynb #49f0b224
+# %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from .finding import PAGE
 from ..ground.check import known_arguments, number, one_of, whole
 from ..trainers.config import FIELDS, next_rows
 from ..models.specs import DeviceSpec, published, this_device
@@ -369,7 +370,7 @@ def training_seconds(a:Anatomy, load:Load, c, device:DeviceSpec, numbers:int, fu
     floor = load.packs * a.layers * LAUNCH[device.kind] * (forwards + 1) / 3
     return load.micro * max(operations / rate, floor) + 16 * numbers / (device.bandwidth * REACHED_BANDWIDTH)
 
-# %% ../../nbs/advice/02_memory.ipynb #300cc3d2
+# %% ../../nbs/advice/02_memory.ipynb #2e347c55
 def sampling_seconds(a:Anatomy, load:Load, c, device:DeviceSpec, weights:float, itemsize:int) -> float:
     "The sampling of one optimiser step."
     body = _body(a)
@@ -377,7 +378,8 @@ def sampling_seconds(a:Anatomy, load:Load, c, device:DeviceSpec, weights:float, 
     reading = (weights + cache_bytes(a, load, itemsize) / 2) / bandwidth
     token = max(reading, load.sampled * 2 * (body + a.hidden * a.vocabulary) / rate)
     if not c.use_vllm: token = max(token, a.layers * TOKEN[device.kind])
-    prompts = load.sampled // max(2, c.num_generations) if c.use_vllm else load.sampled
+    once = c.use_vllm or c.engine != "hf"
+    prompts = load.sampled // max(2, c.num_generations) if once else load.sampled
     return load.samplings * (prompts * load.prompt * 2 * body / rate + load.longest * token)
 
 # %% ../../nbs/advice/02_memory.ipynb #02fe9671
@@ -437,7 +439,7 @@ def time_text(s) -> str:
     if s < 120: return f"{s:.3g} s"
     return f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:.1f} h"
 
-# %% ../../nbs/advice/02_memory.ipynb #e0bb3d31
+# %% ../../nbs/advice/02_memory.ipynb #5df6bb95
 @patch
 def __str__(self:Estimate):
     sizes = {part: size for part, size in self.parts.items() if size}
@@ -457,7 +459,8 @@ def _row(name:str, size:int, note:str) -> str:
 def _repr_html_(self:Estimate):
     rows = [_row(part, size, "" if part in self.at_peak else "not at the peak") for part, size in self.parts.items() if size]
     rows.append(_row("peak", self.peak, "fits" if self.fits else f"more than {size_text(self.device.memory)}"))
-    return f"<table>{''.join(rows)}</table><p>{escape(str(self).splitlines()[-1])} on {escape(self.device.name)}</p>"
+    said = f"{escape(str(self).splitlines()[-1])} on {escape(self.device.name)}"
+    return f'<div style="{PAGE}"><table>{"".join(rows)}</table><p>{said}</p></div>'
 
 # %% ../../nbs/advice/02_memory.ipynb #a4b7b739
 def _lengths(c, prompt_length, completion_length):

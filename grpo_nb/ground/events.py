@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SEVERITIES', 'notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed',
            'RunStopped', 'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'CheckpointSaved',
-           'Finding', 'Bus', 'say']
+           'Finding', 'Bus', 'weakly', 'say']
 
-# %% ../../nbs/ground/03_events.ipynb #2dc57639
+# %% ../../nbs/ground/03_events.ipynb #7d6d7430
 import contextvars
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from time import time as now
 from fastcore.basics import patch
 
 from .check import one_of, whole
-from .text import cut, error_text, place_of, put, text_of, written_out
+from .text import cut, error_text, place_of, put, text_of, written
 
 # %% ../../nbs/ground/03_events.ipynb #c5ef07d9
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class CheckpointSaved(Event):
     "A checkpoint was written, from which a run can go on."
     path: str # its folder
 
-# %% ../../nbs/ground/03_events.ipynb #e1e81528
+# %% ../../nbs/ground/03_events.ipynb #d663ee0f
 SEVERITIES = ("error", "warning", "info", "good") # of a finding, the worst first
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ class Finding(Event):
     def __str__(self):
         change = ", ".join(f"{name}={value!r}" for name, value in self.change.items())
         mark = dict(zip(SEVERITIES, "✗!·✓"))[self.severity]
-        return "\n    → ".join([f"{mark} {self.severity:7} {self.rule}: {self.message}",
-                                *([self.fix] if self.fix else []), *([f"config: {change}"] if change else [])])
+        return written("\n    → ".join([f"{mark} {self.severity:7} {self.rule}: {self.message}",
+                                        *([self.fix] if self.fix else []), *([f"config: {change}"] if change else [])]))
 
 # %% ../../nbs/ground/03_events.ipynb #0c801029
 @dataclass(eq=False)
@@ -147,7 +148,7 @@ class _Subscription:
 
 def _report(handler, event, error):
     "Warn that `handler` failed on `event`."
-    name = cut(written_out(text_of(getattr(handler, "__qualname__", None) or handler)), 200)
+    name = cut(written(text_of(getattr(handler, "__qualname__", None) or handler)), 200)
     at = f", at {place}" if (place := place_of(error)) else ""
     message = (f"the event handler {name} failed on {type(event).__name__} with {error_text(error)}{at}. "
                "The run goes on; further failures of this handler are only counted.")
@@ -224,7 +225,21 @@ class Bus:
         "How many events were dropped because a handler's queue was full."
         with self._lock: return self._dropped + sum(s.queue.dropped for s in self._subscriptions if s.queue)
 
-# %% ../../nbs/ground/03_events.ipynb #1d35db83
+# %% ../../nbs/ground/03_events.ipynb #57c35a26
+def weakly(thing) -> Callable: # without arguments; returns the thing, or None once it is gone
+    "A reference that does not keep a thing alive; what takes no such reference is held."
+    try: return weakref.ref(thing)
+    except TypeError: return partial(_itself, thing)
+
+
+def _itself(thing): return thing
+
+
+def _end_at(bus, subscription) -> None:
+    "End a subscription, if its bus is still there."
+    if bus() is not None: bus()._end(subscription)
+
+# %% ../../nbs/ground/03_events.ipynb #cc62f9dc
 @patch
 def subscribe(self:Bus,
               handler:Callable, # called with each event, in the thread that emits unless it has a queue
@@ -241,7 +256,7 @@ def subscribe(self:Bus,
         kept = list(self._kept) if replay else []
         self._subscriptions += (subscription,)
     for event in kept: self._deliver(subscription, event)
-    return partial(self._end, subscription)
+    return partial(_end_at, weakly(self), subscription)
 
 # %% ../../nbs/ground/03_events.ipynb #b0f3f34d
 @patch
@@ -291,13 +306,14 @@ def drain(self:Bus,
     until = monotonic() + timeout
     return all([s.queue.drain(until) for s in self._subscriptions if s.queue])
 
-# %% ../../nbs/ground/03_events.ipynb #aab24bfe
+# %% ../../nbs/ground/03_events.ipynb #3efe20fe
 notices = Bus(keep=100) # where `say` emits
 said = set() # the messages said in this process; clear it to hear them again
 
 def say(message:str, # one plain sentence
         ) -> None:
     "Print `grpo_nb: message` and emit it as a `Notice` on `notices`, once per distinct message."
+    message = written(message)
     if message in said: return
     said.add(message)
     put(f"grpo_nb: {message}")

@@ -23,7 +23,7 @@ from traceback import walk_tb
 
 from ..ground.check import nearest, number
 from ..ground.limit import Left, TimedOut, Worker, caught, limited, waited
-from ..ground.text import error_text, place_of, text_of
+from ..ground.text import error_text, place_of, text_of, written
 
 # %% ../../nbs/tasks/03_guard.ipynb #b9c12806
 def shorten(completion, # a string, or chat messages
@@ -34,7 +34,7 @@ def shorten(completion, # a string, or chat messages
     if len(written) <= width: return written
     return f"{written[:width * 2 // 3]} ... {written[-width // 3:]} ({len(written)} characters)"
 
-# %% ../../nbs/tasks/03_guard.ipynb #f1837c87
+# %% ../../nbs/tasks/03_guard.ipynb #4502d1ac
 class RewardError(RuntimeError):
     "A reward that failed or returned what is no reward. The exception it raised, if any, is the `__cause__`."
     def __init__(self, function:str, # the reward's name
@@ -47,7 +47,7 @@ class RewardError(RuntimeError):
     def __str__(self):
         where = "" if self.sample is None else f" at sample {self.sample}"
         shown = "" if self.completion is None else f"\n  completion: {shorten(self.completion)}"
-        return f"reward {self.function!r}{where}: {self.reason}{shown}"
+        return f"reward {self.function!r}{where}: {written(self.reason)}{shown}"
 
 # %% ../../nbs/tasks/03_guard.ipynb #280fa17e
 def name_of(function) -> str: # the name in logs and errors

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CHARTS', 'DEFAULT', 'MOST', 'MAIN', 'SHARE', 'THIN', 'Chart', 'chosen', 'wanted', 'series']
 
-# %% ../../../nbs/ui/charts/01_chart.ipynb #9b210f41
+# %% ../../../nbs/ui/charts/01_chart.ipynb #990e7e7b
 from dataclasses import dataclass
 
 from ...ground.check import one_of
+from ...ground.text import plain
 
 # %% ../../../nbs/ui/charts/01_chart.ipynb #a6c6d76c
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def wanted(charts, # of Chart
     "Whether a chart shows `name`; of what fits a pattern, no more than `MOST`."
     return any(_wanted_by(chart, names, name) for chart in charts)
 
-# %% ../../../nbs/ui/charts/01_chart.ipynb #5d6bc991
+# %% ../../../nbs/ui/charts/01_chart.ipynb #21271c95
 MAIN, SHARE = "#3578c6", "#cf6a32"
 THIN = ("#3a9d6e", "#b9529f", "#c9962e", "#8a7bd1", "#2aa3b3", "#c9564a", "#8b9a3c", "#7f8a99")
 
@@ -99,7 +100,7 @@ def series(chart:Chart, # what to show
            most:int=MOST, # thin lines at most
            ) -> list: # dicts with role ("main", "thin" or "share"), metric, label, colour and, for main, band
     "The lines of a chart for the metrics that were logged."
-    out = [dict(role="thin", metric=name, label=label) for label, name in _fitting(chart, names)[:most]]
+    out = [dict(role="thin", metric=name, label=plain(label)) for label, name in _fitting(chart, names)[:most]]
     if len(out) == 1 and "*" in chart.lines[0][0]: out = []
     for line, colour in zip(out, THIN): line["colour"] = colour
     if chart.share and chart.share[0] in names:

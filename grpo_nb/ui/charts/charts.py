@@ -16,12 +16,14 @@ import time
 import weakref
 from array import array
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from string import Template
 
 from fastcore.basics import patch
 
 from ...ground.check import one_of
+from ...ground.text import encodable, plain
 from ...ground.events import (CheckpointSaved, RunFailed, RunFinished, RunPaused, RunStarted, RunStopped, SettingChanged,
                             StepLogged, in_words)
 from .chart import DEFAULT, MAIN, chosen, series, wanted
@@ -130,7 +132,7 @@ def _line(self:LiveCharts, step, row) -> str:
     "One line of text for a log: the main metrics of the charts."
     total = f"/{self._total}" if self._total else ""
     names = [s["metric"] for c in self.charts for s in series(c, list(row)) if s["role"] == "main"]
-    return f"step {int(step)}{total}" + "".join(f"  {name.split('/')[-1]} {number(row[name])}" for name in names)
+    return f"step {int(step)}{total}" + "".join(f"  {plain(name.split('/')[-1])} {number(row[name])}" for name in names)
 
 # %% ../../../nbs/ui/charts/02_charts.ipynb #ab0283d9
 MARKS = {"change": 500, "pause": 100, "saved": 100} # as many of each kind are kept
@@ -158,10 +160,18 @@ def _row(self:LiveCharts, i) -> dict:
     "One row with what it had (call with the lock held)."
     return {"step": int(self._steps[i]), **{name: v[i] for name, v in self._values.items() if not math.isnan(v[i])}}
 
-# %% ../../../nbs/ui/charts/02_charts.ipynb #0623ee05
+# %% ../../../nbs/ui/charts/02_charts.ipynb #d2867bbf
+def _cell(value, formulas):
+    "One cell of a CSV file."
+    if isinstance(value, float): return "" if math.isnan(value) else value
+    if not isinstance(value, str): return value
+    computed = not formulas and value.lstrip("\t\r\n ").startswith(("=", "+", "-", "@"))
+    return ("'" if computed or (not formulas and value.startswith(("\t", "\r"))) else "") + encodable(value)
+
 @patch
 def to_csv(self:LiveCharts,
            path=None, # a file to write; None: return the text
+           formulas:bool=True, # False: a name that a spreadsheet would compute (it begins with = + - @) gets a ' before it
            ):
     "All metrics of all rows as CSV."
     with self._lock:
@@ -169,8 +179,7 @@ def to_csv(self:LiveCharts,
         rows = [[int(step), *(v[i] for v in self._values.values())] for i, step in enumerate(self._steps)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["step", *names])
-    writer.writerows([["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows])
+    writer.writerows([[_cell(value, formulas) for value in row] for row in [["step", *names], *rows]])
     return out.getvalue() if path is None else Path(path).write_text(out.getvalue(), "utf-8")
 
 # %% ../../../nbs/ui/charts/02_charts.ipynb #91bdf3cf
@@ -456,7 +465,7 @@ def to_png(self:LiveCharts,
     Path(path).write_bytes(bytes(resvg_py.svg_to_bytes(svg_string=self.to_svg(theme=theme), zoom=int(scale))))
     return Path(path)
 
-# %% ../../../nbs/ui/charts/02_charts.ipynb #13bcb927
+# %% ../../../nbs/ui/charts/02_charts.ipynb #818e4b68
 def _base64(data) -> str: return base64.b64encode(data).decode()
 
 @patch
@@ -468,7 +477,7 @@ def to_html(self:LiveCharts,
     whole = self._everything()
     data = json.dumps(dict(meta=whole["meta"], at=whole["at"], rows=_base64(whole["rows"]), plotly=_base64(_plotly())))
     text = Template(_file("page.html")).substitute(
-        title=title.replace("<", "&lt;"), css=_file("charts.css"), js=_file("charts.js"),
+        title=escape(plain(title)), css=_file("charts.css"), js=_file("charts.js"),
         data=data.replace("<", "\\u003c"), static=page(self.panels()))
     Path(path).write_text(text, "utf-8")
     return Path(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows', 'groups_of_rows', 'read_rows', 'files_of', 'read', 'Spill']
 
-# %% ../../../nbs/ui/completions/02_archive.ipynb #357279df
+# %% ../../../nbs/ui/completions/02_archive.ipynb #42d5d0fe
 import json
 import queue
 import re
@@ -18,6 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ...ground.check import nearest, whole
+from ...ground.text import encodable
 from ...ground.events import say
 from .records import Store, _number, make_groups
 
@@ -42,7 +43,7 @@ def _line(row) -> str:
     "A row as one line of JSON; a lone surrogate is escaped, not an error."
     return json.dumps({k: v for k, v in row.items() if v is not None or k in ("total", "advantage")}, default=str) + "\n"
 
-# %% ../../../nbs/ui/completions/02_archive.ipynb #e8aacd4a
+# %% ../../../nbs/ui/completions/02_archive.ipynb #00528a8a
 @patch
 def to_frame(self:Store): # a pandas.DataFrame, one row for each completion, `rewards/<name>` for each reward
     "What is kept, as a table."
@@ -50,7 +51,8 @@ def to_frame(self:Store): # a pandas.DataFrame, one row for each completion, `re
     names, flat = self.reward_names, []
     for row in rows(self.all_groups()):
         rewards = row.pop("rewards")
-        flat.append({**row, **{f"rewards/{name}": rewards.get(name) for name in names}})
+        row |= {f"rewards/{name}": rewards.get(name) for name in names}
+        flat.append({encodable(name): encodable(value) for name, value in row.items()})
     empty = ["step", "group", "sample", "prompt", "completion", "total", "advantage", "length", "cut_off"]
     return pd.DataFrame(flat, columns=None if flat else empty)
 

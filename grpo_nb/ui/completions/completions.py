@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILTERS', 'SINGLE', 'PAGE_TEXT', 'select', 'CompletionBrowser', 'Choice']
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #0c133109
+# %% ../../../nbs/ui/completions/03_completions.ipynb #e33e7f22
 import os
 import threading
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ...ground.check import one_of
-from ...ground.events import CompletionsLogged, RunFailed, RunFinished, RunStopped
+from ...ground.events import CompletionsLogged, RunFailed, RunFinished, RunStopped, weakly
 from .archive import Spill, read
 from .records import Store, as_text
 from ..parts.cards import (_plain, _signed, card, difference, group_html, plain, scales, style, tokens_html, tokens_key,
@@ -60,7 +60,7 @@ def select(groups, # of Group
         single.sort(key=lambda s: s[0].total * (-1 if show == "best" else 1))
     return [(g, [i]) for _, g, i in single]
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #0ad514f3
+# %% ../../../nbs/ui/completions/03_completions.ipynb #6464d20d
 class CompletionBrowser(View):
     "Shows completions by step and prompt; `attach` follows a run."
     def __init__(self,
@@ -74,7 +74,7 @@ class CompletionBrowser(View):
                  **limits, # of the `Store`: steps, latest, max_bytes, max_text
                  ):
         super().__init__()
-        self.tokenizer, self.interval, self._run, self._stop = tokenizer, interval, None, []
+        self.tokenizer, self.interval, self._run_at, self._stop = tokenizer, interval, weakly(None), []
         self._path, self._given = None, dict(rewards=rewards, weights=weights, **limits)
         self._form, self._quiet, self._shown = {}, False, 24 # widgets; whether they are set by us; completions on a page
         self._drawing, self._drawn, self._took = threading.RLock(), -1, 0.0 # the store's version that is shown; seconds it took
@@ -87,7 +87,7 @@ class CompletionBrowser(View):
 
     def __len__(self): return len(self.store)
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #66ce9bf8
+# %% ../../../nbs/ui/completions/03_completions.ipynb #857d1775
 @patch
 def attach(self:CompletionBrowser,
            run, # a GRPORun, or anything with a bus as `.events`
@@ -98,7 +98,7 @@ def attach(self:CompletionBrowser,
     if self.tokenizer is None: self.tokenizer = getattr(trainer, "processing_class", None)
     written, begun = getattr(args, "log_completions", False), getattr(run, "state", "ready") != "ready"
     if written and begun and not len(self.store): self._earlier(args.output_dir)
-    self._run = run
+    self._run_at = weakly(run)
     self._stop.append(self.store.attach(run))
     self._stop.append(getattr(run, "events", run).subscribe(self._heard, CompletionsLogged, RunFinished, RunStopped, RunFailed))
     return self
@@ -110,7 +110,7 @@ def _earlier(self:CompletionBrowser, folder):
     except (OSError, ValueError): return
     for step in found.steps: self.store.add(found.groups(step))
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #f40011f0
+# %% ../../../nbs/ui/completions/03_completions.ipynb #e4156e32
 @patch
 def _heard(self:CompletionBrowser, event=None):
     "Plan an update of what is shown; called by the thread that trains, so it does no more."
@@ -128,6 +128,7 @@ def refresh(self:CompletionBrowser): # the browser
 def close(self:CompletionBrowser) -> None:
     "Stop listening; what is stored stays."
     while self._stop: self._stop.pop()()
+    self._run_at = weakly(None)
     if self.store.spill is None: return
     self.store.spill.close()
     self.store.spill = None
@@ -219,7 +220,7 @@ def _group(self:CompletionBrowser, group, kept, choice, scale, room) -> str:
     prompts = None if choice.everywhere else len(self.store.groups(group.step))
     return group_html(group, cards, prompts, note, choice.text)
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #8df84edb
+# %% ../../../nbs/ui/completions/03_completions.ipynb #3f7660dc
 @patch
 def _bodies(self:CompletionBrowser, group, kept, choice): # (HTML of each text or None for a plain one, HTML of a note)
     "The texts of a group's samples, coloured or compared."
@@ -232,8 +233,8 @@ def _coloured(self:CompletionBrowser, group, kept, colour):
     "Texts coloured token by token; plain, with one note, where none of them can be."
     why = {why_not_coloured(group.samples[i], self.tokenizer, colour) for i in kept}
     if len(why) > 1 or "" in why: return [tokens_html(group.samples[i], self.tokenizer, colour) for i in kept], ""
-    going_on = getattr(self._run, "state", "") in ("ready", "running", "paused")
-    coming = "; the steps to come have them" if going_on and getattr(self._run, "token_values", False) else ""
+    going_on = getattr(self._run_at(), "state", "") in ("ready", "running", "paused")
+    coming = "; the steps to come have them" if going_on and getattr(self._run_at(), "token_values", False) else ""
     return [None] * len(kept), f'<div class="gnb-note">{why.pop()}{coming}</div>'
 
 # %% ../../../nbs/ui/completions/03_completions.ipynb #74fe9835
@@ -398,14 +399,14 @@ def _make(self:CompletionBrowser): # an ipywidgets.VBox
     self._update()
     return self._widget
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #694f531d
+# %% ../../../nbs/ui/completions/03_completions.ipynb #16b4e0b2
 @patch
 def _chosen(self:CompletionBrowser, change):
     "Somebody chose something."
     if self._quiet: return
     self._shown = 24
-    if change["owner"] is self._form["colour"] and change["new"] and getattr(self._run, "token_values", True) is False:
-        self._run.token_values = True # from the next step that samples
+    if change["owner"] is self._form["colour"] and change["new"] and getattr(self._run_at(), "token_values", True) is False:
+        self._run_at().token_values = True # from the next step that samples
     self._update()
 
 @patch

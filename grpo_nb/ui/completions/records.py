@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_text', 'Sample', 'Group', 'make_groups', 'Store']
 
-# %% ../../../nbs/ui/completions/01_records.ipynb #e773fb39
+# %% ../../../nbs/ui/completions/01_records.ipynb #89953652
 import json
 import math
 import sys
@@ -19,7 +19,7 @@ from numbers import Real
 from fastcore.basics import patch
 
 from ...ground.check import whole
-from ...ground.events import CompletionsLogged, say
+from ...ground.events import CompletionsLogged, say, weakly
 from ...tasks.rewards import text_of
 
 # %% ../../../nbs/ui/completions/01_records.ipynb #54ea466c
@@ -327,7 +327,7 @@ def add_event(self:Store,
         say(f"completions could not be stored ({type(error).__name__}: {error}); "
             "the run goes on, and further failures are only counted.")
 
-# %% ../../../nbs/ui/completions/01_records.ipynb #1a5a0127
+# %% ../../../nbs/ui/completions/01_records.ipynb #de6b4362
 def _weights_of(run) -> dict: # name -> weight; empty where it cannot be known
     "The weights of a run's rewards, from the trainer's own list."
     trainer = getattr(run, "trainer", None)
@@ -346,7 +346,8 @@ def attach(self:Store,
     size = getattr(getattr(getattr(run, "trainer", None), "args", None), "num_generations", None)
     if isinstance(size, int) and size > 0: self.group_size = size
     self.source = "the run"
+    at = weakly(run) # a store outlives its run, and must not hold its model
     def heard(event):
-        self.weights = _weights_of(run) or self.weights
+        self.weights = _weights_of(at()) or self.weights
         self.add_event(event)
     return bus.subscribe(heard, CompletionsLogged, replay=True)

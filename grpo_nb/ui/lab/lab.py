@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_reachable', 'newest', 'RewardLab', 'Batch']
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #8a31f49c
+# %% ../../../nbs/ui/lab/03_lab.ipynb #15692168
 import inspect
 import os
 import sys
@@ -17,6 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ...ground.check import nearest
+from ...ground.text import written
 from ...tasks.guard import name_of
 from ...run.inputs import check_rewards
 from ..completions.archive import read
@@ -307,7 +308,7 @@ def examples(self:RewardLab,
     if not rows: raise ValueError(f"row={row} is not in the data set.")
     return {p.name: p.texts[0] for p in make_probes(rows, self.answer, self.format) if p.kind != "type"}
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #cdbe6240
+# %% ../../../nbs/ui/lab/03_lab.ipynb #ebd41dbe
 @patch
 def static_html(self:RewardLab) -> str: # HTML without scripts
     "The latest results, as a saved notebook keeps them."
@@ -318,7 +319,8 @@ def static_html(self:RewardLab) -> str: # HTML without scripts
 @patch
 def text(self:RewardLab) -> str:
     "The latest results for a terminal."
-    return "\n".join([f"RewardLab: {', '.join(self.rewards)}", *(r.text() for r in (self.scores, self.report) if r is not None)])
+    first = written(f"RewardLab: {', '.join(self.rewards)}")
+    return "\n".join([first, *(r.text() for r in (self.scores, self.report) if r is not None)])
 
 
 def _empty(said): return f'{style()}<div class="gnb gnb-empty">{visible(said)}</div>' # HTML

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'FORMATS', 'answer_column', 'pick_rows', 'Probe', 'make_probes', 'Tried', 'Verdict', 'ProbeReport', 'probe']
 
-# %% ../../../nbs/ui/lab/02_probes.ipynb #7457ca9c
+# %% ../../../nbs/ui/lab/02_probes.ipynb #4945df3c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from ...tasks.answers import marked
 from ...ground.check import nearest
+from ...ground.text import encodable, written
 from ..parts.cards import style, visible
 from ..completions.records import as_text
 from .scoring import score, table
@@ -333,7 +334,7 @@ def _can_judge_gold(tried, name):
     if name == _TOTAL: return tried.best(_TOTAL)[0] is not None
     return not any(tried.error(name, p.name) for p in tried.probes if p.kind == "gold")
 
-# %% ../../../nbs/ui/lab/02_probes.ipynb #54c92a20
+# %% ../../../nbs/ui/lab/02_probes.ipynb #7da095c4
 _GRAVE = "error", "warning"
 
 
@@ -344,7 +345,7 @@ def text(self:ProbeReport, good:bool=False) -> str:
     fine = count["good"] + count["info"]
     first = f"{len(self.verdicts)} verdicts: {count['error']} errors, {count['warning']} warnings, {fine} fine"
     shown = [v for v in self.verdicts if good or v.severity in _GRAVE]
-    return "\n".join([first, *self.notes, *(f"  {v.severity:<8}{v.reward} {v.message}." for v in shown)])
+    return written("\n".join([first, *self.notes, *(f"  {v.severity:<8}{v.reward} {v.message}." for v in shown)]))
 
 
 @patch
@@ -352,7 +353,7 @@ def to_frame(self:ProbeReport): # a pandas.DataFrame
     "One row for each verdict."
     import pandas as pd
     names = "reward", "probe", "severity", "message", "value"
-    return pd.DataFrame([{name: getattr(v, name) for name in names} for v in self.verdicts])
+    return pd.DataFrame([{name: encodable(getattr(v, name)) for name in names} for v in self.verdicts])
 
 # %% ../../../nbs/ui/lab/02_probes.ipynb #75927cdf
 @patch

@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['call', 'Scores', 'score', 'ranks', 'correlation', 'facts', 'histogram', 'table']
 
-# %% ../../../nbs/ui/lab/01_scoring.ipynb #46c5d6e6
-import asyncio
-import contextvars
+# %% ../../../nbs/ui/lab/01_scoring.ipynb #112c4b6a
 import math
-import threading
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from fastcore.basics import patch
 
-from ...tasks.guard import RewardError, guard, is_async, is_model, name_of
+from ...ground.text import encodable, written
+from ...tasks.evaluate import call_reward, reward_arguments
+from ...tasks.guard import RewardError, guard, is_model, name_of
 from ..parts.cards import _plain, folded, style, visible
 from ..completions.records import as_text
 from ..parts.svg import number
 
-# %% ../../../nbs/ui/lab/01_scoring.ipynb #7baafcd2
+# %% ../../../nbs/ui/lab/01_scoring.ipynb #ad26bcd2
 def call(function, # a reward: sync or async
          named:dict, # what TRL passes: prompts, completions, completion_ids, trainer_state, the columns
          timeout:float|None=60.0, # seconds; None: no limit
@@ -30,21 +28,7 @@ def call(function, # a reward: sync or async
     if is_model(function):
         why = "is a reward model, which TRL runs itself; only functions are scored here"
         raise RewardError(name_of(function), None, None, why)
-    guarded = guard(function, timeout)
-    return _in_own_loop(guarded, named) if is_async(guarded) else guarded(**named)
-
-
-def _in_own_loop(function, named):
-    "What an async function returns or raises, from a thread with an event loop of its own."
-    outcome = {}
-    def work():
-        try: outcome["value"] = asyncio.run(function(**named))
-        except BaseException as error: outcome["error"] = error # noqa: BLE001 raised again in the waiting thread
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    thread.start()
-    thread.join()
-    if "error" in outcome: raise outcome["error"]
-    return outcome["value"]
+    return call_reward(guard(function, timeout), named)
 
 # %% ../../../nbs/ui/lab/01_scoring.ipynb #11ed44d1
 @dataclass
@@ -94,19 +78,17 @@ def score(rewards:dict, # name -> function
     for name, function in rewards.items(): _score_one(out, name, function, named, timeout)
     return out
 
-# %% ../../../nbs/ui/lab/01_scoring.ipynb #bb99e5f5
+# %% ../../../nbs/ui/lab/01_scoring.ipynb #1f5a4086
 def _named(out, columns, completion_ids, trainer_state): # the arguments of every reward
     "What TRL passes by name; raises `ValueError` for a column of another length."
-    given = {"prompts": out.prompts}
-    if completion_ids is not None: given["completion_ids"] = list(completion_ids)
-    given |= {name: list(values) for name, values in columns.items()}
+    given = {"prompts": out.prompts, **columns} | ({} if completion_ids is None else {"completion_ids": completion_ids})
+    given = {name: list(values) for name, values in given.items()}
     for name, values in given.items():
         if len(values) != len(out): raise ValueError(f"{name} has {len(values)} values for {len(out)} completions.")
     def log_extra(column, values): out.logged[column] = values
     def log_metric(name, value): out.logged[name] = value
-    first = SimpleNamespace(global_step=0, max_steps=0, epoch=0.0, log_history=[])
-    state = first if trainer_state is None else trainer_state
-    return {**given, "completions": out.completions, "trainer_state": state, "log_extra": log_extra, "log_metric": log_metric}
+    ids = None if completion_ids is None else given["completion_ids"]
+    return reward_arguments(out.prompts, out.completions, given, ids, trainer_state, log_extra=log_extra, log_metric=log_metric)
 
 # %% ../../../nbs/ui/lab/01_scoring.ipynb #7e87cbd8
 def _score_one(out, name, function, named, timeout):
@@ -349,7 +331,7 @@ def to_html(self:Scores) -> str: # HTML without scripts
 @patch
 def _repr_html_(self:Scores): return self.to_html()
 
-# %% ../../../nbs/ui/lab/01_scoring.ipynb #654ada5d
+# %% ../../../nbs/ui/lab/01_scoring.ipynb #e6231bbd
 @patch
 def text(self:Scores, width:int=100) -> str:
     "The scores for a terminal."
@@ -361,7 +343,7 @@ def text(self:Scores, width:int=100) -> str:
         each = f"{self.seconds[name] / max(len(self), 1) * 1000:.3g} ms each"
         failed = f", {len(bad)} errors, the first: {next(iter(bad.values()))[:width]}" if bad else ""
         lines.append(f"  {name}: mean {mean}, from {low} to {high}, {each}{failed}")
-    return "\n".join([*lines, *(f"  {said}" for said in [*self.notes, *facts(self)])])
+    return written("\n".join([*lines, *(f"  {said}" for said in [*self.notes, *facts(self)])]))
 
 
 @patch
@@ -369,4 +351,5 @@ def to_frame(self:Scores): # a pandas.DataFrame
     "One row for each completion; a column for each reward, and one with its errors where there are some."
     import pandas as pd
     errors = {f"{n}/error": [e.get(i) for i in range(len(self))] for n, e in self.errors.items() if e}
-    return pd.DataFrame({"prompt": self.prompts, "completion": self.completions, **self.values, "total": self.totals, **errors})
+    columns = {"prompt": self.prompts, "completion": self.completions, **self.values, "total": self.totals, **errors}
+    return pd.DataFrame({encodable(name): list(map(encodable, values)) for name, values in columns.items()})

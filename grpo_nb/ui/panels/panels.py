@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'ADVICE', 'TEXTS', 'HyperparameterPanel', 'RewardPanel']
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #a37579a6
+# %% ../../../nbs/ui/panels/03_panels.ipynb #c6d32a21
 import ast
 from html import escape
 
 from fastcore.basics import patch
 
 from ...ground.check import number
+from ...ground.text import written
 from ...ground.events import say
 from ...run.inputs import make_config
 from ...advice import memory
@@ -224,15 +225,23 @@ def _is_program(text):
     except SyntaxError: return "from_pretrained" in text
     return any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #116130ab
+# %% ../../../nbs/ui/panels/03_panels.ipynb #ddde4a8c
 @patch
 def prompt_length(self:HyperparameterPanel) -> int|None: # tokens
     "The longest prompt, where data set and tokenizer are known."
-    if self._prompt is None and self.rows is not None and self.tokenizer is not None:
-        from grpo_nb.tasks.evaluate import _prompt_ids
-        first = [row["prompt"] for row, _ in zip(self.rows, range(200))]
-        self._prompt = max(map(len, _prompt_ids(self.tokenizer, first)))
-    return self._prompt
+    if self.rows is None or self.tokenizer is None: return None
+    options = self._base.config.get("chat_template_kwargs")
+    if self._prompt is None or self._prompt[0] != options: self._prompt = options, self._longest(options)
+    return self._prompt[1]
+
+
+@patch
+def _longest(self:HyperparameterPanel, options) -> int|None: # None where the template cannot render them; the doctor says why
+    "The longest of the first prompts, in the template with these arguments."
+    from grpo_nb.tasks.evaluate import prompt_ids
+    first = [row["prompt"] for row, _ in zip(self.rows, range(200))]
+    try: return max(map(len, prompt_ids(self.tokenizer, first, options)))
+    except Exception: return None # noqa: BLE001 a template is a program of its own, and a panel is drawn all the same
 
 
 @patch
@@ -319,11 +328,11 @@ def rows_html(self:HyperparameterPanel) -> str:
             out.append(f"<tr><td{new}>{escape(s.name)}</td><td{new}>{value}</td><td>{escape(s.says)}</td></tr>")
     return f'<table class="gnb-table">{"".join(out)}</table>'
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #78b54179
+# %% ../../../nbs/ui/panels/03_panels.ipynb #05a62e76
 @patch
 def static_html(self:HyperparameterPanel) -> str: # HTML without scripts
     "Advice, estimate and settings."
-    said = "".join(f'<div class="gnb-advice gnb-{a.severity}"><span>{visible(a.message)}{visible(_would(a))}</span></div>'
+    said = "".join(f'<div class="gnb-advice gnb-{a.severity}"><span>{visible(_advice(a))}</span></div>'
                    for a in self.check())
     if self.cost is None: self.cost = self.estimate()
     return f'{css()}<div class="gnb gnb-panel">{said}{self.cost_html()}{self.rows_html()}</div>'
@@ -333,12 +342,13 @@ def static_html(self:HyperparameterPanel) -> str: # HTML without scripts
 def text(self:HyperparameterPanel) -> str:
     "What differs from the defaults, and what is to be said about it."
     rows = [f"{name:30} {write_value(self.get(name))}" for name in self.given()]
-    return "\n".join([*rows, *(f"{a.severity}: {a.message}{_would(a)}" for a in self.check())])
+    return written("\n".join([*rows, *(f"{a.severity}: {_advice(a)}" for a in self.check())]))
 
 
-def _would(a): # a sentence, where advice names values
-    "What would work."
-    return f" Would work: {', '.join(f'{k}={v!r}' for k, v in a.change.items())}." if a.change else ""
+def _advice(a) -> str:
+    "What was found, what to do about it, and the values that would work, where there are some."
+    would = f" Would work: {', '.join(f'{k}={v!r}' for k, v in a.change.items())}." if a.change else ""
+    return f"{a.message}{' → ' if a.fix else ''}{a.fix}{would}"
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #d023d6f2
 ADVICE = 6 # pieces of advice that are shown at a time
@@ -474,7 +484,7 @@ def _sync(self:HyperparameterPanel):
     finally: self._quiet = False
     if "As text" in self._pages: self._print()
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #fb734d29
+# %% ../../../nbs/ui/panels/03_panels.ipynb #01af5ad2
 @patch
 def _look(self:HyperparameterPanel):
     "Check and estimate; runs in a thread of its own."
@@ -486,7 +496,7 @@ def _look(self:HyperparameterPanel):
     for i in range(ADVICE): self._show_advice(i)
     for name in list(self._boxes): self._note(name)
 
-
+# %% ../../../nbs/ui/panels/03_panels.ipynb #87440ee3
 @patch
 def _show_advice(self:HyperparameterPanel, i):
     "Bring one row of advice up to date."
@@ -494,7 +504,10 @@ def _show_advice(self:HyperparameterPanel, i):
     row.layout.display = "" if i < len(self.advice) else "none"
     if i >= len(self.advice): return
     a = self.advice[i]
-    said.value = visible(a.message)
+    remedy = f'<div class="gnb-says">→ {visible(a.fix)}</div>' if a.fix else ""
+    more = len(self.advice) - ADVICE if i == ADVICE - 1 else 0
+    rest = says_html(f"{more} more: text() has all of them") if more > 0 else ""
+    said.value = f"<div>{visible(a.message)}</div>{remedy}{rest}"
     button.description = "use " + ", ".join(f"{k}={write_value(v) or 'open'}" for k, v in a.change.items())
     button.layout.display = "" if a.change else "none"
     for severity in ("error", "warning", "info"): set_class(row, f"gnb-{severity}", severity == a.severity)

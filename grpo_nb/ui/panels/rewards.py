@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'RewardPanel']
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #38b3a44f
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #729e7dc3
 import inspect
 import re
 from html import escape
@@ -13,6 +13,7 @@ from html import escape
 from fastcore.basics import patch
 
 from ...ground.check import known_arguments, number, one_of
+from ...ground.text import written
 from ...run.inputs import check_reward_columns, check_rewards
 from ...recipe.script import definitions
 from ...recipe.value import choice_of, library
@@ -206,7 +207,7 @@ def _named(self:RewardPanel, chosen): # name in the panel -> Choice
         found[name] = c
     return found
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #b37c2e7c
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #cc38b5da
 @patch
 def text(self:RewardPanel) -> str:
     "The rewards that are on, and what is missing."
@@ -216,7 +217,7 @@ def text(self:RewardPanel) -> str:
         lines.append(f"{name:24} weight {s['weight']:<8g} {_written(s['options'])}".rstrip())
         if name in wrong: lines.append(f"    ! {wrong[name]}")
     off = [n for n, s in self.state.items() if not s["on"]]
-    return "\n".join([*(lines or [wrong[""]]), *([f"off: {', '.join(off)}"] if off else [])])
+    return written("\n".join([*(lines or [wrong[""]]), *([f"off: {', '.join(off)}"] if off else [])]))
 
 
 def _written(options): return ", ".join(f"{k}={v!r}" for k, v in options.items())

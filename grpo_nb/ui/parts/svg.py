@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['CHANGE', 'ticks', 'number', 'smooth', 'outline', 'Line', 'Mark', 'Panel', 'Frame', 'panel', 'page', 'picture']
 
-# %% ../../../nbs/ui/parts/01_svg.ipynb #4175cb9d
+# %% ../../../nbs/ui/parts/01_svg.ipynb #10218820
 import math
 from dataclasses import dataclass
 from html import escape
+
+from ...ground.text import plain
 
 # %% ../../../nbs/ui/parts/01_svg.ipynb #a0e1bff2
 def ticks(low:float, # smallest value shown
@@ -149,7 +151,7 @@ def _frame(p, drawn, share, width, height) -> Frame:
 def _text(x, y, text, size=10, anchor="start", weight=400, opacity=0.65) -> str:
     "A text element."
     return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" '
-            f'fill="currentColor" fill-opacity="{opacity}">{escape(str(text))}</text>')
+            f'fill="currentColor" fill-opacity="{opacity}">{escape(plain(text))}</text>')
 
 def _swatch(x, line) -> str:
     "A piece of a line, or of a band, for the legend."
@@ -205,7 +207,7 @@ def _mark(f, m) -> str:
                  'stroke-opacity="0.55" stroke-width="1.5"/>')
     field = (f'<rect x="{x - 4:.1f}" y="{f.top - 6}" width="8" height="{f.bottom - f.top + 6}" '
              'fill="none" pointer-events="all"/>')
-    return f'<g><title>{escape(f"step {m.step:g}: {m.text}")}</title>{shape}{field}</g>'
+    return f'<g><title>{escape(plain(f"step {m.step:g}: {m.text}"))}</title>{shape}{field}</g>'
 
 def _marks(f, marks) -> list: # of elements
     "What happened; a mark that is more than a step outside the range is left out."
@@ -238,7 +240,8 @@ def panel(p:Panel, # what to draw
           attributes:str="", # further attributes of the svg element, as written in SVG
           ) -> str: # one <svg> element
     "One chart as an SVG element whose text takes the page's colour."
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(p.title)}" '
+    label = escape(plain(p.title))
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
            f'font-family="system-ui, sans-serif" {attributes}>',
            _text(1, 14, p.title, 13, weight=600, opacity=0.95)]
     drawn = [(line, points) for line in p.lines if (points := _points(line, p.log))]
@@ -264,7 +267,7 @@ def page(panels, # of Panel
     "Panels side by side as far as there is room: for a notebook's output."
     each = "".join(f"<div>{panel(p, attributes=_fluid)}</div>" for p in panels)
     small = "font:11px system-ui,sans-serif;opacity:.65;padding-top:4px"
-    foot = f'<div style="{small}">{escape(caption)}</div>' if caption else ""
+    foot = f'<div style="{small}">{escape(plain(caption))}</div>' if caption else ""
     return (f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr));gap:16px 20px;'
             f'max-width:{max(len(panels), 1) * 480}px">{each}</div>{foot}')
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'BUTTONS', 'KEPT', 'RunControls']
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #0213d5db
+# %% ../../../nbs/ui/studio/01_controls.ipynb #9ce3f42a
 from collections import deque
 from html import escape
 
 from fastcore.basics import patch
 
+from ...ground.text import written
 from ...run.control import SETTINGS
 from ...ground.events import CheckpointSaved, Finding, Notice, SettingChanged, StepLogged
 from ...ground.events import RunFailed, RunFinished, RunPaused, RunResumed, RunStarted, RunStopped
@@ -32,7 +33,7 @@ BUTTONS = { # action: what its button says when the pointer rests on it
     "stop": "end and leave a checkpoint: a step that trains is finished, one that still samples is given up",
     "save": "write a checkpoint after this step"}
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #27543b16
+# %% ../../../nbs/ui/studio/01_controls.ipynb #e488be4f
 KEPT = 200 # notes that are kept
 
 class RunControls(View):
@@ -42,7 +43,7 @@ class RunControls(View):
                  go_on=None, # called without arguments: goes on from the checkpoint; None: `run.start(resume=True)`
                  ):
         super().__init__()
-        self.run, self._start, self._go_on, self._end = None, start, go_on, lambda: None
+        self.run, self._start, self._go_on, self._end = None, start, go_on, _nothing
         self.notes, self.problem, self.busy, self._metrics = deque(maxlen=KEPT), "", "", {}
         self._buttons, self._inputs, self._quiet, self._listeners = {}, {}, False, []
         self._soon = Later(lambda: self._buttons and self._sync(), 0.2, self._failed, steady=True)
@@ -54,7 +55,7 @@ class RunControls(View):
         "The run's state; idle without one, busy while something else has the model."
         return "busy" if self.busy else "idle" if self.run is None else self.run.state
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #68f09962
+# %% ../../../nbs/ui/studio/01_controls.ipynb #53d188da
 _HEARD = (StepLogged, SettingChanged, CheckpointSaved, Finding, Notice,
          RunStarted, RunPaused, RunResumed, RunStopped, RunFinished, RunFailed)
 
@@ -70,6 +71,17 @@ def attach(self:RunControls, run): # the controls
     return self
 
 
+@patch
+def detach(self:RunControls) -> None:
+    "Let go of the run; the notes stay."
+    self._end()
+    self.run, self._end = None, _nothing
+    self._soon()
+
+
+def _nothing(): "Ends nothing."
+
+# %% ../../../nbs/ui/studio/01_controls.ipynb #6a27c681
 @patch
 def _heard(self:RunControls, event):
     "Take in one event; called by the queue's thread."
@@ -136,7 +148,7 @@ def status_html(self:RunControls) -> str: # HTML
 
 def _short(value): return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #03dd1634
+# %% ../../../nbs/ui/studio/01_controls.ipynb #56021bc5
 @patch
 def notes_html(self:RunControls, most:int=40) -> str:
     "What the run said, the latest first."
@@ -157,7 +169,7 @@ def static_html(self:RunControls) -> str: # HTML without scripts
 def text(self:RunControls) -> str:
     "The same for a terminal."
     run = self.run if self.run is not None else "none yet"
-    return "\n".join([f"run: {run}", *(f"  step {step}: {said}" for step, _, said in list(self.notes)[-8:])])
+    return written("\n".join([f"run: {run}", *(f"  step {step}: {said}" for step, _, said in list(self.notes)[-8:])]))
 
 # %% ../../../nbs/ui/studio/01_controls.ipynb #64977cc8
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'Examination']
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #0e1dbbbf
+# %% ../../../nbs/ui/studio/02_examination.ipynb #ca7f1632
 import contextvars
 import threading
 from html import escape
@@ -13,12 +13,13 @@ from html import escape
 from fastcore.basics import patch
 
 from ...advice.doctor import doctor
+from ...ground.text import written
 from ..panels.boxes import bar, column, problem_html, says_html, set_class
 from ..parts.cards import visible
 from ..parts.fields import write_value
 from ..parts.view import View, css
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #d9d29b00
+# %% ../../../nbs/ui/studio/02_examination.ipynb #c1588a49
 class Examination(View):
     "The doctor's report, with buttons."
     def __init__(self,
@@ -29,6 +30,7 @@ class Examination(View):
                  ):
         super().__init__()
         self.case, self.apply, self.why_not, self.busy = case, apply, why_not, busy
+        self.more = {} # of `doctor`, for every examination: tools, trainer_class
         self.report, self.problem, self._rows, self._thread, self._applied = None, "", [], None, set()
 
 # %% ../../../nbs/ui/studio/02_examination.ipynb #fa0618f0
@@ -51,12 +53,12 @@ def _is_going(self:Examination):
     "Whether a thread other than this one is examining."
     return self._thread is not None and self._thread.is_alive() and threading.current_thread() is not self._thread
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #6eccf41c
+# %% ../../../nbs/ui/studio/02_examination.ipynb #a94fab56
 @patch
 def _work(self:Examination, options, raises=False):
     "Ask the doctor and show what it says."
     self.problem = ""
-    try: self.report, self._applied = doctor(*self.case(), **options), set()
+    try: self.report, self._applied = doctor(*self.case(), **self.more, **options), set()
     except Exception as error: # it is shown in place; in the foreground it is raised
         self.problem = f"{type(error).__name__}: {error}"
         if raises: raise
@@ -65,20 +67,20 @@ def _work(self:Examination, options, raises=False):
         if self._widget is not None: self._sync()
     return self.report
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #a6b342ed
+# %% ../../../nbs/ui/studio/02_examination.ipynb #15d3a53c
 @patch
 def text(self:Examination) -> str:
     "The report, or what kept it from being made."
-    return self.problem or ("not examined yet" if self.report is None else str(self.report))
+    return written(self.problem) or ("not examined yet" if self.report is None else str(self.report))
 
 
 @patch
 def static_html(self:Examination) -> str: # HTML without scripts
     "The report for the saved notebook."
     report = self.report.html if self.report is not None else "not examined yet"
-    return f'{css()}<div class="gnb gnb-panel">{escape(self.problem)}{report}</div>'
+    return f'{css()}<div class="gnb gnb-panel">{visible(self.problem)}{report}</div>'
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #8e3155ae
+# %% ../../../nbs/ui/studio/02_examination.ipynb #e4708f3b
 ROWS = 24 # findings that can be shown
 
 
@@ -89,8 +91,8 @@ def _make(self:Examination):
     self._button, self._head = w.Button(description="Examine", button_style="primary", layout=dict(width="110px")), w.HTML()
     self._button.on_click(lambda _: self._click())
     self._rows = [self._row(i) for i in range(ROWS)]
-    rows = [row for row, _, _ in self._rows]
-    made = column(w.HTML(css()), bar(self._button, self._head), *rows, classes=["gnb-panel"])
+    rows, self._foot = [row for row, _, _ in self._rows], w.HTML()
+    made = column(w.HTML(css()), bar(self._button, self._head), *rows, self._foot, classes=["gnb-panel"])
     self._sync()
     return made
 
@@ -123,16 +125,26 @@ def _fix(self:Examination, i):
     else: self._applied.add(i)
     self._sync()
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #bd62d14b
+# %% ../../../nbs/ui/studio/02_examination.ipynb #b6c7761b
 @patch
 def _sync(self:Examination):
     "Bring the widgets up to the report."
     self._button.disabled = self._is_going()
-    self._head.value = problem_html(self.problem) or says_html(self._said())
+    self._head.value, self._foot.value = problem_html(self.problem) or says_html(self._said()), self._missing()
     found = list(self.report)[:ROWS] if self.report is not None else []
     for i, (row, _, _) in enumerate(self._rows):
         row.layout.display = "" if i < len(found) else "none"
         if i < len(found): self._show(i, found[i])
+
+# %% ../../../nbs/ui/studio/02_examination.ipynb #e4d58fa9
+@patch
+def _missing(self:Examination) -> str: # HTML
+    "What was not looked at, and the findings that have no row."
+    if self.report is None: return ""
+    more = len(self.report) - ROWS
+    said = [f"not reached: {what}" for what in self.report.unreached]
+    if more > 0: said.append(f"{more} more findings: text() has them")
+    return "".join(f"<div>{says_html(one)}</div>" for one in said)
 
 
 @patch

@@ -53,7 +53,7 @@ class Studio(View):
         self._soon = Later(self._refresh, 0.25, self._failed, steady=True)
         self._put_together(rewards, config)
 
-# %% ../../../nbs/ui/studio/03_studio.ipynb #1b640215
+# %% ../../../nbs/ui/studio/03_studio.ipynb #6fba86aa
 @patch
 def _put_together(self:Studio, rewards, config):
     "Make the parts that are there from the beginning."
@@ -62,11 +62,12 @@ def _put_together(self:Studio, rewards, config):
     self.controls = RunControls(self.start, self.go_on)
     self.controls.on_change(self._heard)
     self.doctor = Examination(self._case, lambda change: self.settings.set(**change), self._why_not_examine, self._busy)
+    self.doctor.more = {name: self._more[name] for name in ("tools", "trainer_class") if name in self._more}
     self.completions = CompletionBrowser(tokenizer=self.tokenizer)
     self.run = self.watcher = self.charts = self._lab = self._lab_made = None
     self._after = None # the thread that measures when a run has ended
 
-# %% ../../../nbs/ui/studio/03_studio.ipynb #5a711dab
+# %% ../../../nbs/ui/studio/03_studio.ipynb #f0958329
 @patch
 def _case(self:Studio): # what the doctor examines
     "Model, rewards, data and settings as they are now."
@@ -82,6 +83,7 @@ def _is_training(self:Studio) -> bool:
 @patch
 def _why_not_examine(self:Studio): # empty where it can be done
     "Why the doctor cannot have the model."
+    if self.model is None: return "this studio was closed; make another one."
     return "a run has the model; stop it or wait for its end." if self._is_training() else ""
 
 
@@ -92,7 +94,7 @@ def _busy(self:Studio, what):
     self.controls._soon()
     self._soon()
 
-# %% ../../../nbs/ui/studio/03_studio.ipynb #42815f32
+# %% ../../../nbs/ui/studio/03_studio.ipynb #a6260579
 @patch
 def check(self:Studio) -> list: # of sentences
     "What keeps a run from being started."
@@ -103,6 +105,7 @@ def check(self:Studio) -> list: # of sentences
 @patch
 def start(self:Studio, background=None): # the studio
     "Make a run with these rewards and settings, and start it; raises `ValueError` for what would not work."
+    if self.model is None: raise RuntimeError("start(): this studio was closed; make another one.")
     if self._is_training(): raise RuntimeError(f"start(): a run is {self.run.state}; stop it first.")
     if wrong := self.check(): raise ValueError(" ".join(wrong))
     live = interactive_kernel() if background is None else background
@@ -185,6 +188,19 @@ def save(self:Studio): # the studio
 def change(self:Studio, **settings): # the studio
     "Change learning rate, beta, temperature, lengths or reward weights from the next step on."
     return self._ask("change", **settings)
+
+# %% ../../../nbs/ui/studio/03_studio.ipynb #b5d797d7
+@patch
+def close(self:Studio) -> None:
+    "Let go of run, model and data, so that their memory is free; what is shown stays. `RuntimeError` while a run trains."
+    if self._is_training(): raise RuntimeError(f"close(): a run is {self.run.state}; stop it first.")
+    if self.watcher is not None: self.watcher.stop()
+    if self.charts is not None: self.charts.close()
+    self.completions.close()
+    self.controls.detach()
+    self.run = self.watcher = self.model = self.dataset = self.held_out = None
+    self.settings.loaded = self.settings.rows = None
+    if self._lab is not None: self._lab.dataset = None
 
 # %% ../../../nbs/ui/studio/03_studio.ipynb #74e02eed
 @patch
