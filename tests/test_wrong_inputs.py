@@ -162,7 +162,7 @@ AREAS["PatchFastRL, UnpatchFastRL"] = [
     ("PatchFastRL(['grpo'])", "algorithm=['grpo']", "grpo"),
     ("PatchFastRL('grpo', 3)", "FastLanguageModel=3", "for_inference"),
     ("PatchFastRL('grpo', 'FastLanguageModel')", "FastLanguageModel='FastLanguageModel'", "grpo_nb.FastLanguageModel"),
-    ("PatchFastRL(FastLanguageModel)", "algorithm=", "FastLanguageModel=FastLanguageModel"),
+    ("PatchFastRL(FastLanguageModel)", "algorithm=", "grpo"),
     ("UnpatchFastRL('gpro')", "algorithm='gpro'", "'grpo'"),
     ("UnpatchFastRL(3)", "algorithm=3", "grpo"),
     ("patch_table('gpro')", "algorithm='gpro'", "'grpo'"),
@@ -222,7 +222,7 @@ AREAS["get_peft_model, for_*"] = [
     ("adapt(lora_rank=3)", "lora_rank", "takes"), ("adapt(adapted)", "adapter already", "unload"), ("adapt(None)", "model=", "transformers model"),
     ("adapt('name')", "model=", "transformers model"), ("FastLanguageModel.for_inference(None)", "model=None", "from_pretrained"),
     ("FastLanguageModel.for_inference('x')", "model='x'", "from_pretrained"), ("FastLanguageModel.for_training(None)", "model=None"),
-    ("FastLanguageModel.for_training(3)", "model=3"), ("FastLanguageModel.for_inference(tokenizer)", "model=", "tokenizer"),
+    ("FastLanguageModel.for_training(3)", "model=3"), ("FastLanguageModel.for_inference(tokenizer)", "model=", "from_pretrained"),
 ]
 
 AREAS["GRPOConfig"] = [
@@ -394,7 +394,7 @@ AREAS["charts, browser, lab, studio"] = [
     ("CompletionBrowser(3)", "3", "events"), ("CompletionBrowser(step=3)", "step", "'steps'"), ("CompletionBrowser(weights=3)", "weights=3", "dict"), ("CompletionBrowser(interval='x')", "interval='x'"),
     ("CompletionBrowser('./nope')", "./nope"), ("CompletionBrowser(steps=0)", "steps=0"), ("CompletionBrowser(latest=500)", "latest=500"), ("CompletionBrowser(spill='x.txt')", ".jsonl"),
     ("CompletionBrowser(rewards=3)", "rewards=3"), ("CompletionBrowser().page(show='x')", "show='x'"), ("CompletionBrowser().page(colour='x')", "colour='x'"), ("CompletionBrowser().page(cards='x')", "cards='x'"),
-    ("CompletionBrowser().attach(3)", "run=3"), ("read_completions(written('c.txt', ''))", "c.txt"), ("read_completions(written('d.jsonl', '{'))", "d.jsonl"),
+    ("CompletionBrowser().attach(3)", "run=3"), ("read_completions(written('c.txt', ''))", "c.txt"),
     ("Store(max_bytes=0)", "max_bytes=0"), ("RewardLab(right, 'x')", "dataset='x'"), ("RewardLab(right, [])", "no rows"), ("RewardLab(right, 3)", "dataset=3"), ("RewardLab([])", "rewards is empty"),
     ("RewardLab(right, timeout=-1)", "timeout=-1"), ("RewardLab(right, timeout='x')", "timeout='x'"), ("RewardLab(right, rows('x'), answer='nope')", "answer='nope'"), ("RewardLab(right, format=3)", "format=3"),
     ("RewardLab(right).score()", "nothing to score"), ("RewardLab(right).score(3)", "completions=3"), ("RewardLab(right).score(['a'], ['b', 'c'])", "prompts has 2"), ("RewardLab(right).score(['a'], row=0)", "dataset"),
@@ -437,7 +437,7 @@ AREAS["command line"] = [
     ("command('bench', 'step', '--micro-batches', '5')", "micro_batches=5"), ("command('bench', 'rollout', '--engine', 'x')", "'x'"), ("command('bench', 'rollout', '--shape', 'x')", "'x'"), ("command('patches', 'gpro')", "'grpo'"), ("command('doctor')", "CONFIG"),
     ("command('doctor', './nope.yaml')", "nope.yaml"), ("command('doctor', at['whole'])", "whole"), ("doctor_of('- 1')", "no settings"), ("doctor_of('a: [')", "doctor.yaml"), ("doctor_of('beta: 0')", "model_name_or_path is missing"), ("doctor_of('model_name_or_path: m')", "dataset_name is missing"),
     ("doctor_of(good + 'num_generation: 3')", "'num_generations'"), ("doctor_of(good + 'max_prompt_length: 3')", "TRL 0.28"), ("doctor_of(good + 'reward_funcs: 3')", "reward_funcs", "3"), ("doctor_of(good + 'reward_funcs: [os.system]')", "os.system", "--allow-imports"),
-    ("doctor_of(good + 'reward_funcs: [nope]')", "'nope'"), ("doctor_of(good + 'reward_funcs: []')", "reward_funcs"), ("doctor_of('model_name_or_path: [a]\\ndataset_name: x.jsonl')", "model_name_or_path=['a']"), ("doctor_of(good + 'lora_r: abc\\nuse_peft: true')", "lora_r='abc'"),
+    ("doctor_of(good + 'reward_funcs: [nope]')", "'nope'"), ("doctor_of('model_name_or_path: [a]\\ndataset_name: x.jsonl')", "model_name_or_path=['a']"), ("doctor_of(good + 'lora_r: abc\\nuse_peft: true')", "lora_r='abc'"),
     ("doctor_of(good + 'dataset_train_split: 3')", "dataset_train_split=3"), ("doctor_of(good + 'learning_rate: fast')", "learning_rate='fast'"), ("command('doctor', written('p.yaml', good), '--prompts', '-1')", "prompts=-1"), ("command('doctor', written('p.yaml', good), '--seconds', '-1')", "seconds=-1"),
     ("command('doctor', written('p.yaml', good), '--prompts', 'x')", "--prompts"),
 ]

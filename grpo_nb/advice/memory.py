@@ -8,7 +8,7 @@ __all__ = ['REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', 'REACHED_BANDWIDTH', '
            'weight_bytes', 'optimiser_bytes', 'layer_numbers', 'activation_bytes', 'head_bytes', 'cache_bytes',
            'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate']
 
-# %% ../../nbs/advice/02_memory.ipynb #49f0b224
+# %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..ground.check import known_arguments, number, one_of, whole
+from ..ground.check import flag, known_arguments, number, one_of, whole
 from ..trainers.config import FIELDS, next_rows
 from ..models.specs import DeviceSpec, published, this_device
 
@@ -532,7 +532,18 @@ def _gradients(a:Anatomy, load:Load, c, n:_Numbers, activations:float) -> float:
     embedding = a.vocabulary * a.hidden * n.weight if n.full else 0
     return max(embedding, n.own - activations) if alone else n.own
 
-# %% ../../nbs/advice/02_memory.ipynb #a554ace4
+# %% ../../nbs/advice/02_memory.ipynb #cc6d6170
+def _check_rest(c, peft, load_in_4bit, dtype, rows):
+    "Raise for the other arguments, and for numbers of the configuration that nothing can be counted with."
+    for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"):
+        whole(name, getattr(c, name))
+    flag("load_in_4bit", load_in_4bit)
+    if rows is not None: whole("rows", rows, what="the data set")
+    if not (peft is None or isinstance(peft, Mapping) or hasattr(peft, "r")):
+        raise TypeError(f"peft={peft!r} must be a LoraConfig, a dict such as dict(r=16), or None.")
+    if not (dtype is None or isinstance(dtype, torch.dtype)): raise TypeError(f"dtype={dtype!r} must be a torch dtype, or None.")
+
+# %% ../../nbs/advice/02_memory.ipynb #e1e33012
 def estimate(model, # a loaded model, a transformers configuration, or the name of a model whose configuration lies on this machine
              config=None, # a GRPOConfig, a dict of some of its fields, or None
              *,
@@ -546,6 +557,7 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
              ) -> Estimate: # raises `ValueError` or `TypeError` naming the argument
     "Peak memory and time of a run, from its configuration alone."
     c, a = read_config(config), anatomy(model)
+    _check_rest(c, peft, load_in_4bit, dtype, rows)
     prompt, mean = _lengths(c, prompt_length, completion_length)
     one_of("step", c.step, ("packed", "padded", "trl"))
     spec = _spec(device, c)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'TRAINING', 'SAMPLING', 'LOSS_TYPES', 'LOSS', 'SETTINGS', 'NOT_PLAIN', 'nearest', 'one_of',
-           'known_arguments', 'bounds', 'inside', 'whole', 'number', 'share', 'flag', 'words', 'Allowed', 'check_kind',
-           'check_settings', 'read_text']
+           'known_arguments', 'bounds', 'inside', 'whole', 'number', 'share', 'flag', 'some_text', 'Allowed',
+           'check_kind', 'check_settings', 'read_text']
 
 # %% ../../nbs/ground/01_check.ipynb #5ae77ba0
 import math
@@ -70,7 +70,8 @@ def known_arguments(function:str, # the function's name
             since, now = RETIRED[name]
             raise TypeError(f"{function}() has no argument {name!r} any more, since {since}. Write now: {now}.")
         close = nearest(name, allowed)
-        listed = "" if close and len(allowed) > 60 else f" It takes: {', '.join(allowed)}." # a page of names hides the right one
+        listed = f" It takes: {', '.join(allowed)}."
+        if len(allowed) > 60: listed = "" if close else f" It takes {len(allowed)} names, and none is close to this one."
         raise TypeError(f"{function}() has no argument {name!r}.{close}{listed}")
 
 # %% ../../nbs/ground/01_check.ipynb #0ecb9d4d
@@ -132,7 +133,7 @@ def flag(argument:str, value, # as above
     raise ValueError(f"{argument}={value!r} must be True or False{', or None' if open else ''}.")
 
 
-def words(argument:str, value, # as above
+def some_text(argument:str, value, # as above
           what:str="text", # what it should be: "a name"
           open:bool=False, # whether None is right too
           ) -> str|None:

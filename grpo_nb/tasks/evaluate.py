@@ -73,7 +73,7 @@ def _greedy_config(model, tokenizer, max_new_tokens): # -> a `transformers.Gener
     return GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
                             eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True)
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #8d1fdedf
+# %% ../../nbs/tasks/02_evaluate.ipynb #8cf49b84
 def greedy(model, # a causal language model that can `generate`
            tokenizer, # its tokenizer; padding side and settings are not touched
            prompts:list, # strings or lists of chat messages
@@ -83,6 +83,8 @@ def greedy(model, # a causal language model that can `generate`
     "Greedy completions of prompts; the model's modes, caches and generation settings stay as they were."
     import torch
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)): whole(name, value)
+    wrong = [prompts] if isinstance(prompts, str) else [p for p in prompts if not isinstance(p, (str, list, tuple)) or p == []]
+    if wrong: raise TypeError(f"prompts={wrong[0]!r} should be a list of texts, or of lists of chat messages.")
     config = _greedy_config(model, tokenizer, max_new_tokens)
     rows, found = _prompt_ids(tokenizer, prompts), []
     with evaluation_mode(model), torch.no_grad():
@@ -92,7 +94,7 @@ def greedy(model, # a causal language model that can `generate`
             found += tokenizer.batch_decode(made[:, ids.shape[1]:], skip_special_tokens=True)
     return found
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #1eda38a9
+# %% ../../nbs/tasks/02_evaluate.ipynb #8289efcf
 def accuracy(model, # a causal language model that can `generate`
              tokenizer, # its tokenizer
              dataset, # `datasets.Dataset` with `prompt` and the columns that the reward wants
@@ -102,6 +104,9 @@ def accuracy(model, # a causal language model that can `generate`
              return_completions:bool=False, # also return the completions
              ): # share of right answers, 0 to 1; with `return_completions` the pair (share, list of strings)
     "Share of greedy completions whose reward is at least 1; raises `ValueError` where the data set has no `prompt` or no row."
+    if not callable(getattr(model, "generate", None)): raise TypeError(f"model={model!r} is not a loaded model.")
+    if not callable(reward): raise TypeError(f"reward={reward!r} is no function.")
+    if not hasattr(dataset, "column_names"): raise TypeError(f"dataset={str(dataset)[:60]} is not a datasets.Dataset.")
     columns = list(dataset.column_names)
     if "prompt" not in columns:
         raise ValueError(f"dataset has no column 'prompt'.{nearest('prompt', columns)} It has: {', '.join(columns)}.")
