@@ -1031,6 +1031,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'grpo_nb.ground.check.check_kind': ('ground/check.html#check_kind', 'grpo_nb/ground/check.py'),
                                       'grpo_nb.ground.check.check_settings': ( 'ground/check.html#check_settings',
                                                                                'grpo_nb/ground/check.py'),
+                                      'grpo_nb.ground.check.choices_of': ('ground/check.html#choices_of', 'grpo_nb/ground/check.py'),
                                       'grpo_nb.ground.check.flag': ('ground/check.html#flag', 'grpo_nb/ground/check.py'),
                                       'grpo_nb.ground.check.inside': ('ground/check.html#inside', 'grpo_nb/ground/check.py'),
                                       'grpo_nb.ground.check.known_arguments': ( 'ground/check.html#known_arguments',

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from ..ground.check import check_settings, flag, known_arguments, number, one_of, whole
+from ..ground.check import check_settings, choices_of, flag, known_arguments, number, one_of, whole
 
 # %% ../../nbs/recipe/01_value.ipynb #912a3ec7
 def literal(name:str, # what the value is called, for the message
@@ -108,8 +108,10 @@ def check_config(config, # a dict of fields
     from trl import GRPOConfig
     from grpo_nb.trainers.config import FIELDS, check_fields, hints_of, table_of
     known_arguments("GRPOConfig", config, config_fields())
-    check_settings(config, hints_of(GRPOConfig), {} if draft else table_of(GRPOConfig))
-    if not draft: check_fields({name: config.get(name, default) for name, (_, default, _) in FIELDS.items()})
+    hints = hints_of(GRPOConfig)
+    if draft: return check_settings(config, {name: hint for name, hint in hints.items() if choices_of(hint) is None}, {})
+    check_settings(config, hints, table_of(GRPOConfig))
+    check_fields({name: config.get(name, default) for name, (_, default, _) in FIELDS.items()})
 
 # %% ../../nbs/recipe/01_value.ipynb #571caf09
 def config_changes(config, # a dict of fields

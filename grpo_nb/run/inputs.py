@@ -184,7 +184,7 @@ def _weight(reward, weight) -> float:
     try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
     except ValueError as error: raise TypeError(str(error)) from None
 
-# %% ../../nbs/run/01_inputs.ipynb #9001e085
+# %% ../../nbs/run/01_inputs.ipynb #13371acb
 def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
                   ) -> tuple: # (functions, their weights or None)
     "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
@@ -205,8 +205,8 @@ def _check_twice(names):
     "Raise for two rewards of one name: metrics, and what is kept of completions, go by name, and one would stand for both."
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is None: return
-    raise ValueError(f"rewards: two of them have the same name {twice!r}, and their metrics would be one. Give one another name: "
-                     "another def, or name='...' for a reward of grpo_nb.tasks.rewards.")
+    raise ValueError(f"rewards: two of them are named {twice!r}, and under the same name their metrics would be one. Give one "
+                     "another name: another def, or name='...' for a reward of grpo_nb.tasks.rewards.")
 
 # %% ../../nbs/run/01_inputs.ipynb #cb70ac16
 SURVIVE = ("prompt", "image", "images") # the columns that remove_unused_columns leaves to a trainer that samples
@@ -331,7 +331,7 @@ def prompt_text(tokenizer, prompt, tools=None, **more) -> str: # `more`: chat_te
     parts = [part for message in prompt if isinstance(message["content"], (list, tuple)) for part in message["content"]]
     lost = next((part for part in parts if isinstance(part, Mapping) and str(part.get("text") or "").strip() not in text), None)
     if lost is None: return text
-    raise ValueError(f"it leaves out {_short(lost)}: parts are for a processor of a model that reads images; give text")
+    raise ValueError(f"it leaves out {_short(lost)}")
 
 def rendered(tokenizer, dataset, config, tools=None, n:int=8) -> list: # of (row, its text, its number of tokens)
     "The longest prompts that were seen; raises `ValueError` for one that the chat template cannot read."
@@ -340,8 +340,10 @@ def rendered(tokenizer, dataset, config, tools=None, n:int=8) -> list: # of (row
     for row, prompt in [*seen[:1], *sorted(seen, key=lambda one: -len(str(one[1])))[:n]]:
         try: text = prompt_text(tokenizer, prompt, tools, **(more if isinstance(more, Mapping) else {}))
         except Exception as error: # a template is a program of its own, and raises what it likes
+            parts = not isinstance(prompt, str) and any(isinstance(message["content"], (list, tuple)) for message in prompt)
+            hint = " Content in parts is for a processor of a model that reads images; give text." if parts else ""
             raise ValueError(f"dataset: the chat template cannot read 'prompt' of row {row}, {_short(prompt)} "
-                             f"({type(error).__name__}: {error}).") from error
+                             f"({type(error).__name__}: {error}).{hint}") from error
         out.append((row, text, len(text_of(text, add_special_tokens=isinstance(prompt, str))["input_ids"])))
     return out
 

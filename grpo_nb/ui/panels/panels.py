@@ -12,7 +12,7 @@ from html import escape
 
 from fastcore.basics import patch
 
-from ...ground.check import flag, number
+from ...ground.check import number
 from ...ground.events import say
 from ...run.inputs import make_config
 from ...advice import memory
@@ -144,7 +144,8 @@ def _kind(name, value, default):
     "The value, of the kind that its default has; None stands for the default where the setting cannot be open."
     value = literal(name, value)
     if value is None: return default
-    if isinstance(default, bool): flag(name, value)
+    if isinstance(default, bool):
+        if not isinstance(value, bool): raise ValueError(f"{name}={value!r} has to be True or False.")
     elif isinstance(default, (int, float)): number(name, value)
     return value
 
