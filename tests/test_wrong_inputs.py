@@ -306,7 +306,7 @@ AREAS["GRPORun(...)"] = [
     ("run(rewards.weighted({'correctness': 1}), [{'prompt': 'x'}] * 4)", "'correctness' needs 'answer'"),
     ("run(remove_unused_columns=True)", "'answer'", "remove_unused_columns=True"),
     ("run(rewards.soft_overlong)", "'max_length'"), ("run(dataset=None)", "dataset=None", "datasets.Dataset"),
-    ("run(dataset=[])", "dataset has no rows"), ("run(dataset=3)", "dataset=3"),
+    ("run(dataset=[])", "dataset=[]", "no rows"), ("run(dataset=3)", "dataset=3"),
     ("run(dataset=['a'])", "dataset[0] is a str", "dicts"),
     ("run(dataset=[{'question': 'x'}])", "no column 'prompt'", "'question'"),
     ("run(dataset={'train': task.train})", "dataset['train']"),
@@ -669,6 +669,39 @@ def test_wrong_inputs_are_refused_at_once(world, nobody_is_asked, area, monkeypa
 def test_what_makes_sense_stays_accepted(world, nobody_is_asked, code, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     eval(code, world)
+
+
+# ---- a run that does nothing says so
+
+def test_no_reward_for_anything(world, capsys, tmp_path):
+    "Every reward is None: the steps are done, and a sentence says that nothing was learned."
+    def none(completions, **kwargs): return [None] * len(completions)
+    run = world["run"](none, output_dir=str(tmp_path), max_steps=2, model=copy.deepcopy(world["adapted"])).start(background=False)
+    said = capsys.readouterr().out
+    assert run.state == "finished" and run.step == 2
+    assert said.count("every reward returned None") == 1 and said.count("it learned nothing") == 1
+
+
+@pytest.mark.parametrize("after, state, words", [(1, "stopped", "ended at step 1 of 3"), (0, "failed", "without doing one")])
+def test_an_end_before_the_last_step(world, capsys, tmp_path, after, state, words):
+    "A callback ends the run early: it has not finished; where no step was done, it has failed."
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, trainer_state, control, **kwargs): control.should_training_stop = True
+
+    class Nothing(GRPOTrainer): # a sampler of one's own, which gives nothing
+        def _get_train_sampler(self, dataset=None): return []
+
+    more = dict(callbacks=[Ends()]) if after else dict(trainer_class=Nothing)
+    model = copy.deepcopy(world["adapted"])
+    run = world["run"](output_dir=str(tmp_path), max_steps=3, model=model, **more)
+    if after: run.start(background=False)
+    else:
+        with pytest.raises(RuntimeError, match=words): run.start(background=False)
+    assert run.state == state and run.step == after
+    if after: assert words in capsys.readouterr().out
 
 
 def test_there_are_as_many_as_were_found():

@@ -59,7 +59,7 @@ def _why_no_dataset(dataset, argument) -> str:
     if isinstance(dataset, (list, tuple)) and dataset:
         n = next(i for i, row in enumerate(dataset) if not isinstance(row, Mapping))
         return f"{what}; {argument}[{n}] is a {type(dataset[n]).__name__}."
-    return f"{what}." if dataset != [] else f"{argument} has no rows."
+    return f"{what}." if dataset != [] else f"{argument}=[] has no rows: give a data set with some."
 
 # %% ../../nbs/run/01_inputs.ipynb #ab50ec31
 def why_not_prompt(prompt) -> str: # empty where it can be read
@@ -122,7 +122,7 @@ def _check_names(columns, argument):
     raise ValueError(f"{argument} has a column {taken!r}, a name under which the trainer passes something of its own to rewards; "
                      f"rename it: dataset.rename_column({taken!r}, 'my_{taken}').")
 
-# %% ../../nbs/run/01_inputs.ipynb #41807e9f
+# %% ../../nbs/run/01_inputs.ipynb #682f8be4
 def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
                   argument:str="dataset", # its name in messages
                   ): # the data set; a list becomes a `Dataset`
@@ -135,8 +135,7 @@ def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
         except Exception as error: # pyarrow's own kinds, which differ by version
             raise TypeError(f"{argument}: its rows do not make a table, each column has to be of one kind ({error}).") from error
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        wrong = _why_no_dataset(dataset, argument)
-        raise ValueError(wrong) if wrong.endswith("no rows.") else TypeError(wrong)
+        raise TypeError(_why_no_dataset(dataset, argument))
     _check_names(dataset.column_names, argument)
     if isinstance(dataset, Dataset) and len(dataset) == 0: raise ValueError(f"{argument} has no rows.")
     check_prompts(dataset, argument)
@@ -402,7 +401,7 @@ def check_more(given, trainer_class, own) -> None: # names; `own`: the run's own
 # %% ../../nbs/run/01_inputs.ipynb #9032ca02
 def check_trainer_class(trainer_class) -> None:
     "Raise `TypeError` for what is no trainer class."
-    if isinstance(trainer_class, type) and callable(getattr(trainer_class, "train", None)): return
+    if isinstance(trainer_class, type) and inspect.isfunction(trainer_class.__init__): return
     raise TypeError(f"trainer_class={_short(trainer_class)} is no trainer; give trl.GRPOTrainer or a class made from it, or None.")
 
 def check_callbacks(callbacks) -> None:
@@ -423,11 +422,11 @@ def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, mor
     if reward_timeout not in (None, math.inf): number("reward_timeout", reward_timeout, above=0)
     flag("progress", progress)
 
-# %% ../../nbs/run/01_inputs.ipynb #371e8231
+# %% ../../nbs/run/01_inputs.ipynb #36f03cec
 def _is_trls(trainer_class, method) -> bool:
-    "Whether a trainer's method is TRL's."
+    "Whether a trainer's method is TRL's, and not one that a class of the user's overrides."
     function = getattr(trainer_class, method, None)
-    return function is not None and inspect.unwrap(function).__module__.split(".")[0] == "trl"
+    return function is None or inspect.unwrap(function).__module__.split(".")[0] == "trl"
 
 def check_together(model, tokenizer, functions, dataset, config, # each checked by itself
                    trainer_class=None, # None: TRL's
