@@ -97,7 +97,7 @@ def test_panel_and_doctor_say_the_same(world, change, rule):
     from grpo_nb.recipe.value import Recipe, model_settings
     from grpo_nb.ui.panels.panels import HyperparameterPanel
     report = examine(world, config=change, prompts=0)
-    recipe = Recipe(*model_settings(world.model), (), {**GOOD, **change})
+    recipe = Recipe(*model_settings(world.model), (), {**GOOD, **change}, draft=True)
     longest = report["prompt_length"].evidence["longest"] if "prompt_length" in rules(report) else 0
     longest = max(longest, *(f.evidence.get("prompt", 0) for f in report))
     panel = HyperparameterPanel(world.model, {**GOOD, **change}, rewards=["correctness"], dataset=world.task.train,

@@ -29,11 +29,12 @@ def brief(completions, **kwargs):
 
 # ---- round trips
 
-number = st.floats(0, 1e6, allow_nan=False).map(lambda x: float(f"{x:.6g}"))
+number = st.floats(0, 100, allow_nan=False).map(lambda x: float(f"{x:.6g}"))
+above_zero = st.floats(1e-3, 1000).map(lambda x: float(f"{x:.6g}"))
 name = st.text("abcABC019_-./ äé\"'\\#:%{}\n", min_size=1, max_size=20).filter(lambda t: t.strip())
 field = {
     "learning_rate": number, "beta": number, "num_generations": st.integers(2, 16),
-    "per_device_train_batch_size": st.integers(1, 64), "gradient_accumulation_steps": st.integers(1, 8), "temperature": number,
+    "per_device_train_batch_size": st.integers(1, 64), "gradient_accumulation_steps": st.integers(1, 8), "temperature": above_zero,
     "loss_type": st.sampled_from(["grpo", "dapo", "dr_grpo", "bnpo", "cispo"]),
     "scale_rewards": st.sampled_from(["group", "batch", "none"]), "max_completion_length": st.integers(1, 9999),
     "bf16": st.booleans(), "use_cpu": st.booleans(), "output_dir": name, "run_name": name, "epsilon_high": number,
@@ -109,9 +110,9 @@ def test_code_there_and_back(recipe):
 @quick
 @given(recipes())
 def test_yaml_there_and_back(recipe):
-    text, module = to_yaml(recipe), to_module(recipe)
-    assert from_yaml(text, module) == recipe
-    assert from_yaml(to_yaml(from_yaml(text, module)), module) == recipe
+    text, module, trusted = to_yaml(recipe), to_module(recipe), dict(trust_remote_code=True)
+    assert from_yaml(text, module, **trusted) == recipe
+    assert from_yaml(to_yaml(from_yaml(text, module, **trusted)), module, **trusted) == recipe
 
 
 @quick

@@ -25,11 +25,12 @@ from .data import Case, Sampled, lacks, reward_failed, setup_of_case
 from .finding import RULES, DoctorError, Finding, Report, found, rules_about, words
 from .live import Learning, Watcher, watch
 from .settings import about_settings
-from ..ground.check import nearest, number, whole
+from ..ground.check import RETIRED, nearest, number, some_text, whole
 from ..models.load import FastLanguageModel
 from ..models.unwrap import causal_lm
 from ..recipe.code import FILES, loader_of
-from ..recipe.value import changes_of, config_fields
+from ..recipe.trl import as_typed
+from ..recipe.value import changes_of, check_config, config_fields
 from ..run import inputs
 from ..tasks.evaluate import call_reward, reward_arguments
 from ..tasks.guard import RewardError, guard, is_model, name_of, shorten
@@ -336,7 +337,7 @@ def doctor(model, # a loaded model, with an adapter or without
         findings = _examined(case, findings, prompts, started + seconds, clock, unreached)
     return Report(findings, clock() - started, unreached, _samples(case), case.estimate)
 
-# %% ../../nbs/advice/06_doctor.ipynb #96915aec
+# %% ../../nbs/advice/06_doctor.ipynb #95349051
 SCRIPT_FIELDS = set("""
     model_name_or_path model_revision dtype trust_remote_code attn_implementation
     use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_task_type use_rslora
@@ -344,43 +345,57 @@ SCRIPT_FIELDS = set("""
     dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming reward_funcs reward_model_name_or_path
 """.split()) # of `trl grpo`, beside GRPOConfig's
 
-def _as_number(value):
-    "YAML reads 1e-5 as text."
-    if not isinstance(value, str): return value
-    try: return float(value)
-    except ValueError: return value
+# %% ../../nbs/advice/06_doctor.ipynb #85527b5d
+def _check_script(given):
+    "Raise `ValueError` for a value of the script's part that cannot be, before anything is loaded."
+    for name in ("model_name_or_path", "dataset_name", "dataset_train_split", "model_revision"):
+        if name in given: some_text(name, given[name], "a name")
+    for name in ("lora_r", "lora_alpha"):
+        if name in given: number(name, given[name], above=0)
+    names = given.get("reward_funcs")
+    if names is None or isinstance(names, str) or isinstance(names, list) and all(isinstance(n, str) for n in names): return
+    raise ValueError(f"reward_funcs={names!r} must be a name or a list of names.")
 
-# %% ../../nbs/advice/06_doctor.ipynb #55703728
+# %% ../../nbs/advice/06_doctor.ipynb #ac0077ea
 def read_yaml(path) -> tuple: # (fields of the script, fields of the config); raises `ValueError` naming what is wrong
     "A file for `trl grpo --config`, checked before anything is loaded."
     import yaml
     try: given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"{str(path)!r} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{str(path)!r} holds no settings: it should be lines such as 'learning_rate: 1.0e-5'.")
     known = {*SCRIPT_FIELDS, *memory._defaults()}
     for name in given:
-        if name not in known: raise ValueError(f"{name!r} is no setting of `trl grpo`.{nearest(name, known)}")
+        if name in known: continue
+        if name not in RETIRED: raise ValueError(f"{name!r} is no setting of `trl grpo`.{nearest(name, known)}")
+        raise ValueError("{!r} is no setting of `trl grpo` any more, since {}. Write now: {}.".format(name, *RETIRED[name]))
     for name in ("model_name_or_path", "dataset_name"):
         if not given.get(name): raise ValueError(f"{name} is missing in {str(path)!r}.")
-    given = {k: _as_number(v) for k, v in given.items()}
-    return {k: v for k, v in given.items() if k in SCRIPT_FIELDS}, {k: v for k, v in given.items() if k not in SCRIPT_FIELDS}
+    given = as_typed(given)
+    _check_script(given)
+    config = {k: v for k, v in given.items() if k not in SCRIPT_FIELDS}
+    check_config(config, draft=True) # what is out of its range is a finding, with what would be right
+    return {k: v for k, v in given.items() if k in SCRIPT_FIELDS}, config
 
-# %% ../../nbs/advice/06_doctor.ipynb #eefe2909
-def find_reward(name): # a function; raises `ValueError` with the nearest match
+# %% ../../nbs/advice/06_doctor.ipynb #2ba668b7
+def find_reward(name, imports:bool=True): # a function; `imports`: whether a dotted path may be imported
     "A reward by its name here, by TRL's, or by a dotted path."
     from grpo_nb import rewards
     if name in rewards.available(): return rewards.get(name)
     import trl.rewards
     if hasattr(trl.rewards, name): return getattr(trl.rewards, name)
     module, _, attribute = str(name).rpartition(".")
+    if module == "trl.rewards" and hasattr(trl.rewards, attribute): return getattr(trl.rewards, attribute)
+    if module and not imports:
+        raise ValueError(f"reward_funcs: {name!r} would be imported and run; where that is meant, add --allow-imports.")
     if module:
         try: return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
     raise ValueError(f"reward_funcs: {name!r} is not known.{nearest(name, [*rewards.available(), *trl.rewards.__all__])}")
 
+# %% ../../nbs/advice/06_doctor.ipynb #d8236f8c
 def load_data(script):
     "The training data: a file, a folder, or a name on the Hub."
     from datasets import load_dataset, load_from_disk
@@ -406,13 +421,16 @@ def load_model(script) -> tuple: # (model, tokenizer)
                                              target_modules=targets)
     return model, tokenizer
 
-# %% ../../nbs/advice/06_doctor.ipynb #b898322f
+# %% ../../nbs/advice/06_doctor.ipynb #65431637
 def main(given) -> int: # given.config: the YAML file; given.prompts, given.seconds: as `doctor`; the exit code 0, 1 or 2
     "`grpo-nb doctor CONFIG.yaml`: one line a finding."
     try:
         script, config = read_yaml(given.config)
         names = script.get("reward_funcs") or []
-        functions = [find_reward(n) for n in ([names] if isinstance(names, str) else names)]
+        imports = getattr(given, "allow_imports", False)
+        functions = [find_reward(n, imports) for n in ([names] if isinstance(names, str) else names)]
+        whole("prompts", getattr(given, "prompts", 0), least=0)
+        number("seconds", getattr(given, "seconds", 0), least=0)
         data = load_data(script)
         model, tokenizer = load_model(script)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .finding import PAGE
-from ..ground.check import known_arguments, number, one_of, whole
+from ..ground.check import flag, known_arguments, number, one_of, whole
 from ..trainers.config import FIELDS, next_rows
 from ..models.specs import DeviceSpec, published, this_device
 
@@ -535,7 +535,18 @@ def _gradients(a:Anatomy, load:Load, c, n:_Numbers, activations:float) -> float:
     embedding = a.vocabulary * a.hidden * n.weight if n.full else 0
     return max(embedding, n.own - activations) if alone else n.own
 
-# %% ../../nbs/advice/02_memory.ipynb #a554ace4
+# %% ../../nbs/advice/02_memory.ipynb #c5303eee
+def _check_rest(c, peft, load_in_4bit, dtype, rows):
+    "Raise for the other arguments, and for numbers of the configuration that nothing can be counted with."
+    for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"):
+        whole(name, getattr(c, name))
+    flag("load_in_4bit", load_in_4bit)
+    if rows is not None: whole("rows", rows, what="the data set")
+    if not (peft is None or isinstance(peft, Mapping) or hasattr(peft, "r")):
+        raise TypeError(f"peft={peft!r} must be a LoraConfig, a dict such as dict(r=16), or None.")
+    if not (dtype is None or isinstance(dtype, torch.dtype)): raise TypeError(f"dtype={dtype!r} must be a torch dtype, or None.")
+
+# %% ../../nbs/advice/02_memory.ipynb #729ce7af
 def estimate(model, # a loaded model, a transformers configuration, or the name of a model whose configuration lies on this machine
              config=None, # a GRPOConfig, a dict of some of its fields, or None
              *,
@@ -549,6 +560,7 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
              ) -> Estimate: # raises `ValueError` or `TypeError` naming the argument
     "Peak memory and time of a run, from its configuration alone."
     c, a = read_config(config), anatomy(model)
+    _check_rest(c, peft, load_in_4bit, dtype, rows)
     prompt, mean = _lengths(c, prompt_length, completion_length)
     one_of("step", c.step, ("packed", "padded", "trl"))
     spec = _spec(device, c)

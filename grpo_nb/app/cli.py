@@ -54,13 +54,14 @@ def _add_rollout(kinds):
     rollout.add_argument("--json", action="store_true", help="only lines of JSON")
     rollout.set_defaults(run=_bench_rollout)
 
-# %% ../../nbs/app/04_cli.ipynb #03e17405
+# %% ../../nbs/app/04_cli.ipynb #955520be
 def _add_doctor(commands):
     "`grpo-nb doctor`."
     doctor = commands.add_parser("doctor", help="examine a run before it begins, in under two minutes", allow_abbrev=False)
     doctor.add_argument("config", metavar="CONFIG.yaml", help="a file as `trl grpo --config` takes it")
     doctor.add_argument("--prompts", type=int, default=8, help="how many to sample for; 0: none (default: %(default)s)")
     doctor.add_argument("--seconds", type=float, default=110, help="that it may take (default: %(default)s)")
+    doctor.add_argument("--allow-imports", action="store_true", help="import rewards that the file gives as dotted paths")
     doctor.set_defaults(run=_doctor)
 
 

@@ -28,7 +28,15 @@ def quickstart_config(task, # a `Task` of `grpo_nb.tasks.library`
                 beta=0.0, loss_type="dapo", temperature=1.0, gradient_checkpointing=False, logging_steps=1,
                 save_strategy="no", report_to="none")
 
-# %% ../../nbs/app/03_demo.ipynb #5c2b0b3f
+# %% ../../nbs/app/03_demo.ipynb #e56e2b47
+def _check_writable(folder):
+    "Raise `ValueError` for a folder that cannot be made; what is made to find out is taken away again."
+    new = [part for part in (folder, *folder.parents) if not part.exists()]
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(f"output_dir={str(folder)!r} cannot be made ({error.strerror}).") from error
+    for part in new: part.rmdir()
+
+# %% ../../nbs/app/03_demo.ipynb #7ba95613
 def check_demo(task:str, steps:int, seed:int, output_dir=None):
     "Raise `ValueError` or `NotADirectoryError` naming the argument; returns the `Task`."
     one_of("task", task, tasks.available())
@@ -36,6 +44,7 @@ def check_demo(task:str, steps:int, seed:int, output_dir=None):
     whole("seed", seed, least=0)
     if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise NotADirectoryError(f"output_dir={str(output_dir)!r} is a file; give a folder.")
+    if output_dir is not None: _check_writable(Path(output_dir))
     found = tasks.get(task, seed=seed)
     if found.warm_start is None:
         able = ", ".join(repr(name) for name in tasks.available() if tasks.get(name, n_train=1, n_test=1).warm_start)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'TRAINING', 'SAMPLING', 'LOSS_TYPES', 'LOSS', 'SETTINGS', 'NOT_PLAIN', 'nearest', 'one_of',
-           'known_arguments', 'bounds', 'inside', 'whole', 'number', 'share', 'flag', 'words', 'Allowed', 'check_kind',
-           'check_settings', 'read_text']
+           'known_arguments', 'bounds', 'inside', 'whole', 'number', 'share', 'flag', 'some_text', 'Allowed',
+           'choices_of', 'check_kind', 'check_settings', 'read_text']
 
 # %% ../../nbs/ground/01_check.ipynb #5ae77ba0
 import math
@@ -70,7 +70,8 @@ def known_arguments(function:str, # the function's name
             since, now = RETIRED[name]
             raise TypeError(f"{function}() has no argument {name!r} any more, since {since}. Write now: {now}.")
         close = nearest(name, allowed)
-        listed = "" if close and len(allowed) > 60 else f" It takes: {', '.join(allowed)}." # a page of names hides the right one
+        listed = f" It takes: {', '.join(allowed)}."
+        if len(allowed) > 60: listed = "" if close else f" It takes {len(allowed)} names, and none is close to this one."
         raise TypeError(f"{function}() has no argument {name!r}.{close}{listed}")
 
 # %% ../../nbs/ground/01_check.ipynb #0ecb9d4d
@@ -132,7 +133,7 @@ def flag(argument:str, value, # as above
     raise ValueError(f"{argument}={value!r} must be True or False{', or None' if open else ''}.")
 
 
-def words(argument:str, value, # as above
+def some_text(argument:str, value, # as above
           what:str="text", # what it should be: "a name"
           open:bool=False, # whether None is right too
           ) -> str|None:
@@ -238,12 +239,17 @@ def _fits(value, part) -> bool:
     if part is str: return isinstance(value, (str, os.PathLike))
     return isinstance(value, (list, tuple)) if part is list else isinstance(value, part)
 
+# %% ../../nbs/ground/01_check.ipynb #809586b4
+def choices_of(hint) -> list|None: # the values of `SchedulerType | str`; None for what is no choice
+    "The words that a type hint allows."
+    found = next((part for part in _parts(hint) if isinstance(part, type) and issubclass(part, Enum)), None)
+    return None if found is None else [choice.value for choice in found]
+
 def check_kind(name:str, value, hint) -> None: # a type hint
     "Raise `ValueError` for a value that is not of the plain types that `hint` allows; a hint that allows more says nothing."
-    parts = _parts(hint)
-    choices = next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
-    if choices is not None: # `SchedulerType | str`: its values, as text too
-        if value is not None or NoneType not in parts: one_of(name, value, [choice.value for choice in choices])
+    parts, choices = _parts(hint), choices_of(hint)
+    if choices is not None:
+        if value is not None or NoneType not in parts: one_of(name, value, choices)
         return
     if any(part not in _PLAIN and get_origin(part) is not Literal for part in parts): return
     if any(_fits(value, part) for part in parts): return
@@ -261,6 +267,7 @@ def check_settings(values:Mapping, # name to value
     for name, value in values.items():
         if name in table: table[name](name, value)
         elif name in hints and name not in NOT_PLAIN: check_kind(name, value, hints[name])
+    if not table: return # kinds alone
     epochs, steps = values.get("num_train_epochs", 3), values.get("max_steps", -1)
     if epochs == 0 and steps == -1:
         raise ValueError("num_train_epochs=0 with max_steps=-1: the run would do nothing; set one of the two above 0.")

@@ -5,26 +5,35 @@
 # %% auto #0
 __all__ = ['Settings', 'settings_of', 'tokenizer_of', 'find_model', 'Default', 'check_tokenizer', 'agree', 'FastLanguageModel']
 
-# %% ../../nbs/models/06_load.ipynb #fda930cb
+# %% ../../nbs/models/06_load.ipynb #d29b322a
 import inspect
+import json
 import os
 import re
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import torch
+import transformers
 from fastcore.basics import patch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import TemplateError
 from peft import LoraConfig
 from peft import get_peft_model as add_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# %% ../../nbs/models/06_load.ipynb #87a17100
-from ..ground.check import known_arguments, nearest, number, one_of, share, whole
+# %% ../../nbs/models/06_load.ipynb #92fea5ce
+from ..ground.check import check_kind, flag, known_arguments, nearest, number, one_of, share, some_text, whole
 from .device import dtype_for, why_not_four_bit, keep_gradients, slow_dtype, target_device
 from ..ground.events import say
 from .modes import Switched, switch
@@ -73,9 +82,9 @@ def _missing_path(name, path):
     return FileNotFoundError(f"model_name={str(name)!r} is a path, and there is no such folder.{hint} {str(parent)!r} is "
                              "the last part of it that exists. Give a model's folder or a Hub id such as 'Qwen/Qwen3-0.6B'.")
 
-# %% ../../nbs/models/06_load.ipynb #fe1c62be
+# %% ../../nbs/models/06_load.ipynb #d08b0623
 def _check_folder(name, path):
-    "Raise unless `path` holds a configuration, weights and a tokenizer."
+    "Raise unless `path` holds a configuration, weights and a tokenizer that can be read."
     def has(*patterns): return any(next(path.glob(p), None) for p in patterns)
     what = f"model_name={str(name)!r}"
     if not path.is_dir():
@@ -89,6 +98,35 @@ def _check_folder(name, path):
         raise ValueError(f"{what} has no weights: no file in it ends in .safetensors or .bin.")
     if not has("tokenizer*", "vocab*", "*.model"):
         raise ValueError(f"{what} has no tokenizer. Save one beside the model with tokenizer.save_pretrained({str(name)!r}).")
+    _check_json(what, path / "config.json")
+    _check_weights(what, path)
+
+# %% ../../nbs/models/06_load.ipynb #b0d4d2be
+def _check_json(what, path) -> dict:
+    "A configuration file's content; raises `ValueError` where it is none, or of a kind that transformers does not know."
+    try: found = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error: raise ValueError(f"{what}: {path.name} in it is not JSON ({error}).") from error
+    if not isinstance(found, dict): raise ValueError(f"{what}: {path.name} in it holds a {type(found).__name__}, not settings.")
+    kind = found.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and "auto_map" not in found:
+        raise ValueError(f"{what}: its config.json has model_type={kind!r}, which transformers {transformers.__version__} does "
+                         f"not know.{nearest(kind, list(CONFIG_MAPPING))} A newer transformers may.")
+    return found
+
+def _check_weights(what, path):
+    "Raise `ValueError` naming a file of weights that is missing, cut off or something else."
+    index = path / "model.safetensors.index.json"
+    parts = set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values()) if index.is_file() else ()
+    for name in sorted(parts):
+        if not (path / name).is_file(): raise ValueError(f"{what}: {name}, which {index.name} names, is not there.")
+    for file in path.glob("*.safetensors"):
+        try: safe_open(file, "pt").__enter__()
+        except Exception as error: # the library has a kind of its own
+            raise ValueError(f"{what}: {file.name} in it is cut off or no file of weights ({error}). Save it again.") from error
+    for file in () if next(path.glob("*.safetensors"), None) else path.glob("*.bin"):
+        with file.open("rb") as opened: head = opened.read(2)
+        if head == b"PK" or head[:1] == b"\x80": continue
+        raise ValueError(f"{what}: {file.name} in it is cut off or no file of weights. Load or save it again.")
 
 # %% ../../nbs/models/06_load.ipynb #bdc4bc04
 def find_model(model_name, # a folder, or an id on the Hub
@@ -242,19 +280,31 @@ def from_pretrained(cls:FastLanguageModel,
     _check_asked(asked)
     return _load(asked)
 
-# %% ../../nbs/models/06_load.ipynb #943f3fc2
+# %% ../../nbs/models/06_load.ipynb #02cfe311
 def _own_arguments():
     "The names that `from_pretrained` takes."
     return [n for n in inspect.signature(FastLanguageModel.from_pretrained).parameters if n not in ("cls", "unknown")]
 
+def _check_hub(asked):
+    "Raise for what goes to the Hub or to transformers as it is."
+    if not (asked.token is None or isinstance(asked.token, (str, bool))):
+        raise ValueError(f"token={asked.token!r} must be a Hub access token, or None for the one that is logged in.")
+    some_text("revision", asked.revision, "a branch, tag or commit", open=True)
+    kind = asked.attn_implementation
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.keys()]
+    if kind is None or isinstance(kind, dict) or isinstance(kind, str) and set("/|") & set(kind): return # of the Hub, or mixed
+    one_of("attn_implementation", kind, known)
+
+# %% ../../nbs/models/06_load.ipynb #6681c0be
 def _check_asked(asked): # what was asked for; device, dtype and name are filled in
     "Raise for the first argument that cannot be, before anything is read."
     asked.more = _check_passed("model_kwargs", asked.model_kwargs, {*_own_arguments(), "torch_dtype"})
     asked.for_tokenizer = _check_passed("tokenizer_kwargs", asked.tokenizer_kwargs, _own_arguments())
     for name in "max_seq_length", "max_lora_rank": whole(name, getattr(asked, name))
     share("gpu_memory_utilization", asked.gpu_memory_utilization, above=0)
-    for flag in "load_in_4bit", "fast_inference", "trust_remote_code", "local_files_only":
-        one_of(flag, getattr(asked, flag), [True, False])
+    _check_hub(asked)
+    for name in "load_in_4bit", "fast_inference", "trust_remote_code", "local_files_only":
+        one_of(name, getattr(asked, name), [True, False])
     if "quantization_config" in asked.more:
         if asked.load_in_4bit and not isinstance(asked.load_in_4bit, Default):
             raise ValueError("load_in_4bit=True and model_kwargs={'quantization_config': ...} both say how to quantise: "
@@ -264,7 +314,7 @@ def _check_asked(asked): # what was asked for; device, dtype and name are filled
     asked.dtype = dtype_for(asked.dtype, asked.device)
     asked.name = find_model(asked.model_name)
 
-# %% ../../nbs/models/06_load.ipynb #85cdd452
+# %% ../../nbs/models/06_load.ipynb #0018a962
 def _load(asked) -> tuple: # (model, tokenizer)
     "What was asked for, read in the order of its size."
     hub = {name: getattr(asked, name) for name in ("token", "revision", "trust_remote_code", "local_files_only")}
@@ -273,7 +323,8 @@ def _load(asked) -> tuple: # (model, tokenizer)
     asked.max_seq_length = _length(asked.max_seq_length, config)
     how = _how_to_load(asked)
     sides = dict(padding_side="left", truncation_side="left")
-    tokenizer = AutoTokenizer.from_pretrained(asked.name, **{**hub, **sides, **asked.for_tokenizer})
+    _check_model_kwargs(asked.more, config)
+    tokenizer = _read_tokenizer(asked, {**hub, **sides, **asked.for_tokenizer})
     check_tokenizer(tokenizer, config.get_text_config().vocab_size, asked.name)
     tokenizer.model_max_length = asked.max_seq_length
     model = AutoModelForCausalLM.from_pretrained(asked.name, **hub, **how)
@@ -284,6 +335,53 @@ def _load(asked) -> tuple: # (model, tokenizer)
                               asked.gpu_memory_utilization, asked.max_lora_rank, tokenizer_ref=weakref.ref(tokenizer))
     _say_loaded(model, asked)
     return model, tokenizer
+
+# %% ../../nbs/models/06_load.ipynb #3cf83933
+def _check_model_kwargs(more, config):
+    "Raise `TypeError` for an argument that neither transformers' loading nor the configuration has."
+    loading = inspect.getsource(PreTrainedModel.from_pretrained) if more else ""
+    for name in more:
+        if hasattr(config, name) or f'"{name}"' in loading or f"{name}:" in loading or name.startswith("_"): continue
+        raise TypeError(f"model_kwargs has {name!r}, which neither transformers' from_pretrained nor this model's configuration "
+                        "takes.")
+
+def _check_tokenizer_kwargs(given):
+    "Raise for special tokens that are no text, and for names that stand for one."
+    roles = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    for name, value in given.items():
+        if name in roles and not isinstance(value, (str, AddedToken, list, tuple, type(None))):
+            raise ValueError(f"tokenizer_kwargs: {name}={value!r} must be a token of the vocabulary, as text.")
+        if f"{name}_token" in roles:
+            raise TypeError(f"tokenizer_kwargs has {name!r}, which no tokenizer takes. Did you mean '{name}_token'?")
+
+# %% ../../nbs/models/06_load.ipynb #d816166f
+def _read_tokenizer(asked, how): # -> a tokenizer
+    "The tokenizer; `ValueError` names the file that cannot be read, and the token that is not in the vocabulary."
+    _check_tokenizer_kwargs(asked.for_tokenizer)
+    what = f"model_name={str(asked.name)!r}"
+    try: tokenizer = AutoTokenizer.from_pretrained(asked.name, **how)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if not Path(asked.name).is_dir(): raise
+        raise ValueError(f"{what}: tokenizer.json or another file of its tokenizer cannot be read ({type(error).__name__}: "
+                         f"{error}); save it again with tokenizer.save_pretrained.") from error
+    given = asked.for_tokenizer.items()
+    named = {n: str(v) for n, v in given if n in ("eos_token", "pad_token") and isinstance(v, (str, AddedToken))}
+    if named: known = AutoTokenizer.from_pretrained(asked.name, **{n: v for n, v in how.items() if n not in named}).get_vocab()
+    for name, token in named.items():
+        if token not in known:
+            raise ValueError(f"tokenizer_kwargs: {name}={token!r} is not in the vocabulary.{nearest(token, known)} A token that is "
+                             "added now is one that the model has never seen.")
+    if tokenizer.chat_template: _check_template(what, tokenizer)
+    return tokenizer
+
+# %% ../../nbs/models/06_load.ipynb #80cb8c07
+def _check_template(what, tokenizer):
+    "Raise `ValueError` for a chat template that is no Jinja; it is read and not run."
+    for template in (t for t in [tokenizer.chat_template] if isinstance(t, str)):
+        try: _compile_jinja_template(template)
+        except TemplateError as error:
+            raise ValueError(f"{what}: its chat template is no Jinja template ({error}). Mend chat_template.jinja, or the "
+                             "chat_template in tokenizer_config.json.") from error
 
 # %% ../../nbs/models/06_load.ipynb #bd38db58
 def _how_to_load(asked) -> dict: # for transformers
@@ -330,13 +428,33 @@ def _check_modules(argument, wanted, layers):
         raise ValueError(f"{argument}: {target!r} is no layer of this model that can be named here.{nearest(target, leaves)} "
                          f"It has {', '.join(leaves)}.")
 
-# %% ../../nbs/models/06_load.ipynb #f0c7007b
+# %% ../../nbs/models/06_load.ipynb #8b1470a9
+def _check_targets(wanted):
+    "Raise for what is neither a name, a regular expression nor a list of names."
+    right = "a list of layer names, a regular expression, or 'all-linear'"
+    listed = isinstance(wanted, (list, tuple, set)) and all(isinstance(name, str) for name in wanted)
+    if not (listed or isinstance(wanted, str)): raise TypeError(f"target_modules={wanted!r} must be {right}.")
+    if listed: return
+    try: re.compile(wanted)
+    except re.error as error: raise ValueError(f"target_modules={wanted!r} is not a regular expression: {error}.") from error
+
+def _check_more(options):
+    "Raise for other options of LoraConfig whose kind is wrong."
+    hints = get_type_hints(LoraConfig)
+    for name, value in options.items():
+        if name.endswith("_pattern"):
+            if not isinstance(value, dict): raise ValueError(f"{name}={value!r} must be a dict of layer names to numbers.")
+            for layer, one in value.items(): number(f"{name}[{layer!r}]", one, above=0)
+        elif not (name == "init_lora_weights" and str(value).startswith("pissa_niter_")): check_kind(name, value, hints[name])
+
+# %% ../../nbs/models/06_load.ipynb #d92ccfb5
 def _targets(target_modules, model): # what PEFT takes: a list, or a string
     "The layers to adapt; None: those of the usual seven that the model has, or every linear layer where it has none."
     if target_modules is None:
         leaves = {n.rsplit(".", 1)[-1] for n, _ in model.named_modules()}
         return [t for t in _usual if t in leaves] or "all-linear"
-    if target_modules == "all-linear": return target_modules
+    if isinstance(target_modules, str) and target_modules == "all-linear": return target_modules
+    _check_targets(target_modules)
     layers = _layers(model, least=2)
     if isinstance(target_modules, str):
         if any(re.fullmatch(target_modules, n) for n in layers): return target_modules
@@ -346,7 +464,7 @@ def _targets(target_modules, model): # what PEFT takes: a list, or a string
     _check_modules("target_modules", target_modules, layers)
     return list(target_modules)
 
-# %% ../../nbs/models/06_load.ipynb #1b6dddbe
+# %% ../../nbs/models/06_load.ipynb #9529b441
 def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     "Raise unless `model` can take an adapter with these settings."
     _check_bare(model)
@@ -360,7 +478,9 @@ def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     one_of("bias", options["bias"], ["none", "all", "lora_only"])
     one_of("use_gradient_checkpointing", options["use_gradient_checkpointing"], [False, True, "auto"])
     wanted = options["modules_to_save"]
-    if isinstance(wanted, str): raise TypeError(f"modules_to_save={wanted!r} should be a list of layer names.")
+    listed = isinstance(wanted, (list, tuple, set)) and all(isinstance(name, str) for name in wanted)
+    if wanted is not None and not listed: raise TypeError(f"modules_to_save={wanted!r} should be a list of layer names.")
+    flag("use_rslora", options["use_rslora"])
     _check_modules("modules_to_save", wanted or [], _layers(model))
 
 def _check_bare(model):
@@ -371,7 +491,7 @@ def _check_bare(model):
         raise ValueError("model has an adapter already. Train it as it is, or take it off first: model.unload() drops it, "
                          "model.merge_and_unload() adds it to the weights; both return the plain model.")
 
-# %% ../../nbs/models/06_load.ipynb #36a4527d
+# %% ../../nbs/models/06_load.ipynb #5d6f880b
 @patch(cls_method=True)
 def get_peft_model(cls:FastLanguageModel,
                    model, # from `from_pretrained`, or another transformers model; changed in place
@@ -390,6 +510,7 @@ def get_peft_model(cls:FastLanguageModel,
     options = {name: value for name, value in locals().items() if name not in ("cls", "model", "more")}
     known_arguments("get_peft_model", more, {f.name for f in fields(LoraConfig)} - _not_options | {*options, "model"})
     _check_adapter(model, options)
+    _check_more(more)
     checkpointing, seed = options.pop("use_gradient_checkpointing"), options.pop("random_state")
     options["target_modules"] = _targets(target_modules, model)
     return _put_adapter(model, LoraConfig(task_type="CAUSAL_LM", **options, **more), seed, checkpointing)

@@ -105,13 +105,16 @@ class Switched:
         if name == "model": raise AttributeError(name) # while it is being unpickled
         return getattr(self.model, name)
 
-# %% ../../nbs/models/04_modes.ipynb #664f976f
+# %% ../../nbs/models/04_modes.ipynb #b4dd6af1
 def switch(model, # a transformers model, with a PEFT adapter or without; changed in place
            mode:str, # "training" or "inference"
            tokenizer=None, # its tokenizer; None leaves the padding side alone
            checkpointing:bool=False, # in training: recompute activations in the backward pass
            ) -> Switched: # the model, usable as a context manager
     "Set `mode` on `model`: as it was when the model last left this mode, or else by its definition."
+    if not callable(getattr(model, "modules", None)):
+        what = " ".join(repr(model).split())[:60]
+        raise TypeError(f"model={what} is not a loaded model; give the first of the two things that from_pretrained returns.")
     base = causal_lm(model)
     memory = base.__dict__.setdefault("_grpo_nb_modes", _Memory())
     before, was, left = Snapshot(model, tokenizer), memory.mode, dict(memory.left)

@@ -163,10 +163,11 @@ def _part_of(name, made, known) -> dict: # one part of `Recipe`
     if name != "get_peft_model": return {}
     return {"lora": _named(ast.Call(made.func, made.args[1:], [k for k in made.keywords if k.arg != "model"]), known)}
 
-# %% ../../nbs/recipe/02_code.ipynb #1307494d
+# %% ../../nbs/recipe/02_code.ipynb #dd002972
 def from_code(text:str, # a program in the form of `to_code`, or with GRPORun
               ) -> Recipe:
     "Read a recipe off a program without running it; raises `Unreadable` naming the line, `SyntaxError` for what is not Python."
+    if not isinstance(text, str): raise TypeError(f"text={text!r} must be a program, as text.")
     parts, found, others, trained = segments(text), {"model": None}, [], None
     known = _variables(parts)
     for node, part in parts:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODULE', 'ROWS', 'MODEL', 'LORA', 'LORA_DEFAULTS', 'HOLDS', 'alone', 'weights_alone', 'paths', 'to_module',
-           'defined_names', 'to_yaml', 'from_yaml', 'write', 'read']
+           'defined_names', 'to_yaml', 'as_typed', 'from_yaml', 'write', 'read']
 
-# %% ../../nbs/recipe/03_trl.ipynb #ea5c6584
+# %% ../../nbs/recipe/03_trl.ipynb #22240e10
 import ast
 import json
 from itertools import count
@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import yaml
 
 from ..models.device import best_dtype, why_not_four_bit, target_device
+from ..ground.check import known_arguments, nearest, one_of, read_text
 from ..ground.events import say
 from .code import Unreadable, _choice, _name, call, from_code, loader_of
 from .value import USUAL, Choice, Recipe, config_fields, library, segments
 from ..run.inputs import machine_precision
-from ..trainers.config import FIELDS, next_rows, world_size
+from ..trainers.config import FIELDS, hints_of, next_rows, world_size
 
 # %% ../../nbs/recipe/03_trl.ipynb #179fb528
 def _whole_rows(fields) -> int|None: # None where the rows are right, or where it is not for them to be
@@ -151,13 +152,37 @@ def to_yaml(recipe:Recipe) -> str:
     if left: head.append("# grpo_nb: " + json.dumps(left, ensure_ascii=True))
     return "\n".join(head) + "\n" + yaml.safe_dump({**out, **fields}, sort_keys=False, allow_unicode=True, width=100)
 
-# %% ../../nbs/recipe/03_trl.ipynb #9d28f0ab
-def _comment(text):
-    "What our comment holds."
-    for line in text.splitlines():
-        if line.startswith("# grpo_nb: "): return json.loads(line.removeprefix("# grpo_nb: "))
+# %% ../../nbs/recipe/03_trl.ipynb #191bfd7b
+_kept = ("chosen", "model", "lora", "config", "dataset") # what our comment may hold
+
+def _comment(text, trusts) -> dict:
+    "What our comment holds; `Unreadable` names its line."
+    for n, line in enumerate(text.splitlines(), 1):
+        if line.startswith("# grpo_nb: "):
+            try: found = json.loads(line.removeprefix("# grpo_nb: "))
+            except ValueError as error: raise Unreadable(f"line {n}: the comment '# grpo_nb: ' holds no JSON ({error}).") from None
+            _check_comment(found, n)
+            if (found.get("model") or {}).get("trust_remote_code") and not trusts: _refuse_code(f"line {n}, a comment")
+            return found
         if line and not line.startswith("#"): break
     return {}
+
+def _check_comment(found, n):
+    "Raise `Unreadable` for a comment of another shape."
+    where = f"line {n}: the comment '# grpo_nb: '"
+    if not isinstance(found, dict): raise Unreadable(f"{where} holds a {type(found).__name__}; it should be a JSON object.")
+    for name, value in found.items():
+        if name not in _kept: raise Unreadable(f"{where} has {name!r}.{nearest(name, _kept)} It may hold {', '.join(_kept)}.")
+        if not isinstance(value, dict) and not (name == "dataset" and value is None):
+            raise Unreadable(f"{where} has {name}={value!r}, which should be an object.")
+    for name, pair in found.get("chosen", {}).items():
+        if isinstance(pair, list) and len(pair) == 2: continue
+        raise Unreadable(f"{where} has chosen[{name!r}]={pair!r}, which should be two values.")
+
+# %% ../../nbs/recipe/03_trl.ipynb #fb8850b0
+def _refuse_code(where):
+    raise Unreadable(f"trust_remote_code: true ({where}) would run Python code that comes with the model. Whoever trusts it reads "
+                     "the file with trust_remote_code=True.")
 
 # %% ../../nbs/recipe/03_trl.ipynb #8a6f38a8
 _registry = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward"}
@@ -179,37 +204,48 @@ def _read_module(text):
     choices = {_name(node.targets[0]): _choice(node.value, {}) for node, _ in parts if _of_library(node)}
     return choices, [part for node, part in parts if not _of_library(node) and not _of_the_form(node)]
 
-# %% ../../nbs/recipe/03_trl.ipynb #159817f2
-def _read_reward(path, choices, own) -> Choice:
+# %% ../../nbs/recipe/03_trl.ipynb #bf0dae92
+def _read_reward(path, choices, own, imports) -> Choice:
     "The choice behind an import path, or a name of TRL's command."
+    if not isinstance(path, str): raise Unreadable(f"reward_funcs: {path!r} is no name; give TRL's names, or import paths.")
     folder, _, name = path.rpartition(".")
     if folder == "grpo_nb.tasks.rewards": return Choice(name)
     if folder == MODULE and name in choices: return choices[name]
     if folder == MODULE and name not in own:
         raise Unreadable(f"reward_funcs: {path!r} is in {MODULE}.py, whose text was not given or does not define it.")
+    if folder and folder not in ("trl.rewards", MODULE) and not imports:
+        raise Unreadable(f"reward_funcs: {path!r} would be imported from another package. Where that is meant, read the file with "
+                         "allow_imports=True.")
     if folder or path in _registry: return Choice(name, own=True)
     if path == "get_soft_overlong_punishment": return Choice("soft_overlong", options={"max_length": 1280, "cache": 256})
     raise Unreadable(f"reward_funcs: {path!r} is no import path, and no reward that TRL's command knows.")
 
+# %% ../../nbs/recipe/03_trl.ipynb #33f8738c
 def _import_of(path) -> str: # empty where none is needed
     "The import of a reward that stands in another package."
     folder, _, name = path.rpartition(".")
     if folder in ("grpo_nb.tasks.rewards", MODULE) or not (folder or path in _registry): return ""
     return f"from {folder or 'trl.rewards'} import {name}"
 
-def _read_rewards(names, module):
+def _read_rewards(names, module, imports):
     "The choices behind import paths, and the definitions they need."
+    if isinstance(names, str): names = [names] # as TRL takes one
+    if not isinstance(names, list): raise Unreadable(f"reward_funcs: {names!r} should be a list of names or import paths.")
     choices, others = _read_module(module)
     own = defined_names("\n".join(others))
-    found = tuple(_read_reward(path, choices, own) for path in names)
+    found = tuple(_read_reward(path, choices, own, imports) for path in names)
     return found, "\n".join([*others, *filter(None, map(_import_of, names))])
 
-# %% ../../nbs/recipe/03_trl.ipynb #a432636a
+# %% ../../nbs/recipe/03_trl.ipynb #a0fe0739
 def _read_data(given):
     "A recipe's `dataset` out of the file's lines, which are taken out of it."
     name, config, split = (given.pop(k, None) for k in ("dataset_name", "dataset_config", "dataset_train_split"))
     mixture = given.pop("datasets", None)
+    for key, value in dict(dataset_name=name, dataset_config=config, dataset_train_split=split).items():
+        if value is not None and not isinstance(value, str): raise Unreadable(f"{key}={value!r} should be text.")
     if mixture:
+        if not isinstance(mixture, list) or not all(isinstance(one, dict) for one in mixture):
+            raise Unreadable(f"datasets: {mixture!r} should be a list of one data set, with a path.")
         if len(mixture) > 1 or set(mixture[0]) - {"path", "name", "data_files", "split"}:
             raise Unreadable("datasets: a recipe holds one data set, with a path, name, data_files and split.")
         one = mixture[0]
@@ -249,32 +285,71 @@ def _restored(model, lora, asked) -> tuple: # (model, lora)
     if lora is not None and "lora_target_modules" in asked: lora = lora | {"target_modules": asked["lora_target_modules"]}
     return kept | wanted, lora
 
-# %% ../../nbs/recipe/03_trl.ipynb #931ccbc2
+# %% ../../nbs/recipe/03_trl.ipynb #04912ba5
+_TYPES = {"use_peft": bool, "load_in_4bit": bool, "use_rslora": bool, "use_dora": bool, "lora_r": int, "lora_alpha": float,
+          "lora_dropout": float} # of TRL's ModelConfig, which a recipe does not import
+
+def as_typed(given) -> dict:
+    "The file's values, read by their settings' types."
+    from trl import GRPOConfig
+    hints = hints_of(GRPOConfig) | _TYPES
+    given = {name: read_text(value, hints[name]) if name in hints else value for name, value in given.items()}
+    for name, kind in _TYPES.items():
+        if kind is bool and name in given: one_of(name, given[name], [True, False])
+    return given
+
+def _lines_of(text) -> dict:
+    "What the file says; `Unreadable` names the line of what is no YAML."
+    if not isinstance(text, str): raise TypeError(f"text={text!r} must be a file's text.")
+    try: given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+        raise Unreadable(f"line {mark.line + 1 if mark else '?'}: this is no YAML mapping ({problem}).") from None
+    if isinstance(given, dict): return given
+    raise Unreadable("the file is not a YAML mapping of names to values.")
+
+def _line_of(text, name) -> int: # from 1; 0 where it is not found
+    return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip().startswith(name)), 0)
+
+# %% ../../nbs/recipe/03_trl.ipynb #9909af63
+def _check_names(given):
+    "Raise `Unreadable` for a setting that a recipe has no place for."
+    for name in given:
+        if name in config_fields(): continue
+        try: known_arguments("GRPOConfig", [name], config_fields())
+        except TypeError as error:
+            gone = f" {error}" if "any more" in str(error) else nearest(name, [*config_fields(), *_formed, "model_name_or_path"])
+        raise Unreadable(f"{name}: a recipe has no place for this.{gone} {HOLDS}")
+
+# %% ../../nbs/recipe/03_trl.ipynb #239eb777
 def from_yaml(text:str, # a file for `trl grpo --config`
               module:str="", # the text of the rewards' file, where it names one
+              *, allow_imports:bool=False, # take rewards of other packages than trl.rewards, which a run would import
+              trust_remote_code:bool=False, # take a file that asks for code that comes with the model
               ) -> Recipe:
     "Read a recipe off TRL's YAML; raises `Unreadable` for what a recipe cannot hold. Nothing is imported or run."
-    given, kept = yaml.safe_load(text), _comment(text)
-    if not isinstance(given, dict): raise Unreadable("the file is not a YAML mapping of names to values.")
+    given, kept = _lines_of(text), _comment(text, trust_remote_code)
+    if given.get("trust_remote_code") and not trust_remote_code: _refuse_code(f"line {_line_of(text, 'trust_remote_code')}")
+    given = as_typed(given)
     asked = _asked(given, kept)
     plain = {name: value for name, value in asked.items() if name not in _formed}
     given = {name: value for name, value in given.items() if name not in plain} | _without_nones(plain)
     model, lora = _restored(*_read_model(given), asked)
     data = _read_data(given)
     if "dataset" in kept and (data or {}).get("path") == ROWS: data = kept["dataset"]
-    choices, definitions = _read_rewards(given.pop("reward_funcs", None) or [], module)
-    unknown = next((name for name in given if name not in config_fields()), None)
-    if unknown: raise Unreadable(f"{unknown}: a recipe has no place for this. {HOLDS}")
+    choices, definitions = _read_rewards(given.pop("reward_funcs", None) or [], module, allow_imports)
+    _check_names(given)
     if lora is not None: lora |= kept.get("lora", {})
     return Recipe(model | kept.get("model", {}), lora, choices, given | kept.get("config", {}), data, definitions)
 
-# %% ../../nbs/recipe/03_trl.ipynb #5373d8e9
+# %% ../../nbs/recipe/03_trl.ipynb #fd76dbd0
 def write(recipe:Recipe,
           folder, # made if it is not there
           dataset=None, # the rows, where the recipe does not say where they come from
           ) -> list: # of paths
     "Write grpo.yaml, the rewards' file and the rows, as far as they are needed; raises `ValueError` where the rows are not known."
     folder = Path(folder)
+    if not isinstance(recipe, Recipe): raise TypeError(f"recipe={recipe!r} is no Recipe.")
     if dataset is None and recipe.dataset and "task" in recipe.dataset:
         from grpo_nb import tasks
         named = dict(recipe.dataset)
@@ -288,11 +363,25 @@ def write(recipe:Recipe,
     if recipe.dataset is None or "task" in recipe.dataset: dataset.to_json(str(folder / ROWS))
     return sorted(p for p in folder.iterdir() if p.name in (*texts, ROWS))
 
-# %% ../../nbs/recipe/03_trl.ipynb #8b734d2d
+# %% ../../nbs/recipe/03_trl.ipynb #2cfdf53c
 def read(path, # a .yaml file for TRL or a .py file in the form of `to_code`
+         *, allow_imports:bool=False, trust_remote_code:bool=False, # as in `from_yaml`
          ) -> Recipe:
-    "The recipe in a file; a YAML file's rewards are looked for beside it."
+    "The recipe in a file; a YAML file's rewards are looked for beside it. An error names the file and, where it has one, the line."
+    path = _file_of(path)
+    text, beside = path.read_text("utf-8"), path.with_name(f"{MODULE}.py")
+    try:
+        if path.suffix == ".py": return from_code(text)
+        return from_yaml(text, beside.read_text("utf-8") if beside.is_file() else "", allow_imports=allow_imports,
+                         trust_remote_code=trust_remote_code)
+    except SyntaxError as error: raise Unreadable(f"{path}, line {error.lineno}: this is no Python ({error.msg}).") from None
+    except (ValueError, TypeError) as error: raise Unreadable(f"{path}: {error}") from error
+
+def _file_of(path) -> Path:
+    "The path, if it is that of a file of the two kinds."
+    if not isinstance(path, (str, Path)): raise TypeError(f"path={path!r} must be a .yaml or .py file.")
     path = Path(path)
-    if path.suffix == ".py": return from_code(path.read_text("utf-8"))
-    beside = path.with_name(f"{MODULE}.py")
-    return from_yaml(path.read_text("utf-8"), beside.read_text("utf-8") if beside.is_file() else "")
+    if path.is_dir(): raise IsADirectoryError(f"path={str(path)!r} is a folder; give the .yaml or .py file in it.")
+    if not path.is_file(): raise FileNotFoundError(f"path={str(path)!r} does not exist.")
+    if path.suffix in (".yaml", ".yml", ".py"): return path
+    raise ValueError(f"path={str(path)!r} has to end in .yaml, .yml or .py.")

@@ -21,6 +21,7 @@ import torch
 from fastcore.basics import patch
 from transformers.trainer_utils import TrainOutput
 
+from ..ground.check import SETTINGS as ALLOWED
 from ..ground.check import known_arguments, nearest, number, whole
 from ..ground.events import Notice, SettingChanged, say, short
 from ..ground.text import error_text, put
@@ -172,9 +173,9 @@ def waits_for_sampling(trainer, name, value) -> bool:
     "Whether a setting can only change where completions are sampled."
     return name in ("temperature", "max_completion_length", "reward_weights") or name == "beta" and not trainer.beta and bool(value)
 
-# %% ../../nbs/run/02_control.ipynb #65e0709e
+# %% ../../nbs/run/02_control.ipynb #92393145
 def _check_beta(trainer, value):
-    value = number("beta", value, least=0)
+    value = float(ALLOWED["beta"]("beta", value))
     if not value or has_reference(trainer): return value
     raise ValueError(f"beta={value!r}: this run was built with beta=0, so the trainer made no reference model and there is nothing "
                      "to measure the KL divergence from. Build a new GRPORun with beta above 0, as small as 1e-6 if it is to rise "
@@ -222,7 +223,7 @@ def _check_weights(trainer, value, asked):
                          f"{', '.join(names)}.")
     return _by_name(trainer, [number(f"reward_weights: the weight of {name!r}", weight) for name, weight in zip(names, weights)])
 
-# %% ../../nbs/run/02_control.ipynb #860e07e1
+# %% ../../nbs/run/02_control.ipynb #b473e636
 def check_change(trainer, # a trainer
                  given:dict, # name to value
                  prompt:int=0, # tokens of the longest prompt, as far as it is known
@@ -237,7 +238,7 @@ def check_change(trainer, # a trainer
         if name == "beta": out[name] = _check_beta(trainer, value)
         elif name == "max_completion_length": out[name] = _check_length(trainer, value, prompt)
         elif name == "reward_weights": out[name] = _check_weights(trainer, value, (asked or {}).get(name))
-        else: out[name] = number(name, value, above=0)
+        else: out[name] = number(name, ALLOWED[name](name, value), above=0)
     return out
 
 # %% ../../nbs/run/02_control.ipynb #0b4570e1

@@ -59,7 +59,7 @@ def _why_no_dataset(dataset, argument) -> str:
     if isinstance(dataset, (list, tuple)) and dataset:
         n = next(i for i, row in enumerate(dataset) if not isinstance(row, Mapping))
         return f"{what}; {argument}[{n}] is a {type(dataset[n]).__name__}."
-    return f"{what}." if dataset != [] else f"{argument} has no rows."
+    return f"{what}." if dataset != [] else f"{argument}=[] has no rows: give a data set with some."
 
 # %% ../../nbs/run/01_inputs.ipynb #ab50ec31
 def why_not_prompt(prompt) -> str: # empty where it can be read
@@ -122,7 +122,7 @@ def _check_names(columns, argument):
     raise ValueError(f"{argument} has a column {taken!r}, a name under which the trainer passes something of its own to rewards; "
                      f"rename it: dataset.rename_column({taken!r}, 'my_{taken}').")
 
-# %% ../../nbs/run/01_inputs.ipynb #41807e9f
+# %% ../../nbs/run/01_inputs.ipynb #682f8be4
 def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
                   argument:str="dataset", # its name in messages
                   ): # the data set; a list becomes a `Dataset`
@@ -135,8 +135,7 @@ def check_dataset(dataset, # a Dataset, an IterableDataset, or a list of dicts
         except Exception as error: # pyarrow's own kinds, which differ by version
             raise TypeError(f"{argument}: its rows do not make a table, each column has to be of one kind ({error}).") from error
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        wrong = _why_no_dataset(dataset, argument)
-        raise ValueError(wrong) if wrong.endswith("no rows.") else TypeError(wrong)
+        raise TypeError(_why_no_dataset(dataset, argument))
     _check_names(dataset.column_names, argument)
     if isinstance(dataset, Dataset) and len(dataset) == 0: raise ValueError(f"{argument} has no rows.")
     check_prompts(dataset, argument)
@@ -184,7 +183,7 @@ def _weight(reward, weight) -> float:
     try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
     except ValueError as error: raise TypeError(str(error)) from None
 
-# %% ../../nbs/run/01_inputs.ipynb #9001e085
+# %% ../../nbs/run/01_inputs.ipynb #13371acb
 def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
                   ) -> tuple: # (functions, their weights or None)
     "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
@@ -205,8 +204,8 @@ def _check_twice(names):
     "Raise for two rewards of one name: metrics, and what is kept of completions, go by name, and one would stand for both."
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is None: return
-    raise ValueError(f"rewards: two of them have the same name {twice!r}, and their metrics would be one. Give one another name: "
-                     "another def, or name='...' for a reward of grpo_nb.tasks.rewards.")
+    raise ValueError(f"rewards: two of them are named {twice!r}, and under the same name their metrics would be one. Give one "
+                     "another name: another def, or name='...' for a reward of grpo_nb.tasks.rewards.")
 
 # %% ../../nbs/run/01_inputs.ipynb #cb70ac16
 SURVIVE = ("prompt", "image", "images") # the columns that remove_unused_columns leaves to a trainer that samples
@@ -331,7 +330,7 @@ def prompt_text(tokenizer, prompt, tools=None, **more) -> str: # `more`: chat_te
     parts = [part for message in prompt if isinstance(message["content"], (list, tuple)) for part in message["content"]]
     lost = next((part for part in parts if isinstance(part, Mapping) and str(part.get("text") or "").strip() not in text), None)
     if lost is None: return text
-    raise ValueError(f"it leaves out {_short(lost)}: parts are for a processor of a model that reads images; give text")
+    raise ValueError(f"it leaves out {_short(lost)}")
 
 def rendered(tokenizer, dataset, config, tools=None, n:int=8) -> list: # of (row, its text, its number of tokens)
     "The longest prompts that were seen; raises `ValueError` for one that the chat template cannot read."
@@ -340,8 +339,10 @@ def rendered(tokenizer, dataset, config, tools=None, n:int=8) -> list: # of (row
     for row, prompt in [*seen[:1], *sorted(seen, key=lambda one: -len(str(one[1])))[:n]]:
         try: text = prompt_text(tokenizer, prompt, tools, **(more if isinstance(more, Mapping) else {}))
         except Exception as error: # a template is a program of its own, and raises what it likes
+            parts = not isinstance(prompt, str) and any(isinstance(message["content"], (list, tuple)) for message in prompt)
+            hint = " Content in parts is for a processor of a model that reads images; give text." if parts else ""
             raise ValueError(f"dataset: the chat template cannot read 'prompt' of row {row}, {_short(prompt)} "
-                             f"({type(error).__name__}: {error}).") from error
+                             f"({type(error).__name__}: {error}).{hint}") from error
         out.append((row, text, len(text_of(text, add_special_tokens=isinstance(prompt, str))["input_ids"])))
     return out
 
@@ -400,7 +401,7 @@ def check_more(given, trainer_class, own) -> None: # names; `own`: the run's own
 # %% ../../nbs/run/01_inputs.ipynb #9032ca02
 def check_trainer_class(trainer_class) -> None:
     "Raise `TypeError` for what is no trainer class."
-    if isinstance(trainer_class, type) and callable(getattr(trainer_class, "train", None)): return
+    if isinstance(trainer_class, type) and inspect.isfunction(trainer_class.__init__): return
     raise TypeError(f"trainer_class={_short(trainer_class)} is no trainer; give trl.GRPOTrainer or a class made from it, or None.")
 
 def check_callbacks(callbacks) -> None:
@@ -421,11 +422,11 @@ def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, mor
     if reward_timeout not in (None, math.inf): number("reward_timeout", reward_timeout, above=0)
     flag("progress", progress)
 
-# %% ../../nbs/run/01_inputs.ipynb #371e8231
+# %% ../../nbs/run/01_inputs.ipynb #36f03cec
 def _is_trls(trainer_class, method) -> bool:
-    "Whether a trainer's method is TRL's."
+    "Whether a trainer's method is TRL's, and not one that a class of the user's overrides."
     function = getattr(trainer_class, method, None)
-    return function is not None and inspect.unwrap(function).__module__.split(".")[0] == "trl"
+    return function is None or inspect.unwrap(function).__module__.split(".")[0] == "trl"
 
 def check_together(model, tokenizer, functions, dataset, config, # each checked by itself
                    trainer_class=None, # None: TRL's

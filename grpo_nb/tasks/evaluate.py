@@ -104,6 +104,8 @@ def greedy(model, # a causal language model that can `generate`
     "Greedy completions of prompts; the model's modes, caches and generation settings stay as they were."
     import torch
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)): whole(name, value)
+    wrong = [prompts] if isinstance(prompts, str) else [p for p in prompts if not isinstance(p, (str, list, tuple)) or p == []]
+    if wrong: raise TypeError(f"prompts={wrong[0]!r} should be a list of texts, or of lists of chat messages.")
     config = _greedy_config(model, tokenizer, max_new_tokens)
     rows, found = prompt_ids(tokenizer, prompts, **rendering), []
     with evaluation_mode(model), torch.no_grad():
@@ -124,6 +126,9 @@ def accuracy(model, # a causal language model that can `generate`
              **rendering, # of `prompt_ids`: chat_template_kwargs, tools, chat_template
              ): # share of right answers, 0 to 1; with `return_completions` the pair (share, list of strings)
     "Share of greedy completions whose reward is at least 1; raises `ValueError` where the data set has no `prompt` or no row."
+    if not callable(getattr(model, "generate", None)): raise TypeError(f"model={model!r} is not a loaded model.")
+    if not callable(reward): raise TypeError(f"reward={reward!r} is no function.")
+    if not hasattr(dataset, "column_names"): raise TypeError(f"dataset={str(dataset)[:60]} is not a datasets.Dataset.")
     columns = list(dataset.column_names)
     if "prompt" not in columns:
         raise ValueError(f"dataset has no column 'prompt'.{nearest('prompt', columns)} It has: {', '.join(columns)}.")

@@ -223,7 +223,7 @@ def available() -> list: # names for `get`
     "The tasks that are made here without a download."
     return list(_recipes)
 
-# %% ../../nbs/tasks/06_library.ipynb #60d83b62
+# %% ../../nbs/tasks/06_library.ipynb #61709bfd
 def get(name:str, # one of `available()`
         n_train:int=2000, # training prompts
         n_test:int=200, # held-out prompts
@@ -232,6 +232,7 @@ def get(name:str, # one of `available()`
         ) -> Task: # raises `ValueError` or `TypeError` with the nearest match where something is misspelt
     "The task called `name`."
     recipe = _recipes[one_of("name", name, _recipes)]
+    whole("seed", seed, least=None)
     known_arguments("tasks.get", parameters, [*inspect.signature(recipe).parameters, "n_train", "n_test", "seed"])
     made, chance = recipe(**parameters), Random(f"{name} {seed}")
     train, test = _split(name, iter(lambda: made.draw(chance), None), n_train, n_test)
@@ -330,7 +331,7 @@ def _gsm8k_rows(given): # -> (train rows, test rows or None)
     parts = load_dataset(str(given), "main")
     return tuple(list(zip(parts[p]["question"], parts[p]["answer"])) for p in ("train", "test"))
 
-# %% ../../nbs/tasks/06_library.ipynb #6b31f047
+# %% ../../nbs/tasks/06_library.ipynb #87bba46c
 def gsm8k(path_or_hub_id="openai/gsm8k", # a .jsonl file, a folder with train.jsonl and test.jsonl, or a hub id
           n_train:int|None=None, # training prompts; None: all
           n_test:int|None=None, # held-out prompts; None: all, and of a single file a tenth, at most 200
@@ -340,6 +341,9 @@ def gsm8k(path_or_hub_id="openai/gsm8k", # a .jsonl file, a folder with train.js
     "Grade-school mathematics; right is the right number."
     for name, value in (("n_train", n_train), ("n_test", n_test)):
         if value is not None: whole(name, value)
+    if not isinstance(instruction, str): raise ValueError(f"instruction={instruction!r} must be text; it may be empty.")
+    if not isinstance(path_or_hub_id, (str, Path)):
+        raise ValueError(f"path_or_hub_id={path_or_hub_id!r} must be a path or a hub id such as 'openai/gsm8k'.")
     train, test = _gsm8k_split(_gsm8k_rows(path_or_hub_id), n_test, Random(f"gsm8k {seed}"))
     for name, wanted, has in (("n_test", n_test, len(test)), ("n_train", n_train, len(train))):
         if has < (wanted or 1): raise ValueError(f"{name}={wanted!r}: {str(path_or_hub_id)!r} has only {has} rows for it.")

@@ -6,7 +6,7 @@
 __all__ = ['text_of', 'Reward', 'reward', 'correctness', 'numeric_answer', 'math_verify', 'format_tags', 'tag_count', 'regex',
            'soft_overlong', 'length_target', 'repetition_penalty', 'available', 'get', 'weighted']
 
-# %% ../../nbs/tasks/04_rewards.ipynb #797fe1f7
+# %% ../../nbs/tasks/04_rewards.ipynb #15fb0440
 import asyncio
 import functools
 import importlib
@@ -19,7 +19,7 @@ from fractions import Fraction
 from fastcore.basics import patch
 
 from .answers import after_thinking, find_number, marked
-from ..ground.check import known_arguments, nearest, number, one_of, whole
+from ..ground.check import flag, known_arguments, nearest, number, one_of, some_text, whole
 from ..ground.events import say
 from .guard import guard, is_async, is_model, name_of
 
@@ -65,7 +65,7 @@ def configured(self:Reward, *args, **named): # options, by position in the order
     new.check_ready()
     return new
 
-# %% ../../nbs/tasks/04_rewards.ipynb #ee13723f
+# %% ../../nbs/tasks/04_rewards.ipynb #e68772a5
 @patch
 def check_ready(self:Reward): # raises before a run what would be raised in it
     "Raise for a missing or impossible option and for a package that is not installed."
@@ -73,6 +73,9 @@ def check_ready(self:Reward): # raises before a run what would be raised in it
     missing = [k for k, v in options.items() if v is inspect.Parameter.empty]
     if missing: raise TypeError(f"{self.kind} needs the option {missing[0]!r}: rewards.{self.kind}({missing[0]}=...).")
     if not isinstance(self.__name__, str) or not self.__name__: raise ValueError(f"name={self.__name__!r} is not a metric's name.")
+    for k, v in options.items():
+        if isinstance(self.defaults[k], bool): flag(k, v) # any text would be true
+        elif k == "column": some_text(k, v, "the name of a column")
     if self.check: self.check(**options)
 
 @patch
@@ -86,7 +89,7 @@ def _restore(module, kind, options): # a pickled reward is looked up where it wa
     found = getattr(importlib.import_module(module), kind)
     return Reward(found.score, found.check, options) if options else found
 
-# %% ../../nbs/tasks/04_rewards.ipynb #d9ef2733
+# %% ../../nbs/tasks/04_rewards.ipynb #608bbba1
 _trl_names = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 
 def _column(reward, name, required, columns, n): # the list of n values, or None
@@ -98,19 +101,30 @@ def _column(reward, name, required, columns, n): # the list of n values, or None
         if name == "completion_ids":
             hint = " TRL passes them; elsewhere give completion_ids=[...], or count something else with unit=."
         raise ValueError(f"reward {reward!r} needs the column {name!r}, which is not there.{hint}")
-    has = "text" if isinstance(values, str) else len(values)
+    counted = hasattr(values, "__len__") and not isinstance(values, str)
+    has = len(values) if counted else "text" if isinstance(values, str) else repr(values)
     if has != n: raise ValueError(f"reward {reward!r}: column {name!r} has {has} for {n} completions.")
     return values
 
-# %% ../../nbs/tasks/04_rewards.ipynb #d1f2e701
+# %% ../../nbs/tasks/04_rewards.ipynb #cc8452e4
+def _check_completions(completions):
+    "Raise `TypeError` for what is no list of texts or of lists of chat messages."
+    if isinstance(completions, (str, Mapping)) or not hasattr(completions, "__len__"):
+        kind = " is text; it" if isinstance(completions, str) else ""
+        raise TypeError(f"completions={completions!r}{kind} must be a list of texts, or of lists of chat messages.")
+    for i, one in enumerate(completions):
+        message = isinstance(one, Mapping) or isinstance(one, (list, tuple)) and all(isinstance(m, Mapping) for m in one)
+        if isinstance(one, str) or message: continue
+        raise TypeError(f"completions[{i}]={one!r} is neither text nor a list of chat messages.")
+
+# %% ../../nbs/tasks/04_rewards.ipynb #af588eec
 @patch
 def batch(self:Reward, prompts=None, # a list; not used
           completions=None, # a list of N strings, or of N lists of chat messages
           **columns) -> list: # N numbers or `None`
     "The rewards of N completions."
     self.check_ready()
-    if isinstance(completions, str):
-        raise TypeError(f"completions={completions!r} is text; it must be a list, one entry for each completion.")
+    _check_completions(completions)
     if prompts is not None: columns = {**columns, "prompt": prompts}
     options, n = {k: v for k, v in self.options.items() if k != "name"}, len(completions)
     rename = {"answer": options.get("column", self.defaults.get("column", "answer"))}
@@ -122,7 +136,7 @@ def batch(self:Reward, prompts=None, # a list; not used
         out.append(None if missing else self.score(text_of(completion), **row, **options))
     return out
 
-# %% ../../nbs/tasks/04_rewards.ipynb #ff50adb3
+# %% ../../nbs/tasks/04_rewards.ipynb #2c5ec033
 _known = {} # name -> Reward
 
 
@@ -131,6 +145,7 @@ def reward(score=None, *, # f(text, *columns, *, options) -> number or None, for
            ) -> Reward:
     "Make a reward of a scorer: `text`, then the columns it needs, then options after `*`. It is known to `get` by its name."
     if score is None: return functools.partial(reward, check=check)
+    if not callable(score): raise TypeError(f"reward({score!r}): give a function of one completion's text.")
     first = next(iter(inspect.signature(score).parameters), None)
     if first != "text":
         raise TypeError(f"{score.__name__}: the first parameter of a reward of one completion is text, not {first!r}.")
@@ -202,9 +217,10 @@ def math_verify(text, # what the model wrote
     found = parse(after_thinking(text), parsing_timeout=limit) if inside is None else _parse_math(f"${inside}$", limit)
     return float(verify(gold, found, timeout_seconds=limit))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #436b4733
+# %% ../../nbs/tasks/04_rewards.ipynb #83467ec8
 def _check_tags(tags):
-    if isinstance(tags, str) or not tags or not all(isinstance(t, str) and re.fullmatch(r"[\w-]+", t) for t in tags):
+    listed = isinstance(tags, (list, tuple, set)) and tags
+    if not listed or not all(isinstance(t, str) and re.fullmatch(r"[\w-]+", t) for t in tags):
         raise ValueError(f"tags={tags!r} must be names of tags without brackets, such as ('think', 'answer').")
 
 # %% ../../nbs/tasks/04_rewards.ipynb #b7591434
@@ -292,7 +308,7 @@ def repetition_penalty(text, # what the model wrote
     grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
     return float(penalty * (1 - len(set(grams)) / len(grams))) if len(set(grams)) < len(grams) else 0.0
 
-# %% ../../nbs/tasks/04_rewards.ipynb #ffbe3319
+# %% ../../nbs/tasks/04_rewards.ipynb #09423df5
 def available() -> dict: # name -> what the reward gives
     "The rewards that `get` knows, with the sentence that describes each."
     return {name: made.__doc__ for name, made in sorted(_known.items())}
@@ -301,6 +317,8 @@ def get(reward, # a name out of `available()`, or a function, which is returned 
         **options): # the reward's options
     "A reward by its name, with options; raises for an unknown name, option or value, with the nearest match."
     if callable(reward) and not options: return reward
+    if callable(reward) and not isinstance(reward, Reward):
+        raise TypeError(f"get(): {name_of(reward)!r} is a function of your own and takes no options here; they are {options}.")
     found = reward if isinstance(reward, Reward) else _known[one_of("reward", reward, _known)]
     return found(**options) if options else (found.check_ready() or found)
 
@@ -332,12 +350,13 @@ def _log_parts(pairs, columns, log_metric): # the mean of each part, as TRL logs
         scored = [v for v in column if v is not None]
         if scored: log_metric(f"rewards/{name_of(function)}/mean", sum(scored) / len(scored))
 
-# %% ../../nbs/tasks/04_rewards.ipynb #efdfc0bc
+# %% ../../nbs/tasks/04_rewards.ipynb #9a17165a
 def weighted(parts, # {reward or name: weight} or pairs of them
              name:str="weighted", # the metric's name
              ): # one reward function, async if a part is
     "The weighted sum of several rewards as one reward."
     pairs = [(guard(f), w) for f, w in _pairs(parts)]
+    some_text("name", name, "the metric's name")
 
     def finish(columns, named):
         if named.get("log_metric"): _log_parts(pairs, columns, named["log_metric"])
@@ -351,6 +370,7 @@ def weighted(parts, # {reward or name: weight} or pairs of them
 
     combined = total_async if any(is_async(f) for f, _ in pairs) else total
     combined.__name__ = combined.__qualname__ = name
+    combined.parts = [f for f, _ in pairs] # what is asked for the columns it needs
     combined.__doc__ = " + ".join(f"{w:g} * {name_of(f)}" for f, w in pairs)
     return combined
 

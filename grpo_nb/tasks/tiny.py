@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_tokenizer', 'make_model', 'WarmStarted', 'tiny_model']
 
-# %% ../../nbs/tasks/05_tiny.ipynb #9336d3c6
+# %% ../../nbs/tasks/05_tiny.ipynb #92be731c
 import math
 import random
 import re
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ground.check import known_arguments, whole
+from ..ground.check import flag, known_arguments, number, whole
 from .evaluate import accuracy
 
 # %% ../../nbs/tasks/05_tiny.ipynb #2b3fb675
@@ -39,14 +39,14 @@ def _words(texts, split): # -> list of byte-level pieces
     count = Counter(piece for piece in pieces if re.fullmatch("(?:Ġ[A-Za-z]|[A-Z])[a-z]+", piece))
     return sorted(count, key=lambda word: (-count[word], word))
 
-# %% ../../nbs/tasks/05_tiny.ipynb #8fb053e1
+# %% ../../nbs/tasks/05_tiny.ipynb #966098b4
 def make_tokenizer(texts:list, # questions of the task
                    vocab_size:int=320, # at most so many tokens, at least 262: bytes, three special tokens, three roles
                    ): # `transformers.PreTrainedTokenizerFast`; EOS `<|im_end|>`, PAD `<|endoftext|>`
     "A byte-level BPE tokenizer with single digits and a ChatML-like chat template, with merges for the words of `texts`."
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    if vocab_size < 262:
+    if whole("vocab_size", vocab_size) < 262:
         raise ValueError(f"vocab_size={vocab_size!r} is too small: 256 bytes, 3 special tokens and 3 roles make 262.")
     split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                      pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -59,7 +59,7 @@ def make_tokenizer(texts:list, # questions of the task
                                    extra_special_tokens=["<|im_start|>"], chat_template=_template,
                                    clean_up_tokenization_spaces=False)
 
-# %% ../../nbs/tasks/05_tiny.ipynb #66a5440a
+# %% ../../nbs/tasks/05_tiny.ipynb #e716ce5e
 def make_model(tokenizer, # the tokenizer that it will use
                seed:int=0, # of the initial weights
                hidden_size:int=192, # width, a multiple of 32
@@ -69,9 +69,9 @@ def make_model(tokenizer, # the tokenizer that it will use
     "A Qwen3-shaped model with random weights; the global random state stays as it was."
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-    if hidden_size < 64 or hidden_size % 64:
+    if whole("hidden_size", hidden_size) % 64:
         raise ValueError(f"hidden_size={hidden_size!r} must be a multiple of 64 (pairs of heads of 32).")
-    if layers < 1: raise ValueError(f"layers={layers!r} must be at least 1.")
+    whole("layers", layers)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     heads, kv = hidden_size // 32, max(hidden_size // 96, 1)
     config = Qwen3Config(vocab_size=max(vocab_size, len(tokenizer)), hidden_size=hidden_size, num_hidden_layers=layers,
@@ -144,7 +144,7 @@ def _rate(step, steps) -> float: # of the highest rate
     rise = max(1, steps // 10)
     return min(1, (step + 1) / rise) * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))) / 2
 
-# %% ../../nbs/tasks/05_tiny.ipynb #a372e8d0
+# %% ../../nbs/tasks/05_tiny.ipynb #5fe6c6f4
 def _check(task, path, steps, batch_size):
     "Raise before anything is made where `task` has no warm start, or another argument cannot be."
     if not hasattr(task, "warm_start"):
@@ -156,10 +156,21 @@ def _check(task, path, steps, batch_size):
                          "sort_digits, reverse_string, add_numbers, count_letters.")
     if steps is not None: whole("steps", steps, least=0)
     whole("batch_size", batch_size)
+    if path is not None and not isinstance(path, (str, Path)): raise TypeError(f"path={path!r} must be a folder, or None.")
     if path is not None and Path(path).is_file():
         raise NotADirectoryError(f"path={str(path)!r} is a file; give a folder for the model.")
 
-# %% ../../nbs/tasks/05_tiny.ipynb #aa14c038
+def _check_training(learning_rate, seed, on_step, measure, device):
+    "Raise for the other arguments that cannot be."
+    from grpo_nb.models.device import target_device
+    number("learning_rate", learning_rate, above=0)
+    whole("seed", seed, least=0)
+    if on_step is not None and not callable(on_step): raise TypeError(f"on_step={on_step!r} must be a function, or None.")
+    flag("measure", measure)
+    try: target_device(device)
+    except ValueError as error: raise ValueError(str(error).replace("device_map=", "device=")) from None
+
+# %% ../../nbs/tasks/05_tiny.ipynb #fd9c7d98
 def tiny_model(task, # a `Task` of `grpo_nb.tasks.library` that has a warm start
                path=None, # folder for the complete model; None: keep it in memory only
                seed:int=0, # of the weights and the examples
@@ -174,6 +185,7 @@ def tiny_model(task, # a `Task` of `grpo_nb.tasks.library` that has a warm start
     "Make a small model for `task` that is right about a third of the time; the same seed makes the same model."
     known_arguments("tiny_model", shape, ("hidden_size", "layers", "vocab_size"))
     _check(task, path, steps, batch_size)
+    _check_training(learning_rate, seed, on_step, measure, device)
     started, warm = time.perf_counter(), task.warm_start
     model, tokenizer = _fresh(warm, seed, device, shape)
     steps = warm.steps if steps is None else steps

@@ -51,12 +51,13 @@ CHARTS |= {
                     lines=(("memory/held_gib", "held now"),), raw=True, zero=True),
 }
 
-# %% ../../../nbs/ui/charts/01_chart.ipynb #e8397535
+# %% ../../../nbs/ui/charts/01_chart.ipynb #c49a6c89
 def chosen(charts, # names out of `CHARTS`, or `Chart` values; one alone; or "all"
            ) -> list: # of Chart
     "The charts that are meant; raises `ValueError` for an unknown name."
     if charts == "all": return list(CHARTS.values())
     if isinstance(charts, (str, Chart)): charts = [charts]
+    if not isinstance(charts, (list, tuple)): raise TypeError(f"charts={charts!r} must be a list of {', '.join(CHARTS)}, or 'all'.")
     return [c if isinstance(c, Chart) else CHARTS[one_of("charts", c, CHARTS)] for c in charts]
 
 # %% ../../../nbs/ui/charts/01_chart.ipynb #0322e89b

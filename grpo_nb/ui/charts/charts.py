@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import os
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from string import Template
 
 from fastcore.basics import patch
 
-from ...ground.check import one_of
+from ...ground import check
 from ...ground.text import encodable, plain
 from ...ground.events import (CheckpointSaved, RunFailed, RunFinished, RunPaused, RunStarted, RunStopped, SettingChanged,
                             StepLogged, in_words)
@@ -78,7 +79,9 @@ class LiveCharts(View):
                  print=print, # called with each line in text mode
                  ):
         super().__init__()
-        self.mode, self.charts, self.interval, self._print = one_of("mode", mode, MODES), chosen(charts), interval, print
+        check.number("interval", interval, least=0)
+        if not callable(print): raise TypeError(f"print={print!r} must be a function of one line of text.")
+        self.mode, self.charts, self.interval, self._print = check.one_of("mode", mode, MODES), chosen(charts), interval, print
         self.marks, self._stop, self._total = [], [], 0 # of Mark; what ends subscriptions; steps of the whole run, where known
         self._lock, self._steps, self._values = threading.Lock(), array("d"), {} # of all rows: steps, and by metric the values
         self._columns, self._version = [], 0 # metrics that are sent; counted up when what was sent no longer holds
@@ -134,7 +137,7 @@ def _line(self:LiveCharts, step, row) -> str:
     names = [s["metric"] for c in self.charts for s in series(c, list(row)) if s["role"] == "main"]
     return f"step {int(step)}{total}" + "".join(f"  {plain(name.split('/')[-1])} {number(row[name])}" for name in names)
 
-# %% ../../../nbs/ui/charts/02_charts.ipynb #ab0283d9
+# %% ../../../nbs/ui/charts/02_charts.ipynb #f20aaa35
 MARKS = {"change": 500, "pause": 100, "saved": 100} # as many of each kind are kept
 
 @patch
@@ -144,7 +147,7 @@ def mark(self:LiveCharts,
          kind:str="change", # "change", "pause" or "saved"
          ) -> None:
     "Mark a moment on every chart: as cheap and as safe as `append`."
-    one_of("kind", kind, MARKS)
+    check.one_of("kind", kind, MARKS)
     with self._lock:
         if sum(m.kind == kind for m in self.marks) < MARKS[kind]: self.marks.append(Mark(step, str(text)[:200], kind))
     self._tell()
@@ -174,6 +177,7 @@ def to_csv(self:LiveCharts,
            formulas:bool=True, # False: a name that a spreadsheet would compute (it begins with = + - @) gets a ' before it
            ):
     "All metrics of all rows as CSV."
+    if path is not None and not isinstance(path, (str, os.PathLike)): raise TypeError(f"path={path!r} must be a file, or None.")
     with self._lock:
         names = list(self._values)
         rows = [[int(step), *(v[i] for v in self._values.values())] for i, step in enumerate(self._steps)]
@@ -440,14 +444,14 @@ def close(self:LiveCharts) -> None:
     while self._stop: self._stop.pop()()
     self.flush()
 
-# %% ../../../nbs/ui/charts/02_charts.ipynb #5b60c841
+# %% ../../../nbs/ui/charts/02_charts.ipynb #d280e0ba
 @patch
 def to_svg(self:LiveCharts,
            path=None, # a file to write; None: return the text
            theme:str="auto", # "light", "dark", or "auto" for what the reader prefers
            ):
     "The charts as one SVG picture."
-    text = picture(self.panels(), theme=one_of("theme", theme, ("auto", "light", "dark")))
+    text = picture(self.panels(), theme=check.one_of("theme", theme, ("auto", "light", "dark")))
     return text if path is None else Path(path).write_text(text, "utf-8")
 
 @patch
@@ -457,7 +461,8 @@ def to_png(self:LiveCharts,
            scale:float=2.0, # pixels for each of the picture's
            ) -> Path: # the file
     "The charts as a PNG picture; raises `ImportError` without the package resvg-py."
-    one_of("theme", theme, ("light", "dark"))
+    check.one_of("theme", theme, ("light", "dark"))
+    check.number("scale", scale, above=0)
     try: import resvg_py
     except ImportError:
         raise ImportError("to_png needs the package resvg-py (pip install resvg-py). "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ...ground.check import one_of
+from ...ground.check import known_arguments, number, one_of, whole
 from ...ground.events import CompletionsLogged, RunFailed, RunFinished, RunStopped, weakly
 from .archive import Spill, read
 from .records import Store, as_text
@@ -60,7 +60,17 @@ def select(groups, # of Group
         single.sort(key=lambda s: s[0].total * (-1 if show == "best" else 1))
     return [(g, [i]) for _, g, i in single]
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #6464d20d
+# %% ../../../nbs/ui/completions/03_completions.ipynb #df2e159c
+def _check_browser(rewards, weights, interval, limits):
+    "Raise for arguments of a browser that cannot be."
+    known_arguments("CompletionBrowser", limits, ("steps", "latest", "max_bytes", "max_text"))
+    number("interval", interval, least=0)
+    if not (weights is None or isinstance(weights, dict)):
+        raise TypeError(f"weights={weights!r} must be a dict of rewards' names to numbers, or None.")
+    if not (rewards is None or isinstance(rewards, (list, tuple))):
+        raise TypeError(f"rewards={rewards!r} must be a list of names of columns, or None.")
+
+# %% ../../../nbs/ui/completions/03_completions.ipynb #6a23cfe3
 class CompletionBrowser(View):
     "Shows completions by step and prompt; `attach` follows a run."
     def __init__(self,
@@ -74,6 +84,7 @@ class CompletionBrowser(View):
                  **limits, # of the `Store`: steps, latest, max_bytes, max_text
                  ):
         super().__init__()
+        _check_browser(rewards, weights, interval, limits)
         self.tokenizer, self.interval, self._run_at, self._stop = tokenizer, interval, weakly(None), []
         self._path, self._given = None, dict(rewards=rewards, weights=weights, **limits)
         self._form, self._quiet, self._shown = {}, False, 24 # widgets; whether they are set by us; completions on a page
@@ -85,7 +96,9 @@ class CompletionBrowser(View):
         if spill is not None: self.store.spill = Spill(spill)
         if source is not None and self._path is None and self.store is not source: self.attach(source)
 
-    def __len__(self): return len(self.store)
+# %% ../../../nbs/ui/completions/03_completions.ipynb #a7cac55d
+@patch
+def __len__(self:CompletionBrowser): return len(self.store)
 
 # %% ../../../nbs/ui/completions/03_completions.ipynb #857d1775
 @patch
@@ -154,7 +167,7 @@ class Choice:
         "Whether completions stand without their groups."
         return self.show in SINGLE
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #0cd2c320
+# %% ../../../nbs/ui/completions/03_completions.ipynb #effb8eb8
 PAGE_TEXT = 500_000 # characters of completions in one page, at most
 
 @patch
@@ -171,6 +184,7 @@ def page(self:CompletionBrowser,
          ) -> str: # HTML
     "Completions as HTML without scripts."
     choice = Choice(step, prompt, show, text, everywhere, colour, compare)
+    whole("cards", cards)
     if not len(self.store): return _nothing("no completions yet")
     if step is None: choice = replace(choice, step=self.store.steps[-1])
     groups = self._groups(choice)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ...ground.check import nearest
+from ...ground.check import nearest, number, some_text, whole
 from ...ground.text import written
 from ...tasks.guard import name_of
 from ...run.inputs import check_rewards
@@ -46,7 +46,7 @@ def _home(function): # a dict, or None
     space = getattr(function, "__globals__", None) or getattr(getattr(function, "score", None), "__globals__", None)
     return space if space is not None else getattr(sys.modules.get(getattr(function, "__module__", None)), "__dict__", None)
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #f69bdcca
+# %% ../../../nbs/ui/lab/03_lab.ipynb #a9837421
 class RewardLab(View):
     "Scores and probes rewards without training."
     def __init__(self,
@@ -60,6 +60,8 @@ class RewardLab(View):
                  timeout:float=30.0, # seconds for one call of a reward
                  ):
         super().__init__()
+        if timeout is not None: number("timeout", timeout, above=0)
+        some_text("format", format, "text with {answer} in it", open=True)
         self.rewards, self.weights = _by_name(rewards) # name -> function, may be changed; name -> weight, 1 where it is missing
         self.dataset, self.tokenizer, self.timeout, self.format = dataset, tokenizer, timeout, format
         self.answer = self._answer_column(answer)
@@ -69,7 +71,7 @@ class RewardLab(View):
         if source is not None: self.attach(source)
         self._note_seen()
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #9ff786cd
+# %% ../../../nbs/ui/lab/03_lab.ipynb #5e453636
 def _by_name(rewards): # (name -> function, name -> weight)
     "Rewards under the names that they have in a table."
     functions, weights = check_rewards(rewards)
@@ -83,6 +85,9 @@ def _by_name(rewards): # (name -> function, name -> weight)
 def _answer_column(self:RewardLab, answer): # a name, or None
     "The column of the right answers; raises `ValueError` for a data set without prompts."
     if self.dataset is None: return answer
+    if not (isinstance(self.dataset, (list, tuple)) or hasattr(self.dataset, "column_names")):
+        raise TypeError(f"dataset={repr(self.dataset)[:60]} is not a data set. Give a datasets.Dataset or a list of dicts.")
+    if isinstance(self.dataset, (list, tuple)) and not self.dataset: raise ValueError("dataset has no rows.")
     first = next(iter(self.dataset), None)
     if not isinstance(first, Mapping) or "prompt" not in first:
         there = ", ".join(map(repr, first)) if isinstance(first, Mapping) else "no rows of columns"
@@ -208,7 +213,7 @@ def _for_each(prompts, n): # a list of n prompts
     if len(prompts) != n: raise ValueError(f"prompts has {len(prompts)} entries for {n} completions.")
     return prompts
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #0403a5ba
+# %% ../../../nbs/ui/lab/03_lab.ipynb #22243d62
 @patch
 def _found(self:RewardLab, completions, step): # a Batch without columns
     "The completions, from whatever was given."
@@ -220,6 +225,8 @@ def _found(self:RewardLab, completions, step): # a Batch without columns
     elif hasattr(completions, "events") and not isinstance(found, Store):
         raise ValueError("a run's completions are scored after lab.attach(run), once it has logged some: lab.score().")
     if isinstance(found, Store): return _logged(found, step)
+    if not (_is_one(found) or isinstance(found, (list, tuple))):
+        raise TypeError(f"completions={found!r} must be a text, a list of texts or of chat messages, a file, or a Store.")
     return Batch([found] if _is_one(found) else list(found))
 
 # %% ../../../nbs/ui/lab/03_lab.ipynb #b68e1120
@@ -250,11 +257,12 @@ def _logged(store, step): # a Batch
     out.notes.append(f"{len(samples)} completions of step {step}, from {store.source or 'a store'}.")
     return out
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #2c650ae9
+# %% ../../../nbs/ui/lab/03_lab.ipynb #ba06b396
 @patch
 def _row(self:RewardLab, row): # (prompt, name -> value)
     "A row of the data set by its number."
     if self.dataset is None: raise ValueError("row= needs a dataset: RewardLab(rewards, dataset).")
+    row = whole("row", row, least=None)
     found = next(islice(iter(self.dataset), row, None), None) if row >= 0 else None
     if found is None: raise ValueError(f"row={row} is not in the data set.")
     return found["prompt"], {k: v for k, v in found.items() if k != "prompt"}
@@ -280,12 +288,13 @@ def _rows_by_prompt(self:RewardLab): # prompt's text -> row
         for row in islice(iter(self.dataset), 100_000): self._row_of.setdefault(as_text(row["prompt"]), row)
     return self._row_of
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #6841b1eb
+# %% ../../../nbs/ui/lab/03_lab.ipynb #a376bd29
 @patch
 def probe(self:RewardLab,
           rows:int=4, # prompts to probe with
           ): # ProbeReport
     "Try adversarial completions on all rewards; see `ui.lab.probes`."
+    whole("rows", rows)
     rewards, notes = self.current()
     how = dict(weights=self.weights, timeout=self.timeout, tokenizer=self.tokenizer)
     if self.dataset is None:

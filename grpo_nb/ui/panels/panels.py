@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COLOURS', 'ADVICE', 'TEXTS', 'HyperparameterPanel', 'RewardPanel']
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #c6d32a21
+# %% ../../../nbs/ui/panels/03_panels.ipynb #d5df6b0e
 import ast
+from collections.abc import Mapping
 from html import escape
 
 from fastcore.basics import patch
@@ -55,15 +56,17 @@ class HyperparameterPanel(View):
 
     def on_change(self, listener): self._listeners.append(listener)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #e2d8fb10
+# %% ../../../nbs/ui/panels/03_panels.ipynb #e705a3e3
 @patch
 def _first(self:HyperparameterPanel, model, config, lora, source): # a Recipe without rewards
     "The settings that the panel opens with."
+    if not (config is None or isinstance(config, Mapping) or hasattr(config, "to_dict")):
+        raise TypeError(f"config={repr(config)[:60]} is not a GRPOConfig; give one, a dict of its fields, or None.")
     loading, adapter = model_settings(model if model is not None else "Qwen/Qwen3-0.6B")
     given = changes_of(config) if hasattr(config, "to_dict") else {**GRPO_RUN, **(config or {})}
     weights = given.pop("reward_weights", None)
     if weights: self._weigh(weights)
-    return Recipe(loading, adapter if lora is None else lora, (), given, source)
+    return Recipe(loading, adapter if lora is None else lora, (), given, source, draft=True)
 
 
 @patch
@@ -197,14 +200,15 @@ def config(self:HyperparameterPanel): # a GRPOConfig
                          "Call PatchFastRL('grpo', FastLanguageModel) first.")
     return make_config(make_parts(self._base))
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #1a4821d8
+# %% ../../../nbs/ui/panels/03_panels.ipynb #f8eaf9be
 @patch
 def load(self:HyperparameterPanel,
          text:str, # what `code` or `yaml` gave, or a program or file by hand
          module:str="", # the rewards' file of a YAML
          ): # the panel
     "Take up the settings that a text describes, without running it; raises `ValueError` naming what cannot be taken."
-    found = from_code(text) if _is_program(text) else from_yaml(text, module)
+    trusts = bool(self._base.model.get("trust_remote_code"))
+    found = from_code(text) if _is_program(text) else from_yaml(text, module, allow_imports=True, trust_remote_code=trusts)
     theirs, mine = found.model["model_name"], self._base.model["model_name"]
     if self.loaded is not None and theirs != mine:
         raise ValueError(f"the text is about the model {theirs!r}, and {mine!r} is loaded. Make a panel for the other one.")
@@ -213,7 +217,7 @@ def load(self:HyperparameterPanel,
         say("the text's own rewards were not run: the functions of these names that the panel already has are used.")
     keep = {} if self.loaded is None else dict(model=self._base.model, lora=self._base.lora)
     if self.rows is not None: keep["dataset"] = self._base.dataset
-    self._base = found.changed(rewards=(), definitions="", **keep)
+    self._base = found.changed(rewards=(), definitions="", draft=True, **keep) # what does not go together is shown, not refused
     self._broken.clear()
     self._changed()
     return self

@@ -12,7 +12,7 @@ from html import escape
 
 from fastcore.basics import patch
 
-from ...ground.check import known_arguments, number, one_of
+from ...ground.check import flag, known_arguments, number, one_of
 from ...ground.text import written
 from ...run.inputs import check_reward_columns, check_rewards
 from ...recipe.script import definitions
@@ -24,7 +24,7 @@ from ..parts.cards import visible
 from ..parts.fields import read_value, write_value
 from ..parts.view import View, css
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #4b99b0cb
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #0f1a3d51
 class RewardPanel(View):
     "Rewards to choose from, and those that were chosen."
     def __init__(self,
@@ -44,6 +44,8 @@ class RewardPanel(View):
 
 def _columns_of(dataset): # a list of names, or None
     "The columns of a data set, where it tells or is a list of rows."
+    if not (dataset is None or isinstance(dataset, (list, tuple)) or hasattr(dataset, "column_names")):
+        raise TypeError(f"dataset={repr(dataset)[:60]} is not a data set. Give a datasets.Dataset or a list of dicts.")
     if isinstance(dataset, (list, tuple)): names = dataset[0] if dataset else ()
     else: names = getattr(dataset, "column_names", None)
     return list(names or ()) or None
@@ -72,7 +74,7 @@ def _put_library(self:RewardPanel):
         self.functions[name] = getattr(known, name)
         self.state[name] = dict(on=usual, weight=1.0, options={})
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #95be9963
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #d03856ee
 @patch
 def set(self:RewardPanel,
         name:str, # of a reward that is in the panel
@@ -83,6 +85,7 @@ def set(self:RewardPanel,
     "Change a reward; raises for an unknown name or option, and for a weight that is no number."
     state = self.state[one_of("reward", name, self.state)]
     known_arguments(name, options, self.options_of(name))
+    flag("on", on, open=True)
     if weight is not None: state["weight"] = number(f"{name}: weight", weight)
     state["options"] = {k: v for k, v in {**state["options"], **options}.items() if v is not None}
     state["on"] = on is None or bool(on)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAGES', 'Studio', 'studio']
 
-# %% ../../../nbs/ui/studio/03_studio.ipynb #4e57d3f2
+# %% ../../../nbs/ui/studio/03_studio.ipynb #9ca1c68a
 import threading
 from html import escape
 
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from ...ground.check import one_of
 from ...ground.events import Finding, RunFailed, RunFinished, RunStarted, RunStopped, StepLogged
-from ...run.inputs import check_dataset, check_model, check_tokenizer, first_prompt
+from ...run.inputs import check_dataset, check_model, check_run, check_tokenizer, first_prompt
 from ...run.kernel import interactive_kernel
 from ...recipe.value import make_parts
 from ...run.run import GRPORun
@@ -30,7 +30,16 @@ from .controls import RunControls
 from .examination import Examination
 from ...advice.live import watch
 
-# %% ../../../nbs/ui/studio/03_studio.ipynb #9fa9f3a4
+# %% ../../../nbs/ui/studio/03_studio.ipynb #60711064
+def _check_more(run, held_out):
+    "Raise for arguments that are for the run, and a held-out set, that cannot be."
+    from trl import GRPOTrainer
+    given = {name: run.get(name, default) for name, default in dict(callbacks=(), reward_timeout=None, progress=False).items()}
+    more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class")]
+    check_run(GRPORun, run.get("trainer_class") or GRPOTrainer, **given, more=more)
+    if held_out is not None: check_dataset(held_out, "held_out")
+
+# %% ../../../nbs/ui/studio/03_studio.ipynb #f33698a0
 class Studio(View):
     "Everything about a run, in one place."
     def __init__(self,
@@ -46,6 +55,7 @@ class Studio(View):
                  ):
         super().__init__()
         check_model(model)
+        _check_more(run, held_out)
         self.model, self.tokenizer, self.dataset = model, tokenizer, check_dataset(dataset)
         check_tokenizer(tokenizer, first_prompt(self.dataset))
         self.held_out, self._more, self._which = held_out, run, one_of("charts", charts, ("main", "all"))
