@@ -12,6 +12,7 @@ from grpo_nb.engines.base import EngineError
 from grpo_nb.ground import events
 from grpo_nb.models.finite import NotFinite
 from grpo_nb.run.run import GRPORun, RunError
+from grpo_nb.tasks.guard import RewardError
 from grpo_nb.tasks.library import get
 from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.trainers.patch import PatchFastRL
@@ -84,7 +85,7 @@ def test_a_weight_that_becomes_nan(tmp_path, engine, background, unpatched):
     run.events.subscribe(seen.append, events.RunFailed)
     error = ended(run, background)
     assert isinstance(error, NotFinite) and run.state == "failed" and saved(tmp_path) == ["checkpoint-1"]
-    for words in ("since step 2", "'model.layers.0.mlp.up_proj.weight'", "checkpoint-1' is whole", "learning_rate", "max_grad_norm"):
+    for words in ("since step 2", "'model.layers.0.mlp.up_proj.weight'", "checkpoint-1' is whole", "learning_rate (now 0.001)"):
         assert words in str(error), str(error)
     assert "up_proj" in seen[0].error
 
@@ -190,7 +191,8 @@ def test_no_memory_left(tmp_path, patched, place, kind, background, capsys):
     held = fail_at(run, place, NONE_LEFT[kind], step=3 if place == "save" else 2)
     error = ended(run, background)
     assert isinstance(error, NoMemory) and run.state == "failed" and len(held) == 1
-    for words in (PLACES[place], "max_tokens_per_pack (now 2048", "gradient_checkpointing=True", f"The error was {kind}"):
+    for words in (PLACES[place], "max_tokens_per_pack (now 2048", "gradient_checkpointing=True", "The estimate for this run is",
+                  "activations", f"The error was {kind}"):
         assert words in str(error)
     assert held[0]() is None, "the failed run holds the frames of its failure"
     assert all(p.grad is None for p in run.trainer.model.parameters()) and run.trainer._buffered_inputs is None
@@ -308,3 +310,28 @@ def test_an_engine_that_dies(tmp_path, patched, monkeypatch, engine, error, word
     assert isinstance(out, EngineError) and run.state == "failed" and out.__cause__ is error
     for w in (f"The engine {engine!r} failed", "at step 1", "test_faults.py:", *words): assert w in str(out), str(out)
     assert make(tmp_path, save_strategy="no", max_steps=1).start(background=False).state == "finished"
+
+
+# ---- rewards that leave float32
+
+@pytest.mark.parametrize("value, weight, words", [
+    (1e20, 1.0, "1e+20"), (-3.4e38, 1.0, "square is infinite"), (1e19, 1.0, ""), (1e15, 1e30, "with a weight of 1e+30"),
+    (1.8e19, 1e3, "weight of 1000"),
+])
+def test_rewards_that_are_too_large(tmp_path, value, weight, words):
+    "Their spread would be infinite and the gradient 0, without a word; a large one that fits trains."
+    def large(completions, **kwargs): return [value if i % 2 else 0.0 for i in range(len(completions))]
+    run = make(tmp_path, rewards={large: weight}, max_steps=1, save_strategy="no", logging_steps=1)
+    error = ended(run, False)
+    if words: assert isinstance(error, RewardError) and words in str(error) and "'large'" in str(error), error
+    else: assert error is None and run.trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_findings_of_a_reward_that_overflows_and_of_a_gradient_of_nothing():
+    from grpo_nb.advice.live import Watcher
+    bus = events.Bus(keep=100)
+    watcher = Watcher(bus)
+    for step in range(10): bus.emit(events.StepLogged(step=step, metrics=dict(loss=0.0, reward=1.0, reward_std=0.5, grad_norm=0.0)))
+    assert watcher.active == ["no_gradient"]
+    bus.emit(events.StepLogged(step=11, metrics=dict(reward=1.0, reward_std=float("inf"), grad_norm=0.0)))
+    assert "reward_overflow" in watcher.active and "not_finite" not in watcher.active

@@ -29,6 +29,7 @@ from .finding import DoctorError, Finding, Report, found, rules_about, words
 from .live import Learning, Watcher, watch
 from .settings import about_settings
 from ..ground.check import nearest, number, whole
+from ..ground.text import error_text
 from ..models.load import FastLanguageModel
 from ..models.unwrap import causal_lm
 from ..recipe.code import FILES, loader_of
@@ -204,7 +205,7 @@ def _attempt(name, look, *args) -> list: # of Finding
     "A rule's findings, or that it failed."
     try: return list(look(*args))
     except Exception as error: # noqa: BLE001 a rule's own failure is reported and hides no other rule
-        return [Finding(name, "info", f"this could not be examined: {type(error).__name__}: {error}")]
+        return [Finding(name, "info", f"this could not be examined: {error_text(error)}")]
 
 def _measure_prompts(case):
     "Tokens of the prompts looked at."
@@ -222,7 +223,7 @@ def _estimate(case) -> list: # of Finding; nothing where it succeeds
     case.cheaper = estimated
     try: case.estimate = estimated({})
     except Exception as error: # noqa: BLE001 an unusual model must not hide the other findings
-        return [Finding("memory", "info", f"memory could not be estimated: {type(error).__name__}: {error}")]
+        return [Finding("memory", "info", f"memory could not be estimated: {error_text(error)}")]
     return []
 
 # %% ../../nbs/advice/06_doctor.ipynb #cec92212
@@ -309,7 +310,7 @@ def doctor(model, # a loaded model, with an adapter or without
     else:
         try: findings += _sampled(case, prompts, until, clock, unreached)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            findings.append(found("sampling", "error", said=f"{type(error).__name__}: {error}."))
+            findings.append(found("sampling", "error", said=f"{error_text(error)}."))
     return Report(findings, clock() - started, unreached, _samples(case), case.estimate)
 
 # %% ../../nbs/advice/06_doctor.ipynb #96915aec

@@ -6,9 +6,10 @@
 __all__ = ['REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', 'REACHED_BANDWIDTH', 'MOMENTS', 'OVERHEAD', 'PASSING', 'Anatomy',
            'read_model', 'anatomy', 'read_config', 'Load', 'default_budget', 'load_of', 'adapted', 'adapter_numbers',
            'weight_bytes', 'optimiser_bytes', 'layer_numbers', 'activation_bytes', 'head_bytes', 'cache_bytes',
-           'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate']
+           'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate',
+           'of_trainer']
 
-# %% ../../nbs/advice/02_memory.ipynb #49f0b224
+# %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..models.room import ESTIMATES
 from ..ground.check import known_arguments, number, one_of, whole
 from ..trainers.config import FIELDS, next_rows
 from ..models.specs import DeviceSpec, published, this_device
@@ -555,3 +557,13 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
     seconds = {"sampling": sampling_seconds(a, load, c, spec, parts["weights"], n.computed),
                "training": training_seconds(a, load, c, spec, n.count, n.full)}
     return Estimate({name: round(size) for name, size in parts.items()}, seconds, spec, load, _steps(c, load, rows))
+
+# %% ../../nbs/advice/02_memory.ipynb #fef149eb
+def of_trainer(trainer) -> str:
+    "The estimate of a trainer's run as a sentence."
+    e = estimate(trainer.accelerator.unwrap_model(trainer.model), trainer.args)
+    parts = sorted(((e.parts[p], p) for p in e.at_peak), reverse=True)
+    words = ", ".join(f"{name} {size_text(size)}" for size, name in parts)
+    return f"The estimate for this run is {size_text(e.peak)} at its peak, of {size_text(e.device.memory)}: {words}."
+
+ESTIMATES.append(of_trainer)

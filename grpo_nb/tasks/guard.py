@@ -58,8 +58,9 @@ def is_model(function) -> bool: # a string, or a `torch.nn.Module`
     torch = sys.modules.get("torch") # where torch was never imported, nothing is a module of it
     return isinstance(function, str) or (torch is not None and isinstance(function, torch.nn.Module))
 
-# %% ../../nbs/tasks/03_guard.ipynb #d4facbd1
+# %% ../../nbs/tasks/03_guard.ipynb #ae9422e9
 _float32_max = 3.4028234663852886e38
+_largest = _float32_max ** 0.5 # 1.8e19: a spread is computed from squares
 
 def check_value(value, # one element of what a reward returned
                 ) -> float|None: # it, as a float
@@ -74,6 +75,9 @@ def check_value(value, # one element of what a reward returned
     except OverflowError: found = math.inf
     if math.isnan(found): raise ValueError("returned NaN; for a sample that is not to be scored, return None")
     if abs(found) > _float32_max: raise ValueError(f"returned {shorten(value, 80)}, which is infinite in float32")
+    if abs(found) > _largest:
+        raise ValueError(f"returned {shorten(value, 80)}, whose square is infinite in float32: the spread of a group would be too, "
+                         f"and every advantage 0; at most {_largest:.2g}")
     return found
 
 # %% ../../nbs/tasks/03_guard.ipynb #2c69678c

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from fastcore.basics import patch
 
+from ...ground.text import error_text
 from ...tasks.guard import RewardError, guard, is_async, is_model, name_of
 from ..parts.cards import _plain, folded, style, visible
 from ..completions.records import as_text
@@ -136,7 +137,7 @@ def _score_alone(function, named, n, timeout, failed): # (values, errors)
 # %% ../../../nbs/ui/lab/01_scoring.ipynb #e6886bee
 def _message(error): # one line
     "A reward's failure."
-    reason = error.reason if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+    reason = error.reason if isinstance(error, RewardError) else f"{error_text(error)}"
     if "unexpected keyword argument" in reason: reason += " (TRL passes every column by name: add **kwargs to its parameters)"
     return " ".join(reason.split())
 
