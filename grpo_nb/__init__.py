@@ -24,11 +24,15 @@ _public = {
 }
 __all__ = list(_public)
 
+# What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
+_beside = {name: "grpo_nb.advice.memory" for name in ("PatchFastRL", "GRPORun")}
+
 
 def __getattr__(name):
     if name not in _public: raise AttributeError(f"module 'grpo_nb' has no attribute {name!r}; it has {', '.join(__all__)}")
     module, attribute = _public[name]
     found = import_module(module)
+    if name in _beside: import_module(_beside[name])
     value = found if attribute is None else getattr(found, attribute)
     globals()[name] = value
     return value

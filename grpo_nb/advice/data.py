@@ -13,7 +13,7 @@ from statistics import mean, pstdev
 
 import torch
 
-from ..ground.text import plain
+from ..ground.text import error_text, plain
 from .finding import Finding, found, rule, words
 from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
@@ -147,7 +147,7 @@ def _pad_is_eos(c):
     text = _text(c)
     if text.pad_token_id == text.eos_token_id: yield found("pad_is_eos", "info", eos=text.eos_token)
 
-# %% ../../nbs/advice/04_data.ipynb #9ed9ac09
+# %% ../../nbs/advice/04_data.ipynb #b8ac6ff7
 @rule("data")
 def _chat_template(c):
     "A template that renders, and begins the answer."
@@ -155,7 +155,7 @@ def _chat_template(c):
     if prompt is None or isinstance(prompt, str) or not _tokenizer_works(c): return
     try: begun, bare = _rendered(c)
     except Exception as error: # noqa: BLE001 a template is a program of its own; what it raises is the finding
-        yield found("chat_template", "error", said=f"{type(error).__name__}: {error}")
+        yield found("chat_template", "error", said=f"{error_text(error)}")
         return
     if begun == bare: yield found("chat_template.open", "warning")
 

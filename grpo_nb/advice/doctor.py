@@ -26,6 +26,7 @@ from .finding import RULES, DoctorError, Finding, Report, found, rules_about, wo
 from .live import Learning, Watcher, watch
 from .settings import about_settings
 from ..ground.check import RETIRED, nearest, number, some_text, whole
+from ..ground.text import error_text
 from ..models.load import FastLanguageModel
 from ..models.unwrap import causal_lm
 from ..recipe.code import FILES, loader_of
@@ -165,7 +166,7 @@ def _attempt(name, look, *args) -> list: # of Finding
     "A rule's findings, or that it failed."
     try: return list(look(*args))
     except Exception as error: # noqa: BLE001 a rule's own failure is reported and hides no other rule
-        return [Finding(name, "info", f"this could not be examined: {type(error).__name__}: {error}")]
+        return [Finding(name, "info", f"this could not be examined: {error_text(error)}")]
 
 # %% ../../nbs/advice/06_doctor.ipynb #4490c600
 def _rehearse(case, tools, trainer_class, unreached) -> None:
@@ -173,7 +174,7 @@ def _rehearse(case, tools, trainer_class, unreached) -> None:
     if not isinstance(case.model, torch.nn.Module) or not callable(getattr(case.tokenizer, "batch_decode", None)): return
     try: case.trainer = rehearsal(case.model, case.tokenizer, case.config, case.device, tools, trainer_class)
     except Exception as error: # noqa: BLE001 what cannot be made cannot be asked, and the rest is examined all the same
-        unreached.append(f"prompts and completions: {type(error).__name__}: {error}")
+        unreached.append(f"prompts and completions: {error_text(error)}")
 
 # %% ../../nbs/advice/06_doctor.ipynb #3cba5f6b
 def _unreadable(case, prompts) -> list: # of Finding
@@ -181,7 +182,7 @@ def _unreadable(case, prompts) -> list: # of Finding
     for prompt in prompts:
         try: prompt_ids_of(case.trainer, [prompt])
         except Exception as error: # noqa: BLE001 what a template or tokenizer raises is the finding
-            return [found("prompt", "error", prompt=shorten(prompt, 120), said=f"{type(error).__name__}: {error}")]
+            return [found("prompt", "error", prompt=shorten(prompt, 120), said=error_text(error))]
     return []
 
 def _measure_prompts(case) -> list: # of Finding
@@ -197,7 +198,7 @@ def _measure_prompts(case) -> list: # of Finding
         return _unreadable(case, prompts)
     return []
 
-# %% ../../nbs/advice/06_doctor.ipynb #f042dc51
+# %% ../../nbs/advice/06_doctor.ipynb #f5c662ae
 def _estimate(case) -> list: # of Finding; nothing where it succeeds
     "Put the estimate into the case, and the function that estimates with fields changed."
     if not isinstance(case.model, torch.nn.Module): return []
@@ -211,7 +212,7 @@ def _estimate(case) -> list: # of Finding; nothing where it succeeds
     case.cheaper = estimated
     try: case.estimate = estimated({})
     except Exception as error: # noqa: BLE001 an unusual model must not hide the other findings
-        return [Finding("memory", "info", f"memory could not be estimated: {type(error).__name__}: {error}")]
+        return [Finding("memory", "info", f"memory could not be estimated: {error_text(error)}")]
     return []
 
 # %% ../../nbs/advice/06_doctor.ipynb #51f66955

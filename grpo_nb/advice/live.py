@@ -101,13 +101,27 @@ def trend(values:list, # finite numbers in their order
     error = math.sqrt(_variance_of_mean(small) + _variance_of_mean(large)) * scale
     return Trend((mean(large) - mean(small)) * scale, error, mean(small) * scale, mean(large) * scale, n, k)
 
-# %% ../../nbs/advice/05_live.ipynb #665205cb
+# %% ../../nbs/advice/05_live.ipynb #d234fa7f
 words("""
 not_finite
     {names} {are} not a finite number: the weights are lost from here on.
     → Stop the run, go back to a checkpoint, lower learning_rate, and keep max_grad_norm at 1 or less. In fp16 use bf16
     or fp32 instead.
 
+reward_overflow
+    {names} {are} infinite: the rewards are too large for float32, in which the spread of a group is computed, so every
+    advantage and the gradient are 0.
+    → Keep rewards and reward_weights small (below 1e18 in magnitude); only their differences within a group count.
+
+no_gradient
+    the gradient has been exactly 0 for {logs} logs, although the rewards of a group differ (reward_std {spread:.3g}): nothing
+    is learnt.
+    → Look whether all completions are cut off under mask_truncated_completions, whether learning_rate or the loss's scale is
+    0, and whether anything that is trained takes part in the forward.
+""")
+
+# %% ../../nbs/advice/05_live.ipynb #4ccf891e
+words("""
 reward_flat
     the reward is flat: {before:.3g} at the start and {after:.3g} now, a change of {change:+.2g} ± {error:.2g} after
     {logs} logs.
@@ -118,13 +132,28 @@ reward_flat.no_spread
     → Use prompts of middling difficulty, a reward with steps in between, or a higher temperature.
 """)
 
-# %% ../../nbs/advice/05_live.ipynb #b0ac79c6
+# %% ../../nbs/advice/05_live.ipynb #de51c501
 @rule("live")
 def _not_finite(s):
     "A metric that is NaN or infinite."
     names = sorted(s.bad)[:4]
     if names: yield found("not_finite", "error", names=", ".join(names), are="is" if len(s.bad) == 1 else "are")
 
+# %% ../../nbs/advice/05_live.ipynb #0bf6e624
+@rule("live")
+def _reward_overflow(s):
+    "Rewards whose sum or spread has left float32."
+    names = sorted(s.large)
+    if names: yield found("reward_overflow", "error", names=", ".join(names), are="is" if len(names) == 1 else "are")
+
+@rule("live")
+def _no_gradient(s):
+    "Ten logs without any gradient from rewards that differ."
+    norms, spread = s.recent("grad_norm"), s.recent("reward_std")
+    if len(norms) < 10 or len(spread) < 10 or max(norms) > 0 or min(spread) <= 0: return
+    yield found("no_gradient", "warning", logs=len(norms), spread=mean(spread))
+
+# %% ../../nbs/advice/05_live.ipynb #d6f5d1d9
 @rule("live")
 def _reward_flat(s):
     "A reward that has not moved in 60 logs."
@@ -281,7 +310,7 @@ class Learning:
     __repr__ = __str__
     def _repr_html_(self): return f'<p style="max-width:62em;color:var(--jp-content-font-color1, inherit)">{shown(self.text)}</p>'
 
-# %% ../../nbs/advice/05_live.ipynb #c3db674d
+# %% ../../nbs/advice/05_live.ipynb #8d53743c
 class Watcher:
     "Listens to a run and says what goes wrong; `verdict` answers whether it is learning."
     def __init__(self,
@@ -295,7 +324,7 @@ class Watcher:
         self.events, self.run, self.held_out, self.reward, self.max_new_tokens = events, run, held_out, reward, max_new_tokens
         self.rules = rules_about("live") if rules is None else list(rules)
         self.findings, self.accuracy = deque(maxlen=200), []
-        self.rewards, self.bad, self.step = Thinned(), set(), 0
+        self.rewards, self.bad, self.large, self.step = Thinned(), set(), set(), 0
         self.pairs, self._series = {}, {}
         self._on, self._quiet = {}, {} # by a rule's name: whether it holds, and for how many checks it has not
         self._end = events.subscribe(self._heard, StepLogged, CompletionsLogged, RunStarted)
@@ -320,7 +349,7 @@ def active(self:Watcher) -> list: # names
     "The rules that hold now."
     return [name for name, on in self._on.items() if on]
 
-# %% ../../nbs/advice/05_live.ipynb #11a39a6b
+# %% ../../nbs/advice/05_live.ipynb #c09cd7c5
 @patch
 def _heard(self:Watcher, event):
     self.step = max(self.step, event.step)
@@ -334,7 +363,8 @@ def _logged(self:Watcher, metrics):
     "Keep one log; those of an evaluation are no part of the run's course."
     if any(str(name).startswith("eval_") for name in metrics): return
     watched = ("loss", "reward", "grad_norm", "kl", "entropy")
-    self.bad = {name for name in watched if name in metrics and not math.isfinite(metrics[name])}
+    self.large = {name for name in ("reward", "reward_std") if math.isinf(metrics.get(name, 0.0))}
+    self.bad = {name for name in watched if name in metrics and not math.isfinite(metrics[name])} - self.large
     for name, value in metrics.items():
         if name in self._series or len(self._series) < 200: self._series.setdefault(name, Series()).add(value)
     if "reward" in metrics: self.rewards.add(metrics["reward"])

@@ -6,7 +6,8 @@
 __all__ = ['REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', 'REACHED_BANDWIDTH', 'MOMENTS', 'OVERHEAD', 'PASSING', 'Anatomy',
            'read_model', 'anatomy', 'read_config', 'Load', 'default_budget', 'load_of', 'adapted', 'adapter_numbers',
            'weight_bytes', 'optimiser_bytes', 'layer_numbers', 'activation_bytes', 'head_bytes', 'cache_bytes',
-           'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate']
+           'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate',
+           'of_trainer']
 
 # %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
@@ -24,6 +25,7 @@ from torch import nn
 
 from .finding import PAGE
 from ..ground.check import flag, known_arguments, number, one_of, whole
+from ..models.room import ESTIMATES
 from ..trainers.config import FIELDS, next_rows
 from ..models.specs import DeviceSpec, published, this_device
 
@@ -570,3 +572,13 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
     seconds = {"sampling": sampling_seconds(a, load, c, spec, parts["weights"], n.computed),
                "training": training_seconds(a, load, c, spec, n.count, n.full)}
     return Estimate({name: round(size) for name, size in parts.items()}, seconds, spec, load, _steps(c, load, rows))
+
+# %% ../../nbs/advice/02_memory.ipynb #7d4883db
+def of_trainer(trainer) -> str:
+    "The estimate of a trainer's run as a sentence."
+    e = estimate(trainer.accelerator.unwrap_model(trainer.model), trainer.args)
+    parts = sorted(((e.parts[p], p) for p in e.at_peak), reverse=True)
+    words = ", ".join(f"{name} {size_text(size)}" for size, name in parts)
+    return f"The estimate for this run is {size_text(e.peak)} at its peak, of {size_text(e.device.memory)}: {words}."
+
+ESTIMATES.append(of_trainer)

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 
 from .finding import found, rule, rules_about, words
-from ..ground.check import SETTINGS, number, whole
+from ..ground.check import SETTINGS, number, share, whole
+from ..ground.text import error_text
 from ..models.device import best_dtype, why_not_four_bit, has_bfloat16, slow_dtype, target_device
 from ..models.load import settings_of
 from ..recipe.trl import alone
@@ -447,7 +448,7 @@ def about_settings(s:Setup) -> tuple: # (list of Finding, whether a rule met a v
     errors = {f.fields[0] for f in said if f.severity == "error"}
     return [f for f in said if f.severity == "error" or f.fields[0] not in errors], broken
 
-# %% ../../nbs/advice/03_settings.ipynb #fa5702e7
+# %% ../../nbs/advice/03_settings.ipynb #b1add426
 words("""
 trl
     {said}
@@ -461,7 +462,7 @@ def why_not_trl(recipe:Recipe) -> str: # empty where it would
     from trl import GRPOConfig
     try: unplaced(GRPOConfig)(**alone(recipe)[0])
     except Exception as error: # noqa: BLE001 whatever it is, a run would end with it; it is passed on in words
-        return f"TRL: {error}" if isinstance(error, ValueError) else f"TRL: {type(error).__name__}: {error}"
+        return f"TRL: {error}" if isinstance(error, ValueError) else f"TRL: {error_text(error)}"
     return ""
 
 # %% ../../nbs/advice/03_settings.ipynb #85a5df2b

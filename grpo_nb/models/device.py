@@ -9,6 +9,7 @@ __all__ = ['target_device', 'has_bfloat16', 'best_dtype', 'dtype_for', 'slow_dty
 import torch
 
 from ..ground.check import nearest
+from ..ground.text import error_text
 
 # %% ../../nbs/models/01_device.ipynb #d4c119c4
 def _default_device() -> torch.device: # with an index where the kind has one
@@ -93,14 +94,14 @@ def why_not_four_bit(device, # a torch.device, or what makes one
     try: import bitsandbytes as bnb
     except ImportError: return "bitsandbytes is not installed. Install it with `pip install bitsandbytes`."
     except Exception as error:  # noqa: BLE001 a broken native library raises anything; it is passed on in words
-        return (f"bitsandbytes cannot be imported ({type(error).__name__}: {error}). "
+        return (f"bitsandbytes cannot be imported ({error_text(error)}). "
                 "Reinstall it with `pip install -U bitsandbytes`.")
     weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
     try:
         packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
         off = (bnb.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     except Exception as error:  # noqa: BLE001 the same
-        return (f"bitsandbytes {bnb.__version__} does not run on {device} ({type(error).__name__}: {error}). "
+        return (f"bitsandbytes {bnb.__version__} does not run on {device} ({error_text(error)}). "
                 "`python -m bitsandbytes` prints what it is missing.")
     if off < 0.2: return ""
     return f"bitsandbytes {bnb.__version__} returns wrong numbers on {device}: off by {off:.2f} where 0.2 is the most."

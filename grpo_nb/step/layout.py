@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..packs.batch import Pack, RolloutBatch
 from ..ground.check import one_of
+from ..ground.text import error_text
 from ..packs.attention import Obstacle, Reason, why_not_tree
 from ..packs.plan import plan
 from .forward import install, is_installed, run_pack, uninstall
@@ -151,7 +152,7 @@ def why_not_in_packs(base:nn.Module, parts:list) -> str: # empty where they give
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             try: why = "" if difference(base) < max(1e-5, 8 * torch.finfo(weight.dtype).eps) else DIFFERS
             except Exception as error: # noqa: BLE001 anybody's code
-                why = f"on a few rows and in a pack it fails ({type(error).__name__}: {error})"
+                why = f"on a few rows and in a pack it fails ({error_text(error)})"
         asked[key] = why, parts # kept, so that an id stays theirs
     return asked[key][0]
 

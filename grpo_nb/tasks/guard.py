@@ -111,8 +111,9 @@ def _why_not_bound(parameters, given, columns) -> str: # empty where they can be
     more = [name for name in given if name not in {p.name for p in named}]
     return f"does not take {', '.join(map(repr, more))}, which TRL passes by name: add **kwargs to its parameters" if more else ""
 
-# %% ../../nbs/tasks/03_guard.ipynb #1481bf45
+# %% ../../nbs/tasks/03_guard.ipynb #4fba21ce
 _float32_max = 3.4028234663852886e38
+_largest = _float32_max ** 0.5 # 1.8e19: a spread is computed from squares
 
 def shape_of(value) -> tuple: # empty for what has none
     "The shape of an array or a tensor."
@@ -138,6 +139,9 @@ def check_value(value, # one element of what a reward returned
         raise ValueError(f"returned {_shown(value)}, which is not a number: {error_text(error, 200)}") from None
     if math.isnan(found): raise ValueError("returned NaN; for a sample that is not to be scored, return None")
     if abs(found) > _float32_max: raise ValueError(f"returned {shorten(value, 80)}, which is infinite in float32")
+    if abs(found) > _largest:
+        raise ValueError(f"returned {shorten(value, 80)}, whose square is infinite in float32: the spread of a group would be too, "
+                         f"and every advantage 0; at most {_largest:.2g}")
     return found
 
 # %% ../../nbs/tasks/03_guard.ipynb #8b58786f

@@ -31,6 +31,7 @@ from .start import _arguments, _finished, _folder, _loader, check_version, plain
 from .start import process_group_kept, release_pools, request_options, untouched
 from .weights import adapter_of, why_not_swap, has_adapter, weights_of
 from ...ground.events import say
+from ...ground.text import error_text
 from ...models.load import settings_of
 from ...models.unwrap import causal_lm
 
@@ -162,7 +163,7 @@ def copied_bytes(self:VLLMEngine) -> int | None:
 # %% ../../../nbs/engines/vllm/05_engine.ipynb #c79e3c9a
 def _advice(error): # what to change, by what the message speaks of
     "An error of vLLM's with the way out."
-    text = f"{type(error).__name__}: {error}".strip()
+    text = f"{error_text(error)}".strip()
     if any(word in text.lower() for word in ("out of memory", "kv cache", "memory")):
         return f"{text} Make room: a smaller max_model_len, max_num_seqs, or cache_bytes; on a GPU another gpu_memory_utilization."
     return f"{text} engine='inplace' or engine='hf' sample without vLLM."

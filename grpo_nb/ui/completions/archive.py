@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from ...ground.check import nearest, whole
 from ...ground.text import encodable
 from ...ground.events import say
+from ...ground.text import error_text
 from .records import Store, _number, make_groups
 
 # %% ../../../nbs/ui/completions/02_archive.ipynb #ef01e1fe
@@ -257,7 +258,7 @@ def _work(self:Spill):
         except Exception as error: # noqa: BLE001 a full disk does not end the run; it is reported and counted
             self.failures += 1
             self._torn = True
-            say(f"completions cannot be written to {self.path.name} ({type(error).__name__}: {error}); "
+            say(f"completions cannot be written to {self.path.name} ({error_text(error)}); "
                 "the run goes on, and further failures are only counted.")
         finally: self._queue.task_done()
     self._queue.task_done()

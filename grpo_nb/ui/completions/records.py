@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from ...ground.check import whole
 from ...ground.events import CompletionsLogged, say, weakly
+from ...ground.text import error_text
 from ...tasks.rewards import text_of
 
 # %% ../../../nbs/ui/completions/01_records.ipynb #54ea466c
@@ -310,7 +311,7 @@ def _squeeze(self:Store, step):
         groups.pop()
         self._put(step, groups)
 
-# %% ../../../nbs/ui/completions/01_records.ipynb #6ec7a12f
+# %% ../../../nbs/ui/completions/01_records.ipynb #81a4af28
 @patch
 def add_event(self:Store,
               event, # a CompletionsLogged
@@ -324,7 +325,7 @@ def add_event(self:Store,
         if self.spill is not None: self.spill.put(groups)
     except Exception as error: # noqa: BLE001 training goes on; it is reported and counted
         self.failures += 1
-        say(f"completions could not be stored ({type(error).__name__}: {error}); "
+        say(f"completions could not be stored ({error_text(error)}); "
             "the run goes on, and further failures are only counted.")
 
 # %% ../../../nbs/ui/completions/01_records.ipynb #de6b4362

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
-from ...ground.text import encodable, written
+from ...ground.text import encodable, error_text, written
 from ...tasks.evaluate import call_reward, reward_arguments
-from ...tasks.guard import RewardError, guard, is_model, name_of
+from ...tasks.guard import RewardError, guard, is_async, is_model, name_of
 from ..parts.cards import _plain, folded, style, visible
 from ..completions.records import as_text
 from ..parts.svg import number
@@ -115,10 +115,10 @@ def _score_alone(function, named, n, timeout, failed): # (values, errors)
             if _is_late(errors[i]): return values, {**dict.fromkeys(range(i + 1, n), failed), **errors}
     return values, errors
 
-# %% ../../../nbs/ui/lab/01_scoring.ipynb #e6886bee
+# %% ../../../nbs/ui/lab/01_scoring.ipynb #ffae3953
 def _message(error): # one line
     "A reward's failure."
-    reason = error.reason if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+    reason = error.reason if isinstance(error, RewardError) else f"{error_text(error)}"
     if "unexpected keyword argument" in reason: reason += " (TRL passes every column by name: add **kwargs to its parameters)"
     return " ".join(reason.split())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ...ground.events import say
+from ...ground.text import error_text
 from .cards import style
 from .display import bundle_of, display_view
 
@@ -116,7 +117,7 @@ def _failed(self:View, error, what="be brought up to date"):
     told = self.__dict__.setdefault("_told", set())
     if what in told: return
     told.add(what)
-    said = f"the {type(self).__name__} could not {what} ({type(error).__name__}: {error})"
+    said = f"the {type(self).__name__} could not {what} ({error_text(error)})"
     try: say(f"{said}; nothing else is affected, and more of this is only counted.")
     except Exception: pass # noqa: BLE001 standard output itself may be what is broken
 

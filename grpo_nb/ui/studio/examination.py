@@ -12,6 +12,7 @@ from html import escape
 
 from fastcore.basics import patch
 
+from ...ground.text import error_text
 from ...advice.doctor import doctor
 from ...ground.text import written
 from ..panels.boxes import bar, column, problem_html, says_html, set_class
@@ -60,7 +61,7 @@ def _work(self:Examination, options, raises=False):
     self.problem = ""
     try: self.report, self._applied = doctor(*self.case(), **self.more, **options), set()
     except Exception as error: # it is shown in place; in the foreground it is raised
-        self.problem = f"{type(error).__name__}: {error}"
+        self.problem = f"{error_text(error)}"
         if raises: raise
     finally:
         self.busy("")
