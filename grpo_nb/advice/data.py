@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHEAPER', 'Sampled', 'Case', 'setup_of_case', 'reward_failed']
 
-# %% ../../nbs/advice/04_data.ipynb #e929f6c3
+# %% ../../nbs/advice/04_data.ipynb #84d12632
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import mean, pstdev
@@ -16,7 +16,8 @@ from .finding import Finding, found, rule, words
 from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
 from ..run import inputs
-from ..tasks.guard import RewardError, name_of, shorten
+from ..tasks.evaluate import within_limit
+from ..tasks.guard import RewardError, name_of, names_of, shorten
 
 # %% ../../nbs/advice/04_data.ipynb #1e40312f
 @dataclass
@@ -95,7 +96,7 @@ chat_template.open
     → Use the template of an instruction-tuned model, or add a generation prompt to it.
 """)
 
-# %% ../../nbs/advice/04_data.ipynb #caedadb2
+# %% ../../nbs/advice/04_data.ipynb #7c9fd9d9
 @rule("data")
 def _model(c):
     "There is something to train."
@@ -108,7 +109,8 @@ def _first_prompt(c): return c.rows[0]["prompt"] if c.rows else None
 
 def _rendered(c) -> tuple: # two strings
     "The first prompt in the chat template, with and without the beginning of an answer; raises what the template raises."
-    def render(begun): return c.tokenizer.apply_chat_template(_first_prompt(c), tokenize=False, add_generation_prompt=begun)
+    def render(begun):
+        return within_limit(c.tokenizer.apply_chat_template, _first_prompt(c), tokenize=False, add_generation_prompt=begun)
     return render(True), render(False)
 
 def _tokenizer_works(c) -> bool:
@@ -425,11 +427,11 @@ def _reward(c):
     for name, values in _values(c).items():
         for one in _about_reward(name, values): yield replace(one, rule=f"reward:{name}")
 
-# %% ../../nbs/advice/04_data.ipynb #b92ce435
+# %% ../../nbs/advice/04_data.ipynb #1efee64f
 @rule("completions")
 def _reward_scales(c):
     "Rewards of so different size that one of them counts for nothing."
-    weights = dict(zip([name_of(f) for f in c.functions], c.weights or [1.0] * len(c.functions)))
+    weights = dict(zip(names_of(c.functions), c.weights or [1.0] * len(c.functions)))
     widths = {name: (max(values) - min(values)) * abs(weights.get(name, 1.0)) for name, values in _values(c).items() if values}
     widths = {name: width for name, width in widths.items() if width > 0}
     if len(widths) < 2: return

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-# %% ../../nbs/advice/06_doctor.ipynb #55a5d6dc
+# %% ../../nbs/advice/06_doctor.ipynb #612aec57
 from . import memory
 from .data import Case, Sampled, reward_failed, setup_of_case
 from .finding import DoctorError, Finding, Report, found, rules_about, words
@@ -35,7 +35,7 @@ from ..recipe.code import FILES, loader_of
 from ..recipe.value import changes_of, config_fields
 from ..run import inputs
 from ..tasks.evaluate import _pad_left, _prompt_ids
-from ..tasks.guard import RewardError, guard, is_async, is_model, name_of
+from ..tasks.guard import RewardError, guard, is_async, is_model, names_of
 
 _all_ = ["Finding", "Report", "DoctorError", "Learning", "Watcher", "watch"] # the doctor's public names in one place
 
@@ -129,7 +129,7 @@ def _run_async(coroutine):
 def _nowhere(*args, **kwargs): # stands for the trainer's logging functions
     "Takes what a reward logs."
 
-# %% ../../nbs/advice/06_doctor.ipynb #96c1b05b
+# %% ../../nbs/advice/06_doctor.ipynb #073b617f
 def score_group(case:Case, group:Sampled, timeout:float) -> None: # raises `RewardError`
     "Fill in one group's scores."
     n = len(group.texts)
@@ -137,12 +137,13 @@ def score_group(case:Case, group:Sampled, timeout:float) -> None: # raises `Rewa
     columns = {k: [v] * n for k, v in group.row.items() if k not in ("prompt", "completion", "completion_ids")}
     given = dict(prompts=[group.prompt] * n, completions=completions, completion_ids=group.ids, trainer_state=None,
                  log_extra=_nowhere, log_metric=_nowhere)
-    for function in case.functions:
+    names = names_of(case.functions)
+    for function, name in zip(case.functions, names):
         if is_model(function): continue
-        values = guard(function, timeout=max(1.0, timeout))(**{**columns, **given})
-        group.scores[name_of(function)] = _run_async(values) if is_async(function) else values
+        values = guard(function, timeout=max(1.0, timeout), name=name)(**{**columns, **given})
+        group.scores[name] = _run_async(values) if is_async(function) else values
     weights = case.weights or [1.0] * len(case.functions)
-    parts = [(w, group.scores[name_of(f)]) for w, f in zip(weights, case.functions) if name_of(f) in group.scores]
+    parts = [(w, group.scores[n]) for w, n in zip(weights, names) if n in group.scores]
     if parts: group.totals = [sum(w * (values[i] or 0.0) for w, values in parts) for i in range(n)]
 
 # %% ../../nbs/advice/06_doctor.ipynb #dbb5ac1f

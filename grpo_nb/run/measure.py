@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GIB', 'IMAGES', 'memory', 'StepMeter']
 
-# %% ../../nbs/run/03_measure.ipynb #28ffaa9c
+# %% ../../nbs/run/03_measure.ipynb #bffeccdc
 import sys
 from collections import deque
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 from fastcore.basics import patch
@@ -33,25 +33,28 @@ def memory() -> dict: # name to GiB
         peak = max(peak, held) # two clocks of the system
     return {"memory/peak_gib": peak / GIB, "memory/held_gib": held / GIB}
 
-# %% ../../nbs/run/03_measure.ipynb #76716f38
+# %% ../../nbs/run/03_measure.ipynb #b3a6ba00
 class StepMeter:
     "Measures the steps of one trainer and keeps the tokens of its latest completions."
     def __init__(self, trainer):
-        self.trainer, self.began = trainer, None
+        self.trainer, self.began, self.since = trainer, None, None
         self.seconds = {"sampling": 0.0, "rewards": 0.0} # of the step that goes on
         keep = getattr(trainer.args, "generation_batch_size", None)
         self.records = deque(maxlen=keep) # dicts with ids, cut_off, logps and entropies of one completion
         self.longest_prompt = 0 # tokens, of all prompts so far
         self.token_values = False # score each completion's tokens, one more forward a step
+        self.doing = None # what goes on now, and since when on the monotonic clock: ("sampling", 12.5)
         self._sampled = None
 
-# %% ../../nbs/run/03_measure.ipynb #dbd179f8
+# %% ../../nbs/run/03_measure.ipynb #6e23aa21
 @patch
 def _timed(self:StepMeter, what, call, *args, **kwargs):
     "Call, and count the seconds if it belongs to training."
     start = perf_counter()
+    self.doing = what, monotonic()
     try: return call(*args, **kwargs)
     finally:
+        self.doing = None
         if self.trainer.model.training: self.seconds[what] += perf_counter() - start
 
 @patch
@@ -115,7 +118,7 @@ def _end_ids(trainer) -> set:
     ends = getattr(trainer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     return {*ends, tokenizer.pad_token_id}
 
-# %% ../../nbs/run/03_measure.ipynb #92179a2d
+# %% ../../nbs/run/03_measure.ipynb #8c6154cd
 @patch
 def fields(self:StepMeter, n:int) -> dict: # lengths, cut_off, ids, logps and entropies of `CompletionsLogged`
     "The records of the latest n completions; nothing where the trainer kept another number."
@@ -129,7 +132,7 @@ def fields(self:StepMeter, n:int) -> dict: # lengths, cut_off, ids, logps and en
 @patch
 def step_begins(self:StepMeter) -> None:
     "Start the clock of a step."
-    self.began = perf_counter()
+    self.began, self.since = perf_counter(), monotonic()
     self.seconds = dict.fromkeys(self.seconds, 0.0)
 
 @patch

@@ -8,10 +8,11 @@ __all__ = ['OLD', 'SAMPLING', 'SEES_LOGPS', 'ALIASES', 'WRAPPERS', 'per_token_lo
            'compute_loss', 'window_of', 'begun', 'router', 'is_fresh', 'note_sampling', 'one_pass', 'loss_inputs',
            'sum_stats', 'log_metrics', 'mean_of', 'count_packs', 'extreme', 'real_positions', 'corrects', 'deferred',
            'weights_stay', 'put_off', 'held_at', 'generate_and_score', 'reference', 'sampler_ratio', 'trls_loss',
-           'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'training_step', 'log',
-           'patches']
+           'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'guarded_rewards',
+           'calculate_rewards', 'check_call', 'check_and_score', 'check_reward_funcs', 'tell_apart', 'reward_names',
+           'training_step', 'log', 'patches']
 
-# %% ../../nbs/trainers/09_grpo.ipynb #2fd7664e
+# %% ../../nbs/trainers/09_grpo.ipynb #4a6ff8d9
 from contextlib import ExitStack, contextmanager
 from functools import cache, reduce
 from inspect import signature
@@ -29,6 +30,7 @@ from ..algo.loss import POLICY_TERMS, LossInputs, LossSettings, Stat, entropy_bo
 from ..algo.ratio import sampling_correction
 from ..models.load import tokenizer_of
 from ..patch.objects import changing
+from ..tasks.guard import PASSED, RewardError, guard, is_model, numbered, shorten, why_not_called
 
 # %% ../../nbs/trainers/09_grpo.ipynb #b94d5055
 from ..step.layout import Choice, Chosen, Layout
@@ -537,6 +539,72 @@ def init(original): # -> the replacement of the trainer's `__init__`
             say("use_liger_kernel=True was chosen: TRL's own Liger loss is taken, not the packed step.")
     return __init__
 
+# %% ../../nbs/trainers/09_grpo.ipynb #27dc3a3c
+@contextmanager
+def guarded_rewards(trainer):
+    "Inside, a trainer's reward functions are guarded."
+    named = zip(trainer.reward_funcs, trainer.reward_func_names)
+    functions = [f if is_model(f) or hasattr(f, "_guards") else guard(f, name=name) for f, name in named]
+    with changing(trainer, "reward_funcs", functions, why="guarded, for the time of scoring", by="tasks.guard"): yield
+
+
+def calculate_rewards(original): # -> the replacement of `_calculate_rewards`
+    "TRL's scoring, with guarded rewards."
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        with guarded_rewards(self): return original(self, inputs, prompts, completions, completion_ids_list)
+    return _calculate_rewards
+
+# %% ../../nbs/trainers/09_grpo.ipynb #65aff81e
+def check_call(trainer, columns) -> None: # raises `RewardError` and `ValueError`
+    "Whether a trainer's rewards take what TRL passes them."
+    functions = [(f, n) for f, n in zip(trainer.reward_funcs, trainer.reward_func_names) if not is_model(f)]
+    taken = [c for c in columns if c in PASSED and c != "completion_ids"]
+    if functions and {"prompts", "completions"} & set(taken):
+        raise ValueError(f"dataset: its column {taken[0]!r} has the name of an argument that rewards get from TRL; rename it.")
+    if functions and taken: say(f"the column {taken[0]!r} of the data set does not reach the rewards: TRL passes its own.")
+    passed = (*PASSED, *(["environments"] if getattr(trainer, "environments", None) is not None else []))
+    for function, name in functions:
+        if why := why_not_called(function, columns, passed): raise RewardError(name, None, None, f"{why}.")
+
+
+def check_and_score(original): # -> the replacement of `_generate_and_score_completions`
+    "TRL's sampling and scoring, once the rewards have been looked at."
+    def _generate_and_score_completions(self, inputs):
+        if inputs: check_call(self, [*inputs[0]])
+        return original(self, inputs)
+    return _generate_and_score_completions
+
+# %% ../../nbs/trainers/09_grpo.ipynb #2c1802ec
+def check_reward_funcs(given) -> None: # `reward_funcs` as it was given; raises `TypeError`
+    "Whether each is a function, a reward model or a name."
+    if isinstance(given, (tuple, set, dict)):
+        raise TypeError(f"reward_funcs={shorten(given, 80)} is a {type(given).__name__}; give a list, or one reward.")
+    for one in given if isinstance(given, list) else [given]:
+        if is_model(one): continue
+        if not callable(one):
+            raise TypeError(f"reward_funcs: {shorten(one, 80)} is neither a function nor a reward model or its name.")
+        if isinstance(one, type) and (why := why_not_called(one, [])): raise TypeError(f"reward_funcs: {one.__name__} {why}.")
+
+# %% ../../nbs/trainers/09_grpo.ipynb #9342e756
+def tell_apart(trainer) -> None:
+    "Give rewards of one name a number."
+    names = getattr(trainer, "reward_func_names", [])
+    if (own := numbered(names)) == names: return
+    say(f"two rewards have the same name; their metrics are {', '.join(f'rewards/{n}/mean' for n in own)}.")
+    trainer.reward_func_names = own
+
+
+def reward_names(original): # -> the replacement of the trainer's `__init__`
+    "TRL's constructor, with rewards that are looked at and told apart."
+    takes = signature(original)
+
+    def __init__(self, *args, **kwargs):
+        given = takes.bind(self, *args, **kwargs).arguments
+        if given.get("reward_funcs") is not None: check_reward_funcs(given["reward_funcs"])
+        original(self, *args, **kwargs)
+        tell_apart(self)
+    return __init__
+
 # %% ../../nbs/trainers/09_grpo.ipynb #4a0bb897
 def training_step(original): # -> the replacement of `training_step`
     "TRL's training step, counted, with the rate at which completion tokens were trained on."
@@ -561,9 +629,10 @@ def log(original): # -> the replacement of `log`
         return original(self, logs, start_time)
     return log
 
-# %% ../../nbs/trainers/09_grpo.ipynb #df4605e4
+# %% ../../nbs/trainers/09_grpo.ipynb #99b56c3c
 WRAPPERS = {"own tokenizer": init, "packed log-probs": per_token_logps, "packed loss": compute_loss, "step rate": training_step,
-            "short names": log, "no second forward": generate_and_score}
+            "short names": log, "no second forward": generate_and_score,
+            "reward names": reward_names, "reward check": check_and_score, "reward guard": calculate_rewards}
 
 
 @cache
