@@ -58,6 +58,9 @@ class AsyncJudge:
     async def __call__(self, completions, **columns): return lengths(completions)
 
 
+async def judged(completions, **columns): return lengths(completions)
+
+
 # ---- stop and pause
 
 def sleeping(seconds, at=0, is_async=False):
@@ -257,13 +260,13 @@ def test_wrong_rewards_of_the_plain_trainer(plain):
 def test_good_rewards_of_the_plain_trainer(plain):
     "None is not scored, one-element tensors are numbers, one name has one metric, and the trainer is left as it was made."
     def some(completions, **columns): return [None if i % 2 else 3.0 for i in range(len(completions))]
-    rewards = [some, given(lambda n: [torch.ones(1)] * n), AsyncJudge(), Judge(), Judge(), functools.partial(lengths)]
+    rewards = [some, given(lambda n: [torch.ones(1)] * n), judged, Judge(), Judge(), functools.partial(lengths)]
     made = plain(rewards)
     log = made.state.log_history[0]
     means = {k.split("/")[1]: v for k, v in log.items() if k.startswith("rewards/") and k.endswith("/mean")}
-    assert list(means) == ["some", "fixed", "AsyncJudge", "Judge", "Judge_2", "lengths"]
+    assert list(means) == ["some", "fixed", "judged", "Judge", "Judge_2", "lengths"]
     assert means["some"] == 3.0 and means["fixed"] == 1.0
-    assert means["AsyncJudge"] == means["Judge"] == means["Judge_2"] == means["lengths"]
+    assert means["judged"] == means["Judge"] == means["Judge_2"] == means["lengths"]
     assert made.reward_funcs == rewards and all(not hasattr(f, "_guards") for f in made.reward_funcs)
 
 
@@ -276,7 +279,7 @@ def test_the_guard_changes_no_number(parts, tmp_path):
     found = []
     for patched in (False, True):
         if patched: patch.PatchFastRL("grpo")
-        rewards = [thirds, AsyncJudge(), late, given(lambda n: [None, 1] * (n // 2)), given(lambda n: torch.arange(n) / 7)]
+        rewards = [thirds, judged, late, given(lambda n: [None, 1] * (n // 2)), given(lambda n: torch.arange(n) / 7)]
         args = trl.GRPOConfig(**{**SMALL, "output_dir": str(tmp_path)})
         made = trl.GRPOTrainer(model=parts[0], reward_funcs=rewards, args=args, train_dataset=TASK.train, processing_class=parts[1])
         found.append(made._calculate_rewards([{"prompt": "p"}] * 8, prompts, completions, [[1]] * 8))
