@@ -192,7 +192,8 @@ def test_whatever_is_raised_names_reward_file_and_line(kind, words, timeout):
     assert len(str(e)) < 2000 and e.__cause__ is kind
 
 
-@pytest.mark.parametrize("kind", [SystemExit(3), KeyboardInterrupt(), OddBase("odd"), Unwritable(), asyncio.CancelledError()], ids=repr)
+@pytest.mark.parametrize("kind", [SystemExit(3), KeyboardInterrupt(), OddBase("odd"), Unwritable(), asyncio.CancelledError()],
+                         ids=lambda e: type(e).__name__)
 def test_an_async_reward_cannot_end_the_loop(kind, timeout):
     "TRL keeps one loop in a thread of its own: it goes on, and so does the one with a limit."
     async def judge(completions, **columns): raise kind
@@ -213,8 +214,8 @@ class Answer(Exception):
 
 
 @pytest.mark.parametrize("kind, slow, most", [
-    (ValueError("all of them"), 0, 5), (ConnectionError("away"), 0, 1), (Answer("too many requests"), 0, 1), (ValueError("slow"), 0.15, 1),
-    (SystemExit(), 0, 1),
+    (ValueError("all of them"), 0, 5), (ConnectionError("away"), 0, 1), (Answer("too many requests"), 0, 1),
+    (ValueError("slow"), 0.15, 1), (SystemExit(), 0, 1),
 ], ids=["quick", "no network", "a service", "slow", "exit"])
 def test_how_often_a_failing_reward_is_called(kind, slow, most):
     judge, calls = raising(kind, slow)
@@ -425,12 +426,14 @@ def test_signature_and_repeats():
 
 def test_models_pass():
     model = torch.nn.Linear(1, 1)
-    assert guard(model) is model and guard("some/model") == "some/model" and name_of("some/model") == name_of("/a/model/") == "model"
+    assert guard(model) is model and guard("some/model") == "some/model"
+    assert name_of("some/model") == name_of("/a/model/") == "model"
 
 
 def test_rewards_of_one_name_are_told_apart():
-    assert names_of([lambda: 1, Judge(), lambda: 2, Judge(), functools.partial(scaled), functools.partial(scaled, scale=2), "a/rm", "b/rm"]) \
-        == ["<lambda>", "Judge", "<lambda>_2", "Judge_2", "scaled", "scaled_2", "rm", "rm_2"]
+    partials = functools.partial(scaled), functools.partial(scaled, scale=2)
+    names = names_of([lambda: 1, Judge(), lambda: 2, Judge(), *partials, "a/rm", "b/rm"])
+    assert names == ["<lambda>", "Judge", "<lambda>_2", "Judge_2", "scaled", "scaled_2", "rm", "rm_2"]
     def judge_2(): pass
     def judge(): pass
     assert names_of([judge, judge_2, judge]) == ["judge", "judge_2", "judge_3"]
@@ -438,9 +441,10 @@ def test_rewards_of_one_name_are_told_apart():
 
 
 @pytest.mark.parametrize("function, words", [
-    (lambda completions, answer, **kwargs: [], ""), (lambda prompts, **kwargs: [], ""), (lambda **kwargs: [], ""), (len, "takes 'obj' by position"),
-    (lambda prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric: [], ""), (Judge(), ""), ("a/rm", ""),
-    (functools.partial(scaled, scale=2), ""), (lambda completions, solution, **kwargs: [], "needs 'solution', and the dataset has no such column"),
+    (lambda completions, answer, **kwargs: [], ""), (lambda prompts, **kwargs: [], ""), (lambda **kwargs: [], ""),
+    (len, "takes 'obj' by position"), (Judge(), ""), ("a/rm", ""), (functools.partial(scaled, scale=2), ""),
+    (lambda prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric: [], ""),
+    (lambda completions, solution, **kwargs: [], "needs 'solution', and the dataset has no such column"),
     (lambda completions, answers, **kwargs: [], "Did you mean 'answer'?"), (lambda completions: [], "does not take 'prompts'"),
     (Judge, "is a class; give an instance of it, such as Judge()"), (lambda completions, /, **kwargs: [], "by position"),
     (torch.nn.Linear(1, 1), ""), (torch.nn.Linear, "is a class"),

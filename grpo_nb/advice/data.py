@@ -18,8 +18,8 @@ from .finding import Finding, found, rule, words
 from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
 from ..run import inputs
-from ..tasks.evaluate import as_dict
-from ..tasks.guard import RewardError, name_of
+from ..tasks.evaluate import as_dict, within_limit
+from ..tasks.guard import RewardError, name_of, names_of
 from ..trainers.rehearsal import columns_kept
 
 # %% ../../nbs/advice/04_data.ipynb #7830e367
@@ -116,8 +116,8 @@ def _rendered(c) -> tuple: # two strings
     "The first prompt in the chat template, with and without the beginning of an answer; raises what the template raises."
     how = {} if c.trainer is None else {"tools": c.trainer.tools or None, "chat_template": c.trainer.chat_template}
     def render(begun):
-        return c.tokenizer.apply_chat_template(_first_prompt(c), tokenize=False, add_generation_prompt=begun, **how,
-                                               **as_dict(c.config.chat_template_kwargs))
+        return within_limit(c.tokenizer.apply_chat_template, _first_prompt(c), tokenize=False, add_generation_prompt=begun, **how,
+                            **as_dict(c.config.chat_template_kwargs))
     return render(True), render(False)
 
 def _tokenizer_works(c) -> bool:
@@ -460,7 +460,7 @@ def _reward(c):
 @rule("completions")
 def _reward_scales(c):
     "Rewards of so different size that one of them counts for nothing."
-    weights = dict(zip([name_of(f) for f in c.functions], c.weights or [1.0] * len(c.functions)))
+    weights = dict(zip(names_of(c.functions), c.weights or [1.0] * len(c.functions)))
     widths = {name: (max(values) - min(values)) * abs(weights.get(name, 1.0)) for name, values in _values(c).items() if values}
     widths = {name: width for name, width in widths.items() if width > 0}
     if len(widths) < 2: return

@@ -34,7 +34,7 @@ from ..recipe.trl import as_typed
 from ..recipe.value import changes_of, check_config, config_fields
 from ..run import inputs
 from ..tasks.evaluate import call_reward, reward_arguments
-from ..tasks.guard import RewardError, guard, is_model, name_of, shorten
+from ..tasks.guard import RewardError, guard, is_model, names_of, shorten
 from ..trainers.rehearsal import close, columns_kept, is_ours, prompt_ids_of, rehearsal, sampled
 
 _all_ = ["Finding", "Report", "DoctorError", "Learning", "Watcher", "watch"] # the doctor's public names in one place
@@ -81,13 +81,13 @@ def sample_case(case:Case, rows:list, until:float, clock) -> list|None: # of Sam
     return [Sampled(row["prompt"], texts[s], list(map(len, ids[s])), ended[s], ids=ids[s], row=row, completions=completions[s])
             for row, s in zip(rows, spans)]
 
-# %% ../../nbs/advice/06_doctor.ipynb #0a2c967a
-def score(case:Case, group:Sampled, function, timeout:float) -> None: # raises `RewardError`, whatever went wrong
+# %% ../../nbs/advice/06_doctor.ipynb #4e91f612
+def score(case:Case, group:Sampled, function, name:str, timeout:float) -> None: # raises `RewardError`, whatever went wrong
     "Fill in one reward's scores of one group."
-    n, name = len(group.texts), name_of(function)
+    n = len(group.texts)
     columns = {column: [group.row[column]] * n for column in columns_kept(case.trainer, group.row)}
     given = reward_arguments([group.prompt] * n, group.completions, columns, group.ids, case.trainer.state)
-    try: group.scores[name] = call_reward(guard(function, timeout=max(1.0, timeout)), given)
+    try: group.scores[name] = call_reward(guard(function, timeout=max(1.0, timeout), name=name), given)
     except RewardError: raise
     except Exception as error: # such as a reward that is not ready
         raise RewardError(name, None, None, f"{type(error).__name__}: {error}") from error
@@ -95,7 +95,7 @@ def score(case:Case, group:Sampled, function, timeout:float) -> None: # raises `
 def add_up(case:Case, group:Sampled) -> None:
     "Fill in one group's totals."
     weights = case.weights or [1.0] * len(case.functions)
-    parts = [(w, group.scores[name_of(f)]) for w, f in zip(weights, case.functions) if name_of(f) in group.scores]
+    parts = [(w, group.scores[n]) for w, n in zip(weights, names_of(case.functions)) if n in group.scores]
     known = [[w * values[i] for w, values in parts if values[i] is not None] for i in range(len(group.texts))]
     if parts: group.totals = [sum(one) if one else None for one in known]
 
@@ -227,14 +227,14 @@ def _before(case) -> list: # of Finding
 # %% ../../nbs/advice/06_doctor.ipynb #662265d7
 def _scored(case, group, failed:dict, until, clock, unreached) -> bool: # `failed`: name to Finding; False: the time was up
     "Score one group with every reward that has not failed yet."
-    for function in case.functions:
-        if is_model(function) or name_of(function) in failed or lacks(case, function): continue
-        try: score(case, group, function, until - clock())
+    for function, name in zip(case.functions, names_of(case.functions)):
+        if is_model(function) or name in failed or lacks(case, function): continue
+        try: score(case, group, function, name, until - clock())
         except RewardError as error:
             if clock() >= until and "took longer than" in error.reason:
                 unreached.append(f"the reward {error.function}: the time was up while it scored")
                 return False
-            failed[name_of(function)] = reward_failed(error)
+            failed[name] = reward_failed(error)
     add_up(case, group)
     return True
 

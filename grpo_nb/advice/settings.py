@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 
 from .finding import found, rule, rules_about, words
-from ..ground.check import SETTINGS, number, share, whole
+from ..ground.check import SETTINGS, number, whole
 from ..ground.text import error_text
 from ..models.device import best_dtype, why_not_four_bit, has_bfloat16, slow_dtype, target_device
 from ..models.load import settings_of

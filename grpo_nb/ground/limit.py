@@ -150,7 +150,7 @@ def leave(self:Worker) -> None:
 async def caught(coroutine) -> tuple: # (what it returned, what it raised or None)
     "Await a coroutine; what it raises is returned, but for a cancellation from outside."
     try: return await coroutine, None
-    except BaseException as error: # noqa: BLE001 raised again by whoever waits
+    except BaseException as error: # raised again by whoever waits
         if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling(): raise
         return None, error
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'RESERVED', 'SURVIVE', 'THEIRS', 'check_model', 'why_not_prompt', 'spread_rows', 'check_prompts',
-           'check_dataset', 'first_prompt', 'check_tokenizer', 'check_rewards', 'check_reward_columns',
-           'check_reward_calls', 'machine_precision', 'make_config', 'check_weights', 'rows_needed',
+           'check_dataset', 'first_prompt', 'check_tokenizer', 'check_template', 'check_rewards',
+           'check_reward_columns', 'check_calls', 'machine_precision', 'make_config', 'check_weights', 'rows_needed',
            'check_enough_rows', 'prompt_text', 'rendered', 'check_room', 'check_opened_tags', 'trainer_arguments',
            'check_more', 'check_trainer_class', 'check_callbacks', 'check_run', 'check_together', 'check_reference']
 
@@ -24,7 +24,8 @@ from ..ground.check import flag, known_arguments, nearest, number
 from ..models.device import best_dtype
 from ..models.load import settings_of
 from ..ground.events import say
-from ..tasks.guard import is_model, name_of
+from ..tasks.evaluate import within_limit
+from ..tasks.guard import PASSED, is_model, name_of, why_not_called
 from ..trainers.config import check_theirs, values_of
 
 # %% ../../nbs/run/01_inputs.ipynb #a72c0f0a
@@ -165,15 +166,25 @@ def check_tokenizer(tokenizer, # a tokenizer, or a processor that holds one
         raise ValueError("dataset has chat messages in 'prompt', and tokenizer has no chat template (chat_template is None). "
                          "Set tokenizer.chat_template, or give prompts as strings.")
 
-# %% ../../nbs/run/01_inputs.ipynb #5f4d9db2
+# %% ../../nbs/run/01_inputs.ipynb #065f9f8d
+def check_template(tokenizer, # as for `check_tokenizer`
+                   prompt=None, # an example of what it will read
+                   ) -> None:
+    "Raise `ValueError` where the chat template does not come to an end."
+    if prompt is None or isinstance(prompt, str) or not callable(getattr(tokenizer, "apply_chat_template", None)): return
+    try: within_limit(tokenizer.apply_chat_template, prompt, tokenize=False, add_generation_prompt=True)
+    except ValueError as error:
+        if "tokenizer.chat_template took longer" in str(error): raise
+    except Exception: pass # noqa: BLE001 what else a template raises it says itself, with the arguments of the run
+
+# %% ../../nbs/run/01_inputs.ipynb #69a63fe8
 def _reward(reward):
-    "The function behind one entry of `rewards`."
+    "The function behind one entry of `rewards`, or a reward model's name."
     if isinstance(reward, str):
         from grpo_nb.tasks.rewards import available, get
-        theirs = reward not in available() and ("/" in reward or Path(reward).is_dir()) # a reward model, which TRL loads
-        return reward if theirs else get(reward)
-    if isinstance(reward, type):
-        raise TypeError(f"rewards: {reward.__name__} is a class; give an object of it, {reward.__name__}(...).")
+        if reward not in available() and ("/" in reward or Path(reward).is_dir()): return reward
+        return get(reward)
+    if isinstance(reward, type) and (why := why_not_called(reward, [])): raise TypeError(f"rewards: {reward.__name__} {why}.")
     if callable(reward): return reward
     raise TypeError(f"rewards: {reward!r} is neither a function nor the name of one. "
                     "Give functions, names from grpo_nb.tasks.rewards, or a dict of weights.")
@@ -183,7 +194,7 @@ def _weight(reward, weight) -> float:
     try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
     except ValueError as error: raise TypeError(str(error)) from None
 
-# %% ../../nbs/run/01_inputs.ipynb #13371acb
+# %% ../../nbs/run/01_inputs.ipynb #a087698a
 def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
                   ) -> tuple: # (functions, their weights or None)
     "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
@@ -197,15 +208,7 @@ def check_rewards(rewards, # a function, a name, a list of these, or a dict of t
                         "these, or a dict {reward: weight}.")
     if not rewards: raise ValueError("rewards is empty: give at least one.")
     found = [_reward(r) for r in rewards]
-    _check_twice([name_of(f) for f in found if not is_model(f)])
     return found, weights
-
-def _check_twice(names):
-    "Raise for two rewards of one name: metrics, and what is kept of completions, go by name, and one would stand for both."
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is None: return
-    raise ValueError(f"rewards: two of them are named {twice!r}, and under the same name their metrics would be one. Give one "
-                     "another name: another def, or name='...' for a reward of grpo_nb.tasks.rewards.")
 
 # %% ../../nbs/run/01_inputs.ipynb #cb70ac16
 SURVIVE = ("prompt", "image", "images") # the columns that remove_unused_columns leaves to a trainer that samples
@@ -221,7 +224,7 @@ def _needed(function) -> dict|None: # parameter -> whether it has to be filled; 
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: p.default is p.empty for p in named}
 
-# %% ../../nbs/run/01_inputs.ipynb #58c38e2e
+# %% ../../nbs/run/01_inputs.ipynb #dc26993f
 def check_reward_columns(functions, # the reward functions
                          columns, # the data set's columns, or None where they are not known
                          removed:bool=False, # whether the config has remove_unused_columns=True
@@ -237,20 +240,17 @@ def check_reward_columns(functions, # the reward functions
                 raise ValueError(f"{what}, and remove_unused_columns=True takes that column away; leave it False.")
             raise ValueError(f"{what}, and the dataset has no such "
                              f"column.{nearest(name, columns)} Its columns: {', '.join(map(repr, columns))}.")
+    check_calls([f for f in functions if not is_model(f)] if columns is not None else [], left)
 
-# %% ../../nbs/run/01_inputs.ipynb #c1a31dfe
-def check_reward_calls(functions, columns, removed=False) -> None: # as above
-    "Raise `TypeError` for a reward that cannot be called in the way in which TRL calls it."
-    left = [c for c in columns or () if c not in ("prompt", "completion") and (not removed or c in SURVIVE)]
-    passed = dict.fromkeys([*RESERVED[:-1], *left])
+# %% ../../nbs/run/01_inputs.ipynb #576dca81
+def check_calls(functions, columns) -> None:
+    "Raise `ValueError` for a reward that cannot be called with what the data set and the trainer fill."
+    if functions and (taken := {"prompts", "completions"} & set(columns)):
+        raise ValueError(f"dataset: its column {taken.pop()!r} has the name of an argument that rewards get from TRL; rename it.")
     for function in functions:
-        if is_model(function) or hasattr(getattr(function, "_guards", function), "needs"): continue
-        try: signature = inspect.signature(function)
-        except (TypeError, ValueError): continue
-        try: signature.bind(**passed)
-        except TypeError as error:
-            raise TypeError(f"rewards: {name_of(function)!r} cannot be called as TRL calls it, with {', '.join(passed)} by name "
-                            f"({error}). Write def {name_of(function)}(completions, ..., **kwargs).") from None
+        why = why_not_called(function, columns)
+        if why and why_not_called(function, columns, (*PASSED, "environments")):
+            raise ValueError(f"rewards: {name_of(function)!r} {why}.")
 
 # %% ../../nbs/run/01_inputs.ipynb #1e3724b3
 def machine_precision() -> dict: # `bf16` and `fp16`, and `use_cpu` where there is nothing else
@@ -422,7 +422,7 @@ def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, mor
     if reward_timeout not in (None, math.inf): number("reward_timeout", reward_timeout, above=0)
     flag("progress", progress)
 
-# %% ../../nbs/run/01_inputs.ipynb #36f03cec
+# %% ../../nbs/run/01_inputs.ipynb #6d67d1a0
 def _is_trls(trainer_class, method) -> bool:
     "Whether a trainer's method is TRL's, and not one that a class of the user's overrides."
     function = getattr(trainer_class, method, None)
@@ -438,7 +438,6 @@ def check_together(model, tokenizer, functions, dataset, config, # each checked 
     check_weights(config, functions)
     if _is_trls(trainer_class, "_calculate_rewards"):
         check_reward_columns(functions, dataset.column_names, removed)
-        check_reward_calls(functions, dataset.column_names, removed)
     if _is_trls(trainer_class, "_get_train_sampler"): check_enough_rows(dataset, config)
     if any(more.get(name) for name in ("environment_factory", "rollout_func")): return # they write the prompts
     found = rendered(tokenizer, dataset, config, more.get("tools") or None)

@@ -8,7 +8,7 @@ __all__ = ['GIB', 'IMAGES', 'memory', 'why_not_spread', 'check_spread', 'StepMet
 # %% ../../nbs/run/03_measure.ipynb #4f218242
 import sys
 from collections import deque
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 from fastcore.basics import patch
@@ -64,25 +64,28 @@ def check_spread(trainer, values) -> None:
               "and every advantage would be 0. Make it smaller.")
     raise RewardError(trainer.reward_func_names[column], row, None, reason)
 
-# %% ../../nbs/run/03_measure.ipynb #76716f38
+# %% ../../nbs/run/03_measure.ipynb #05d08b0b
 class StepMeter:
     "Measures the steps of one trainer and keeps the tokens of its latest completions."
     def __init__(self, trainer):
-        self.trainer, self.began = trainer, None
+        self.trainer, self.began, self.since = trainer, None, None
         self.seconds = {"sampling": 0.0, "rewards": 0.0} # of the step that goes on
         keep = getattr(trainer.args, "generation_batch_size", None)
         self.records = deque(maxlen=keep) # dicts with ids, cut_off, logps and entropies of one completion
         self.longest_prompt = 0 # tokens, of all prompts so far
         self.token_values = False # score each completion's tokens, one more forward a step
+        self.doing = None # what goes on now, and since when on the monotonic clock: ("sampling", 12.5)
         self._sampled = None
 
-# %% ../../nbs/run/03_measure.ipynb #9f135057
+# %% ../../nbs/run/03_measure.ipynb #23e003c2
 @patch
 def _timed(self:StepMeter, what, call, *args, **kwargs):
     "Call, and count the seconds if it belongs to training."
     start = perf_counter()
+    self.doing = what, monotonic()
     try: return call(*args, **kwargs)
     finally:
+        self.doing = None
         if self.trainer.model.training: self.seconds[what] += perf_counter() - start
 
 @patch
@@ -149,7 +152,7 @@ def _end_ids(trainer) -> set:
     ends = getattr(trainer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     return {*ends, tokenizer.pad_token_id}
 
-# %% ../../nbs/run/03_measure.ipynb #92179a2d
+# %% ../../nbs/run/03_measure.ipynb #c2ab0088
 @patch
 def fields(self:StepMeter, n:int) -> dict: # lengths, cut_off, ids, logps and entropies of `CompletionsLogged`
     "The records of the latest n completions; nothing where the trainer kept another number."
@@ -163,7 +166,7 @@ def fields(self:StepMeter, n:int) -> dict: # lengths, cut_off, ids, logps and en
 @patch
 def step_begins(self:StepMeter) -> None:
     "Start the clock of a step."
-    self.began = perf_counter()
+    self.began, self.since = perf_counter(), monotonic()
     self.seconds = dict.fromkeys(self.seconds, 0.0)
 
 @patch

@@ -24,16 +24,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 # %% ../../nbs/run/05_run.ipynb #fb03947f
 from ..ground.check import flag, number
+from ..ground.limit import Left
 from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed,
                                    RunStarted, RunStopped, StepLogged, say)
 from ..ground.text import error_text, is_users, place_of, put
 from ..models.room import clear, collect
 from .control import Randomness, Steering, agreed, close_training, write_changes
-from .inputs import (check_dataset, check_model, check_reference, check_rewards, check_run, check_together, check_tokenizer,
-                                first_prompt, make_config)
+from ..patch.objects import wrapping
+from .inputs import (check_dataset, check_model, check_reference, check_rewards, check_run, check_template, check_together,
+                                check_tokenizer, first_prompt, make_config)
 from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
-from ..tasks.guard import RewardError, guard
+from ..tasks.evaluate import within_limit
+from ..tasks.guard import RewardError, guard, name_of, names_of
 from ..trainers.sampling import LeftSampling, leave_when
 from ..trainers.state import NoMemory, lacks_memory, lookout_of, no_memory, state_of, watching_weights
 
@@ -77,6 +80,7 @@ def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_c
     dataset = check_dataset(dataset)
     if eval_dataset is not None: eval_dataset = check_dataset(eval_dataset, "eval_dataset")
     check_tokenizer(tokenizer, first_prompt(dataset))
+    check_template(tokenizer, first_prompt(dataset))
     functions, weights = check_rewards(rewards)
     config = make_config(config, weights)
     check_together(model, tokenizer, functions, dataset, config, trainer_class, kwargs)
@@ -104,14 +108,22 @@ class GRPORun(Steering):
         if trainer_class is None: from trl import GRPOTrainer as trainer_class
         check_run(GRPORun, trainer_class, callbacks, reward_timeout, progress, kwargs)
         given = _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_class, kwargs)
-        given["reward_funcs"] = [guard(function, timeout=reward_timeout) for function in given["reward_funcs"]]
+        given["reward_funcs"] = self._guard(given["reward_funcs"], reward_timeout)
         _free_reference(model)
         self._reset()
         self.trainer = trainer_class(callbacks=[_Listener(self), *callbacks], **given)
         for shown in () if progress else _displays(self.trainer): self.trainer.remove_callback(shown)
         self._meter = StepMeter(self.trainer)
 
-# %% ../../nbs/run/05_run.ipynb #3fa09058
+# %% ../../nbs/run/05_run.ipynb #d66f8ece
+@patch
+def _guard(self:GRPORun, functions, timeout) -> list: # of functions
+    "Rewards that are guarded, and told apart by their names."
+    names = names_of(functions)
+    if names != [name_of(f) for f in functions]: say(f"two rewards have the same name; here they are {', '.join(names)}.")
+    return [guard(f, timeout=timeout, name=name, asked=self._leaves_reward) for f, name in zip(functions, names)]
+
+# %% ../../nbs/run/05_run.ipynb #729fb811
 def _displays(trainer) -> list:
     "The trainer's callbacks that print or draw."
     from transformers.utils.notebook import NotebookProgressCallback
@@ -128,6 +140,7 @@ def _reset(self:GRPORun):
     self.checkpoint = None # the folder of the latest checkpoint of this run
     self._stop, self._pause = None, False # what asked for the end, and whether to wait after the step
     self._save_asked, self._save_at_stop, self._log_due = False, False, False
+    self._now, self._trains_in = False, None # whether to leave a reward in the middle; the thread that trains
     self._thread, self._failure, self._failed, self._ended = None, None, "", threading.Event()
     self._scored = None # whether a reward gave a number to a completion; None: nothing was logged yet
     self._from, self._began_at = None, 0 # the checkpoint it goes on from, and the step
@@ -298,11 +311,11 @@ def _look_at_reward(self:GRPORun, reward):
         self._report(f"step {self.step}: every reward returned None for every completion, so nothing is learned from them.")
     self._scored = found or bool(self._scored)
 
-# %% ../../nbs/run/05_run.ipynb #88ad6dda
+# %% ../../nbs/run/05_run.ipynb #a49b3f3c
 @patch
 def _train(self:GRPORun, checkpoint, in_background):
     "Train until the end, a stop or a failure; raises in the foreground only."
-    self._from = checkpoint
+    self._from, self._trains_in = checkpoint, threading.get_ident()
     try: self._train_through(in_background)
     except KeyboardInterrupt:
         self._end("stopped", RunStopped, reason="interrupt")
@@ -314,16 +327,16 @@ def _train(self:GRPORun, checkpoint, in_background):
         else: raise failure from error
     finally: self._close()
 
-# %% ../../nbs/run/05_run.ipynb #3c163306
+# %% ../../nbs/run/05_run.ipynb #d460f7b1
 @patch
 def _train_through(self:GRPORun, in_background):
     "The training itself, and the two ends that are none of a failure."
     try:
         with nullcontext() if in_background else first_interrupt(self._interrupt), own_accelerator(), self._meter, \
-             watching_weights(self.trainer), leave_when(self.trainer, self._leaves):
+             watching_weights(self.trainer), leave_when(self.trainer, self._leaves), self._limited_template():
             self.result = self.trainer.train(resume_from_checkpoint=self._from)
         self._finish()
-    except LeftSampling:
+    except (LeftSampling, Left):
         self._leave()
         self._end("stopped", RunStopped, reason=self._stop)
 
@@ -379,12 +392,32 @@ def _give_back(self:GRPORun, error):
     for p in self.trainer.model.parameters(): p.grad = None
     collect()
 
-# %% ../../nbs/run/05_run.ipynb #41427f18
+# %% ../../nbs/run/05_run.ipynb #00d73241
+@patch
+def _render(self:GRPORun, tokenizer, render, *args, **kwargs):
+    "The tokenizer's `apply_chat_template`, within a limit."
+    try: return within_limit(render, *args, asked=state_of(self.trainer).asked, **kwargs)
+    except Left: raise KeyboardInterrupt("sampling was left") from None
+
+@patch
+def _limited_template(self:GRPORun): # -> a context
+    "Inside, the trainer's chat template has a limit."
+    tokenizer = getattr(self.trainer, "processing_class", None)
+    if not callable(getattr(tokenizer, "apply_chat_template", None)): return nullcontext()
+    return wrapping(tokenizer, "apply_chat_template", self._render, why="a chat template that loops is left", by="run.run")
+
+# %% ../../nbs/run/05_run.ipynb #4d67b2c5
 @patch
 def _leaves(self:GRPORun) -> bool:
     "Whether sampling is to be left in the middle."
     return self._stop is not None and self.state == "running" and self.trainer.accelerator.num_processes == 1
 
+@patch
+def _leaves_reward(self:GRPORun) -> bool:
+    "Whether a reward is to be left in the middle."
+    return self._now and self._leaves()
+
+# %% ../../nbs/run/05_run.ipynb #87e43753
 @patch
 def _leave(self:GRPORun):
     "End a training whose step was given up, with a checkpoint of the last whole step where one is due."
@@ -399,7 +432,8 @@ def _leave(self:GRPORun):
 
 @patch
 def _interrupt(self:GRPORun):
-    "Ask for the end of the run; called by a signal handler, so it sets a flag and no more."
+    "Ask for the end of the run, the second time without waiting; called by a signal handler, so it sets flags and no more."
+    self._now = self._now or self._stop is not None
     self._stop = self._stop or "interrupt"
 
 # %% ../../nbs/run/05_run.ipynb #543e07fa
@@ -467,7 +501,7 @@ def _way_on(self:GRPORun) -> str:
 @patch(as_prop=True)
 def _save_strategy(self:GRPORun) -> str: return str(getattr(self.trainer.args.save_strategy, "value", "no"))
 
-# %% ../../nbs/run/05_run.ipynb #13a6ea88
+# %% ../../nbs/run/05_run.ipynb #89f15d10
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -480,7 +514,8 @@ def start(self:GRPORun,
         self._check_startable(resume)
         checkpoint = self._checkpoint(resume)
         self.state, self._stop, self._pause, self._failure = "running", None, False, None
-        self._save_asked = self._save_at_stop = False
+        self._started, self._meter.since = monotonic(), None
+        self._save_asked = self._save_at_stop = self._now = False
         self._ended.clear()
     if checkpoint: self._forget_unfinished()
     self._unwatch = on_kernel_interrupt(self._interrupt) if in_background else lambda: None
@@ -492,7 +527,47 @@ def start(self:GRPORun,
     self._thread.start()
     return self
 
-# %% ../../nbs/run/05_run.ipynb #5fa8f2ed
+# %% ../../nbs/run/05_run.ipynb #23c3e3c6
+@patch
+def _doing(self:GRPORun) -> tuple: # (what, since when on the monotonic clock)
+    "What the thread that trains is at."
+    calls = [(f.since, f.__name__) for f in self.trainer.reward_funcs if getattr(f, "since", None) is not None]
+    if calls: return f"reward {min(calls)[1]!r}", min(calls)[0]
+    if doing := self._meter.doing: return doing
+    return (f"step {self.step + 1}", self._meter.since) if self._meter.since is not None else ("the start", self._started)
+
+@patch(as_prop=True)
+def waits_for(self:GRPORun) -> str: # "reward 'judge', since 12 s"; empty where it does not train
+    "What the run is at, and since when."
+    if self.state != "running": return ""
+    what, since = self._doing()
+    return f"{what}, since {monotonic() - since:.0f} s"
+
+# %% ../../nbs/run/05_run.ipynb #497b81dc
+@patch
+def _told(self:GRPORun, then):
+    "Say what the run waits for before it does what was asked."
+    what = self.waits_for
+    if threading.get_ident() != self._trains_in and what: self._report(f"the run waits for {what}, and {then}.")
+
+@patch
+def _way_out(self:GRPORun) -> str:
+    "How to leave what a stop waits for."
+    if not self.waits_for.startswith("reward"): return ""
+    if self._trains_in == threading.main_thread().ident: return " An interrupt leaves it."
+    return " stop(now=True) does not wait for it: the step is given up, and what the reward began goes on without the run."
+
+# %% ../../nbs/run/05_run.ipynb #08bc19e9
+@patch(as_prop=True)
+def waiting(self:GRPORun) -> str: # empty where nothing is asked for and nothing takes long
+    "What was asked of the run and has not happened yet, and what it waits for."
+    what = self.waits_for
+    if not what: return ""
+    if self._stop: return f"about to stop, waits for {what}"
+    if self._pause: return f"about to pause, waits for {what}"
+    return f"at {what}" if monotonic() - self._doing()[1] >= 5 else ""
+
+# %% ../../nbs/run/05_run.ipynb #33ae6a1c
 @patch
 def _check_going(self:GRPORun, what):
     "Raise `RuntimeError` unless the run goes on."
@@ -508,6 +583,7 @@ def pause(self:GRPORun) -> GRPORun: # the run itself
     if self._pause: raise RuntimeError("pause(): the run is already paused, or will be after this step.")
     self._wake.clear()
     self._pause = True
+    self._told("pauses after this step")
     return self
 
 # %% ../../nbs/run/05_run.ipynb #6cd3d7f4
@@ -520,19 +596,24 @@ def resume(self:GRPORun) -> GRPORun: # the run itself
     self._wake.set()
     return self
 
-# %% ../../nbs/run/05_run.ipynb #ab4defe1
+# %% ../../nbs/run/05_run.ipynb #533c9e92
 @patch
 def stop(self:GRPORun,
          save=True, # leave a checkpoint; False: only if the config saves
+         now=False, # do not wait for a reward either, where the run has a thread of its own: give the step up
          ) -> GRPORun: # the run itself
     "End after the current step, or at once where it is still sampling; `start(resume=True)` goes on from its checkpoint."
     flag("save", save)
     self._check_going("stop")
-    if self._stop: raise RuntimeError("stop(): the run is already about to stop.")
+    if self._stop and not now:
+        still = f" It waits for {self.waits_for}.{self._way_out()}" if self.waits_for else ""
+        raise RuntimeError(f"stop(): the run is already about to stop.{still}")
     if save and not self._config_saves:
         say("stop() leaves a checkpoint to go on from although the config has save_strategy='no'; stop(save=False) leaves none.")
+    self._now = bool(now)
     self._save_at_stop, self._stop = bool(save), "stop"
     self._wake.set()
+    if not now and self.waits_for.partition(",")[0] != "sampling": self._told(f"then stops.{self._way_out()}".removesuffix("."))
     return self
 
 # %% ../../nbs/run/05_run.ipynb #a70b5ff6
@@ -551,13 +632,14 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../../nbs/run/05_run.ipynb #e89ace71
+# %% ../../nbs/run/05_run.ipynb #ecb09762
 @patch
 def __repr__(self:GRPORun):
     steps = f", step {self.step} of {self.total_steps}" if self.total_steps else ""
     reward = next((log["reward"] for log in reversed(list(self.trainer.state.log_history)) if "reward" in log), None)
     error = f", {type(self._failure[0]).__name__}" if self._failure else ""
-    return f"GRPO run: {self.state}{steps}{error}" + (f", reward {reward:.3f}" if reward is not None else "")
+    waiting = f", {self.waiting}" if self.waiting else ""
+    return f"GRPO run: {self.state}{steps}{waiting}{error}" + (f", reward {reward:.3f}" if reward is not None else "")
 
 @patch
 def _repr_html_(self:GRPORun): return f"<p>{html.escape(repr(self))}</p>"

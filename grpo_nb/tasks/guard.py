@@ -7,9 +7,8 @@ __all__ = ['PASSED', 'QUICK', 'SEARCH', 'shorten', 'RewardError', 'name_of', 'is
            'why_not_called', 'shape_of', 'check_value', 'check_values', 'Cut', 'read', 'listed', 'why_not_values',
            'may_be_asked_again', 'locate', 'guard']
 
-# %% ../../nbs/tasks/03_guard.ipynb #1d7fc94e
+# %% ../../nbs/tasks/03_guard.ipynb #41870d9d
 import asyncio
-import contextvars
 import functools
 import inspect
 import math
@@ -180,11 +179,12 @@ def listed(values, # what a reward returned
            ) -> list: # raises `ValueError`
     "What a reward returned as a list, or why it cannot be one."
     if hasattr(values, "detach"): values = values.detach().cpu()
-    if len(shape := shape_of(values)) > 1 and hasattr(values, "reshape") and all(n == 1 for n in shape[1:]): values = values.reshape(-1)
+    shape = shape_of(values)
+    if len(shape) > 1 and hasattr(values, "reshape") and all(n == 1 for n in shape[1:]): values = values.reshape(-1)
     if why := why_not_values(values, count): raise ValueError(why)
     if isinstance(values, list): return values
     try: values = values.tolist() if hasattr(values, "tolist") else read(values, count)
-    except Exception as error: # noqa: BLE001 reading it is somebody else's code
+    except Exception as error: # reading it is somebody else's code
         raise ValueError(f"returned {_shown(values)}, which could not be read: {error_text(error, 200)}") from error
     return values if isinstance(values, list) else list(values)
 

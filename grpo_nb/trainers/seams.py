@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TESTED', 'HOMES', 'SAMPLERS', 'LOOKING_AHEAD', 'INHERITED', 'GRPO_RATIO', 'GRPO_POLICY', 'GRPO_WEIGHTS', 'GRPO_SUMS',
-           'GRPO_TERMS', 'GRPO_LOSS', 'RLOO_LOSS', 'LOGPS', 'POLICY', 'KNOWN', 'EITHER', 'GAIN', 'COMPUTE_LOSS',
-           'AHEAD', 'GRPO_LOGPS', 'SECOND_FORWARD', 'SEAMS', 'TOGETHER', 'SFT_SUMS', 'SFT_CALL', 'SFT_GAIN',
-           'PAIR_GAIN', 'CALL', 'XPO_LINES', 'Home', 'stable', 'experimental', 'trl_version', 'has_module', 'has',
-           'expected', 'minor_versions', 'known_in', 'home', 'Seam', 'at', 'sampling_seams', 'fused_edits', 'kl_edits',
-           'read', 'reference', 'policy', 'logit_edits', 'dpo_edits', 'dpo_reference_edits', 'edits_of',
+           'GRPO_TERMS', 'GRPO_LOSS', 'RLOO_LOSS', 'REWARD_CALLS', 'REWARDS', 'LOGPS', 'POLICY', 'KNOWN', 'EITHER',
+           'GAIN', 'COMPUTE_LOSS', 'AHEAD', 'GRPO_LOGPS', 'SECOND_FORWARD', 'SEAMS', 'TOGETHER', 'SFT_SUMS', 'SFT_CALL',
+           'SFT_GAIN', 'PAIR_GAIN', 'CALL', 'XPO_LINES', 'Home', 'stable', 'experimental', 'trl_version', 'has_module',
+           'has', 'expected', 'minor_versions', 'known_in', 'home', 'Seam', 'at', 'sampling_seams', 'fused_edits',
+           'kl_edits', 'read', 'reference', 'policy', 'logit_edits', 'dpo_edits', 'dpo_reference_edits', 'edits_of',
            'preference_seams', 'forward_seam', 'seams', 'replacement', 'patches_at']
 
 # %% ../../nbs/trainers/01_seams.ipynb #e9096dc2
@@ -203,7 +203,21 @@ loss = per_sequence_loss.mean()
     Anchor("loss = loss + _term_", "terms added to the loss"),
 )
 
-# %% ../../nbs/trainers/01_seams.ipynb #634d129e
+# %% ../../nbs/trainers/01_seams.ipynb #e345bcce
+REWARD_CALLS = (
+    Anchor("zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True)", "which are called"),
+    Anchor("reward_func(prompts=prompts, completions=completions, completion_ids=completion_ids_list, **reward_kwargs)",
+           "how they are called"),
+)
+REWARDS = (
+    Seam("reward names", "__init__", saves="rewards are looked at first, and two of one name have two metrics"),
+    Seam("reward check", "_generate_and_score_completions", "(self, inputs)",
+         saves="a reward that cannot take what TRL passes is told before anything is sampled"),
+    Seam("reward guard", "_calculate_rewards", "(self, inputs, prompts, completions, completion_ids_list)", REWARD_CALLS,
+         saves="NaN, infinity, a wrong shape or an exception is an error that names reward and completion"),
+)
+
+# %% ../../nbs/trainers/01_seams.ipynb #0c5b5fd7
 LOGPS = ("(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, compute_aux_loss=False, "
          "pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, "
          "image_sizes=None, token_type_ids=None, mm_token_type_ids=None, image_position_ids=None)")
@@ -220,6 +234,7 @@ def sampling_seams(loss, logps=LOGPS) -> tuple: # of Seam
              saves="forward and backward pack by pack: memory follows max_tokens_per_pack"),
         Seam("step rate", "training_step", "(self, model, inputs, num_items_in_batch)", saves="step/tokens_per_second"),
         Seam("short names", "log", "(self, logs, start_time=None)", saves="completion_length and clip_ratio beside TRL's names"),
+        *REWARDS,
     )
 
 # %% ../../nbs/trainers/01_seams.ipynb #0e88dd87

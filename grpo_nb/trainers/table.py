@@ -156,13 +156,15 @@ def as_html(table) -> str:
     return (f'{STYLE}<table class="grpo-nb-patches"><caption>TRL {escape(table.trl)}</caption>'
             f'<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>')
 
-# %% ../../nbs/trainers/16_table.ipynb #b49013a2
+# %% ../../nbs/trainers/16_table.ipynb #af35bf53
 ON_OBJECTS = { # what is changed on objects while a run goes on, by who changes it: (what, why)
     "step.forward": ("a model's forward", "answers `pack=`: what is read from a pack"),
     "ops.layer.fuse": ("forwards of its layers", "fused forms, in use while a pack runs"),
     "run.measure": ("a trainer's sampling and reward methods", "time and completions of each step, while a GRPORun trains"),
+    "run.run": ("`apply_chat_template` of a tokenizer", "a chat template that loops is left, while a GRPORun trains"),
     "trainers.sampling": ("`generate` of a model and a trainer", "sampling can be left between tokens, while a GRPORun trains"),
     "trainers.grpo": ("beta and vLLM's correction of a trainer", "asked in the loss instead, for the time of TRL's sampling"),
+    "tasks.guard": ("reward functions of a trainer", "guarded, for the time of TRL's scoring"),
     "trainers.sft": ("args and loss function of a trainer", "the branch that reads sums, for the time of a loss, before TRL 1.15"),
     "engines.vllm.one_copy": ("parameters' weight loaders", "vLLM shares the weights that are trained, while it starts"),
 }

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ...ground.text import encodable, error_text, written
 from ...tasks.evaluate import call_reward, reward_arguments
-from ...tasks.guard import RewardError, guard, is_async, is_model, name_of
+from ...tasks.guard import RewardError, guard, is_model, name_of
 from ..parts.cards import _plain, folded, style, visible
 from ..completions.records import as_text
 from ..parts.svg import number

@@ -129,7 +129,7 @@ def change(self:RunControls, **settings): # the controls
     if self._buttons: self._sync()
     return self
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #9e7f3c7d
+# %% ../../../nbs/ui/studio/01_controls.ipynb #722a1532
 _GLANCE = {"reward": "reward", "kl": "KL", "completion_length": "tokens"} # metric: its label
 
 
@@ -142,6 +142,7 @@ def status_html(self:RunControls) -> str: # HTML
     if run is None: return parts[0]
     total = f" of {run.total_steps:,}" if run.total_steps else ""
     parts.append(f"<span>step {run.step:,}{total}</span>")
+    if waiting := getattr(run, "waiting", ""): parts.append(f"<span>{visible(waiting)}</span>")
     parts += [f"<span>{label} {_short(self._metrics[name])}</span>" for name, label in _GLANCE.items() if name in self._metrics]
     return "".join(parts)
 
