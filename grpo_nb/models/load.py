@@ -23,10 +23,11 @@ from peft import get_peft_model as add_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-# %% ../../nbs/models/06_load.ipynb #87a17100
+# %% ../../nbs/models/06_load.ipynb #cc15a6d5
 from ..ground.check import known_arguments, nearest, number, one_of, share, whole
 from .device import dtype_for, why_not_four_bit, keep_gradients, slow_dtype, target_device
 from ..ground.events import say
+from ..ground.holders import check_free
 from .modes import Switched, switch
 from .unwrap import causal_lm
 from .installed import fast_engine
@@ -346,10 +347,11 @@ def _targets(target_modules, model): # what PEFT takes: a list, or a string
     _check_modules("target_modules", target_modules, layers)
     return list(target_modules)
 
-# %% ../../nbs/models/06_load.ipynb #1b6dddbe
+# %% ../../nbs/models/06_load.ipynb #e361f92e
 def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     "Raise unless `model` can take an adapter with these settings."
     _check_bare(model)
+    check_free(causal_lm(model), "get_peft_model()")
     r, most = whole("r", options["r"]), getattr(settings_of(model), "max_lora_rank", None)
     if most is not None and r > most:
         raise ValueError(f"r={r} is more than max_lora_rank={most}, with which the model was loaded. "
