@@ -2182,6 +2182,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'grpo_nb.run.kernel._leave_idle_place': ('run/kernel.html#_leave_idle_place', 'grpo_nb/run/kernel.py'),
                                     'grpo_nb.run.kernel._shell': ('run/kernel.html#_shell', 'grpo_nb/run/kernel.py'),
                                     'grpo_nb.run.kernel._take_idle_place': ('run/kernel.html#_take_idle_place', 'grpo_nb/run/kernel.py'),
+                                    'grpo_nb.run.kernel.accelerators_state': ( 'run/kernel.html#accelerators_state',
+                                                                               'grpo_nb/run/kernel.py'),
                                     'grpo_nb.run.kernel.first_interrupt': ('run/kernel.html#first_interrupt', 'grpo_nb/run/kernel.py'),
                                     'grpo_nb.run.kernel.interactive_kernel': ( 'run/kernel.html#interactive_kernel',
                                                                                'grpo_nb/run/kernel.py'),

@@ -38,7 +38,7 @@ from .control import Randomness, Steering, agreed, close_training
 from .folder import Folder
 from .inputs import (check_dataset, check_model, check_reference, check_reward_columns, check_rewards, check_tokenizer,
                                 first_prompt, make_config)
-from .kernel import first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
+from .kernel import accelerators_state, first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
 from .owner import base_of, check_model_free, own
 from .turns import Turn, held, left, turns
@@ -131,6 +131,7 @@ def _make(self:GRPORun, trainer_class, parts, callbacks):
         self.trainer = trainer_class(callbacks=[_Listener(self), *callbacks], **parts)
     self._meter, self._what = StepMeter(self.trainer), described(self.trainer)
     self._own_folder = Folder(self.trainer.args.output_dir)
+    self._accelerate = accelerators_state()
     self._together = self.trainer.accelerator.num_processes > 1 # asked now: a later config takes the answer away
 
 def _displays(trainer) -> list:
@@ -217,20 +218,22 @@ def _step_ended(self:GRPORun, control):
     self._log_due = control.should_log
     if not self._log_due: self._between_steps(control)
 
-# %% ../../nbs/run/09_run.ipynb #3f7d3320
+# %% ../../nbs/run/09_run.ipynb #01cfff44
 @patch
 def _between_steps(self:GRPORun, control):
     "Do what was asked for; wait while the run is paused; then tell the trainer whether to end."
     wishes = self._do_what_was_asked(control.should_save)
     if wishes["pause"] and not wishes["stop"]:
+        mine, modes = Randomness(), Snapshot(self.trainer.model) # whoever tries the model meanwhile leaves no trace in the run
         self.state = "paused"
         self._emit(RunPaused)
-        before = Snapshot(self.trainer.model)
         while wishes["pause"] and not wishes["stop"]:
-            with nullcontext() if self._together else left(self._turn, always=True): self._wake.wait(0.1)
+            with nullcontext() if self._together else left(self._turn): self._wake.wait(0.1)
             self._wake.clear()
+            if self._save_asked: mine.restore()
             wishes = self._do_what_was_asked()
-        before.restore() # whoever tried the model meanwhile
+        modes.restore()
+        mine.restore()
         self.state = "running"
         if not wishes["stop"]: self._emit(RunResumed)
     if wishes["stop"]:
@@ -341,7 +344,7 @@ def _train(self:GRPORun, checkpoint, in_background):
         self.events.drain(1.0) # a listener with a queue gets the end too, unless it hangs
         self._ended.set()
 
-# %% ../../nbs/run/09_run.ipynb #2703b358
+# %% ../../nbs/run/09_run.ipynb #81b6a5aa
 @patch
 @contextmanager
 def _training(self:GRPORun):
@@ -349,7 +352,7 @@ def _training(self:GRPORun):
     trainer = self.trainer
     with ExitStack() as stack:
         stack.callback(self._let_go)
-        stack.enter_context(own_accelerator())
+        stack.enter_context(own_accelerator(self._accelerate))
         stack.enter_context(own(trainer.model, self))
         if not self._together: stack.enter_context(held(self._turn))
         stack.enter_context(self._meter)

@@ -28,17 +28,17 @@ class Turns:
     "Who may draw random numbers now, and who waits."
     def __init__(self): self.changed, self.waiting, self.now, self.last = threading.Condition(), deque(), None, None
 
-# %% ../../nbs/run/08_turns.ipynb #00e87f76
+# %% ../../nbs/run/08_turns.ipynb #8c3bfda8
 @patch
-def take(self:Turns, turn:Turn, always=False) -> None:
-    "Wait for a turn, and put the run's own random state in place: `always`, or where another has had a turn since."
+def take(self:Turns, turn:Turn) -> None:
+    "Wait for a turn, and put the run's own random state in place where somebody else has had one since."
     with self.changed:
         if self.now is not None and self.now.thread == threading.get_ident():
             turn.outer = self.now
             turn.outer.state = Randomness()
         else: self._wait(turn)
         self.now, turn.thread = turn, threading.get_ident()
-        if turn.state is not None and (always or self.last is not turn): turn.state.restore()
+        if turn.state is not None and self.last is not turn: turn.state.restore()
         self.last = turn
 
 # %% ../../nbs/run/08_turns.ipynb #410ed5ad
@@ -76,7 +76,7 @@ def hand_over(self:Turns, turn:Turn) -> None:
     self.give(turn)
     self.take(turn)
 
-# %% ../../nbs/run/08_turns.ipynb #da75cf4d
+# %% ../../nbs/run/08_turns.ipynb #eab5aa8c
 @contextmanager
 def held(turn:Turn):
     "Inside, it is this one's turn."
@@ -85,14 +85,12 @@ def held(turn:Turn):
     finally: turns.give(turn)
 
 @contextmanager
-def left(turn:Turn,
-         always=False, # put the random state back also where nobody had a turn
-         ):
+def left(turn:Turn):
     "Inside, others may have their turns."
     alone = turns.now is not turn or turn.outer is not None
     if not alone: turns.give(turn)
     try: yield
     finally:
-        if not alone: turns.take(turn, always)
+        if not alone: turns.take(turn)
 
 turns = Turns()
