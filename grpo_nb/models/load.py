@@ -36,6 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..ground.check import check_kind, flag, known_arguments, nearest, number, one_of, share, some_text, whole
 from .device import dtype_for, why_not_four_bit, keep_gradients, slow_dtype, target_device
 from ..ground.events import say
+from ..ground.holders import check_free
 from .modes import Switched, switch
 from .unwrap import causal_lm
 from .installed import fast_engine
@@ -464,10 +465,11 @@ def _targets(target_modules, model): # what PEFT takes: a list, or a string
     _check_modules("target_modules", target_modules, layers)
     return list(target_modules)
 
-# %% ../../nbs/models/06_load.ipynb #9529b441
+# %% ../../nbs/models/06_load.ipynb #d6db50e0
 def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     "Raise unless `model` can take an adapter with these settings."
     _check_bare(model)
+    check_free(causal_lm(model), "get_peft_model()")
     r, most = whole("r", options["r"]), getattr(settings_of(model), "max_lora_rank", None)
     if most is not None and r > most:
         raise ValueError(f"r={r} is more than max_lora_rank={most}, with which the model was loaded. "

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Snapshot', 'Switched', 'switch']
 
-# %% ../../nbs/models/04_modes.ipynb #ba987da5
+# %% ../../nbs/models/04_modes.ipynb #0778aa98
 import weakref
 
 from fastcore.basics import patch
 
+from ..ground.holders import check_free, holder_of
 from .unwrap import causal_lm
 
 # %% ../../nbs/models/04_modes.ipynb #b1b56cfc
@@ -116,6 +117,9 @@ def switch(model, # a transformers model, with a PEFT adapter or without; change
         what = " ".join(repr(model).split())[:60]
         raise TypeError(f"model={what} is not a loaded model; give the first of the two things that from_pretrained returns.")
     base = causal_lm(model)
+    hold = holder_of(base)
+    if hold and not hold.is_here and not hold.holder.at_rest: # the trainer samples in this mode, in the run's own thread
+        check_free(base, f"for_{mode}()", first="pause it (run.pause())")
     memory = base.__dict__.setdefault("_grpo_nb_modes", _Memory())
     before, was, left = Snapshot(model, tokenizer), memory.mode, dict(memory.left)
     other = "inference" if mode == "training" else "training"

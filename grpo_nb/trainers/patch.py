@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODULES', 'GROUPS', 'DRIFT', 'GOES_ON', 'applied', 'lock', 'patches_of', 'shared_set', 'shared_patches',
            'sampling_patch', 'patch_sets', 'sampling_sets', 'unknown', 'sources_of', 'in_lines', 'checked', 'collect',
-           'hold_shared_set', 'switch_on', 'quiet', 'check_model_class', 'check_name', 'PatchFastRL', 'trainers',
-           'tell_untested', 'PatchRL', 'UnpatchFastRL']
+           'hold_shared_set', 'check_nobody_trains', 'switch_on', 'quiet', 'check_model_class', 'check_name',
+           'PatchFastRL', 'trainers', 'tell_untested', 'PatchRL', 'UnpatchFastRL']
 
 # %% ../../nbs/trainers/15_patch.ipynb #40e49c9d
 import warnings
@@ -18,6 +18,7 @@ from threading import RLock
 
 from ..ground.check import one_of
 from ..ground.events import say
+from ..ground.holders import held as training
 from ..patch.core import Claim, Patch, PatchError, PatchSet, Inspection, Wrap, original_place, refusal
 from ..patch.undo import MISSING, describe
 from .colocate import choice_patch, colocate_patches
@@ -138,7 +139,19 @@ def hold_shared_set(name): # of an algorithm whose own patches are on
     mine = any(s.name == name for s in applied[name])
     if mine and shared_set().is_applied and shared_set() not in applied[name]: applied[name].append(shared_set())
 
-# %% ../../nbs/trainers/15_patch.ipynb #195f6f23
+# %% ../../nbs/trainers/15_patch.ipynb #2aaf5096
+def check_nobody_trains(call:str, # "PatchFastRL"
+                        sets, # of PatchSet, that are to go on or off
+                        ) -> None:
+    "Raise `RuntimeError` where a run trains whose trainer these patches are of."
+    owners = tuple({place.owner for s in sets for place in map(original_place, s.patches) if isinstance(place.owner, type)})
+    for hold in training():
+        trainer = getattr(hold.holder, "trainer", None)
+        if not isinstance(trainer, owners) and not isinstance(getattr(trainer, "args", None), owners): continue
+        raise RuntimeError(f"{call}(): {hold.holder.whereabouts}, trains with a {type(trainer).__name__}, which would change "
+                           "under it. First stop it (run.stop(), then run.wait()) or let it end.")
+
+# %% ../../nbs/trainers/15_patch.ipynb #bf69af4c
 def switch_on(names, sets_of, also=()) -> list: # of the algorithms that were changed; raises `PatchError`, having changed nothing
     "Check and apply the patch sets of some algorithms."
     with lock:
@@ -147,6 +160,7 @@ def switch_on(names, sets_of, also=()) -> list: # of the algorithms that were ch
         reports = [checked(p) for p in each if not p.is_applied]
         bad, done = [r for r in reports if not r.ok], []
         if bad or problems: raise PatchError("\n".join([*([str(refusal(bad, len(reports)))] if bad else []), *problems]), bad)
+        check_nobody_trains("PatchFastRL", [s for _, s in sets])
         try:
             for name, s in sets: done.append((name, s.apply()))
         except BaseException:
@@ -220,12 +234,13 @@ def PatchRL(FastLanguageModel) -> None:
     if not done: return
     say(f"TRL's {', '.join(n.upper() for n in done)} trainers sample in the model's inference mode; UnpatchFastRL() undoes it.")
 
-# %% ../../nbs/trainers/15_patch.ipynb #eee2924d
+# %% ../../nbs/trainers/15_patch.ipynb #9f9143b8
 def UnpatchFastRL(algorithm:str|None=None, # as for `PatchFastRL`
                   ) -> None:
     "Put TRL's own attributes back, each the very object that it was; models that ran packed steps lose what was added to them."
     name = check_name(algorithm)
     with lock:
+        check_nobody_trains("UnpatchFastRL", [s for n in applied if name in (None, n) for s in applied[n]])
         for other in [n for n in reversed(applied) if name in (None, n)]:
             for s in reversed(applied[other]):
                 if not any(s in held for n, held in applied.items() if n != other): s.revert()
