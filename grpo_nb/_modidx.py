@@ -2232,6 +2232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'grpo_nb/step/compare.py'),
                                       'grpo_nb.step.compare.apart': ('step/compare.html#apart', 'grpo_nb/step/compare.py'),
                                       'grpo_nb.step.compare.blocks': ('step/compare.html#blocks', 'grpo_nb/step/compare.py'),
+                                      'grpo_nb.step.compare.coarsest': ('step/compare.html#coarsest', 'grpo_nb/step/compare.py'),
                                       'grpo_nb.step.compare.compare': ('step/compare.html#compare', 'grpo_nb/step/compare.py'),
                                       'grpo_nb.step.compare.compared': ('step/compare.html#compared', 'grpo_nb/step/compare.py'),
                                       'grpo_nb.step.compare.drawn': ('step/compare.html#drawn', 'grpo_nb/step/compare.py'),

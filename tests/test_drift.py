@@ -400,11 +400,11 @@ def test_what_moved_is_listed(tmp_path):
 
 # ---- libraries
 
-def first(algorithm, tmp_path, capsys, model=None, dtype=None, **config):
+def first(tmp_path, capsys, model=None, dtype=None, self_check=True, **config):
     "The first step of a patched trainer -> (its record, its gradients, what was said)."
     trainer = grpo_trainer(model or tiny(), tmp_path, **config)
     if dtype: trainer.model.to(dtype)
-    prepare(trainer, 2, 2, 1, [generation_batch(16)])
+    prepare(trainer, 2, 2, 1, [generation_batch(16)], check=self_check)
     state.told.clear()
     capsys.readouterr()
     (_, grads), = optimiser_steps(trainer, [2])[0]
@@ -445,15 +445,17 @@ LIBRARIES = {"a 4-D mask is not passed through": (mask_not_passed, lambda: tiny(
              "an adapter's forward": (other_adapter, lambda: adapted(True)), "a fresh adapter's forward": (other_adapter, adapted)}
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("name", LIBRARIES)
+CASES = [(n, b) for n in LIBRARIES for b in (0.0, 0.1)]
+
+
+@pytest.mark.parametrize("name,beta", [c if c in CASES[::5] else pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
 def test_a_librarys_change_is_found(name, beta, tmp_path, capsys):
     "The first step's gradient differs: TRL's path is taken, and said with the numbers."
     change, model = LIBRARIES[name]
     with change():
         theirs = group_model(model(), tmp_path / "theirs", beta)
         patch.PatchFastRL("grpo")
-        trainer, ours, out = first("grpo", tmp_path, capsys, model(), beta=beta)
+        trainer, ours, out = first(tmp_path, capsys, model(), beta=beta)
     told = next((line for line in out.splitlines() if "is off TRL's own" in line), "")
     path = "TRL's" if state.state_of(trainer).differs else "packed"
     TABLE.append(("grpo", name + (f", beta={beta}" if beta else ""), told[:110], path, relative(ours, theirs)))
@@ -488,7 +490,11 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SLOW = ("kto", "reward", "cpo", "orpo")
+QUICK_SETTINGS = ("autocast", "adapter", "reentrant checkpointing")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK_SETTINGS else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS])
 def test_what_agrees_is_left_as_it_was(name, tmp_path, capsys):
     "Gradients, metrics, weights and draws are bit for bit those without the comparison."
     given = dict(SETTINGS[name])
@@ -496,7 +502,7 @@ def test_what_agrees_is_left_as_it_was(name, tmp_path, capsys):
     patch.PatchFastRL("grpo")
     found = []
     for check in (True, False):
-        trainer, grads, out = first("grpo", tmp_path / str(check), capsys, model(), dtype, self_check=check, **config, **given)
+        trainer, grads, out = first(tmp_path / str(check), capsys, model(), dtype, self_check=check, **config, **given)
         metrics = {k: list(v) for k, v in trainer._metrics["train"].items() if "time" not in k and "second" not in k}
         found.append((grads, metrics, torch.rand(3), dict(trainer.model.named_parameters()), out))
     (g, m, d, w, said), (g2, m2, d2, w2, silent) = found
@@ -506,8 +512,9 @@ def test_what_agrees_is_left_as_it_was(name, tmp_path, capsys):
     assert not state.state_of(trainer).differs
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "kto", "sft", "reward", "cpo", "orpo"])
-def test_other_trainers_are_compared(algorithm, tmp_path, capsys):
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", [*["dpo", "sft"], *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_other_trainers_are_compared(algorithm, bf16, tmp_path, capsys):
     "The same run with and without the comparison; it says that they agree."
     import test_joint
 
@@ -517,7 +524,7 @@ def test_other_trainers_are_compared(algorithm, tmp_path, capsys):
     for check in (True, False):
         state.told.clear()
         capsys.readouterr()
-        trainer = test_joint.make(algorithm, tmp_path / str(check), self_check=check)
+        trainer = test_joint.make(algorithm, tmp_path / str(check), self_check=check, bf16=bf16)
         runs.append((*test_joint.trained(trainer), capsys.readouterr().out))
     (a, logs, said), (b, logs2, silent) = runs
     assert all(torch.equal(g[n], h[n]) for g, h in zip(a, b) for n in g) and logs == logs2
@@ -529,13 +536,13 @@ def test_dropout_and_what_cannot_be_compared(tmp_path, capsys):
 
     patch.PatchFastRL("grpo")
     model = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.2))
-    _, _, out = first("grpo", tmp_path, capsys, model)
+    _, _, out = first(tmp_path, capsys, model)
     assert "is TRL's own to" in out and model.training and any(m.training for m in model.modules() if "Dropout" in type(m).__name__)
     other = tiny(attention_dropout=0.1)
-    _, _, out = first("grpo", tmp_path, capsys, other)
+    _, _, out = first(tmp_path, capsys, other)
     assert "is not compared with TRL's own loss: the attention drops" in out or "takes the path" in out
     with mock.patch.object(state, "compare", side_effect=RuntimeError("no memory")):
-        trainer, _, out = first("grpo", tmp_path, capsys)
+        trainer, _, out = first(tmp_path, capsys)
     assert "could not be compared with TRL's own loss: RuntimeError: no memory" in out and not state.state_of(trainer).differs
 
 

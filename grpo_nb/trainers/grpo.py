@@ -251,8 +251,7 @@ def few_groups(inputs:dict) -> tuple: # (dict, how many rows)
     lengths = inputs["completion_mask"].sum(1)
     order = [i for i in lengths.argsort(stable=True).tolist() if lengths[i]]
     prompt = inputs["prompt_ids"] * inputs["prompt_mask"]
-    twins = [[i, j] for i in order for j in order if i < j and torch.equal(prompt[i], prompt[j])][:1]
-    rows = (twins[0] if twins else [])
+    rows = next(([i, j] for i in order for j in order if i < j and torch.equal(prompt[i], prompt[j])), [])
     rows = torch.tensor([*rows, *[i for i in order if i not in rows][:4 - len(rows)]], device=lengths.device)
     found = {name: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(lengths) else v for name, v in inputs.items()}
     wide, width = min(WIDTHS[0], int(found["prompt_mask"].sum(1).max())), min(WIDTHS[1], int(lengths[rows].max()))
@@ -309,6 +308,7 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
         if original and is_first(self):
             compare_first(self, model, inputs, original, chosen.layout, settings_of, inputs_of)
             if state.differs: return trls_loss(self, original, model, inputs)
+            started(self, int(inputs["completion_mask"].sum()))
         return begun(self, PolicyLoss(self, step, chosen.layout, batches, batch, settings_of(self), inputs_of), inputs)
     return _compute_loss
 

@@ -230,7 +230,7 @@ def is_first(trainer) -> bool:
     state.compared = True
     return getattr(trainer.args, "self_check", True) and getattr(trainer.args, "step", "trl") != "trl"
 
-# %% ../../nbs/trainers/02_state.ipynb #ef1fd0c8
+# %% ../../nbs/trainers/02_state.ipynb #a95340e4
 def first_step(trainer, model:nn.Module, # as the trainer holds it
                given:Callable, # () -> a few rows of the batch, and how many
                theirs:Callable, ours:Callable, # of the bare model and those rows -> their loss
@@ -240,14 +240,12 @@ def first_step(trainer, model:nn.Module, # as the trainer holds it
     if why := why_not_compared(trainer, step, own): return say(f"the first step is not compared with TRL's own loss: {why}.")
     scaler, why = getattr(trainer.accelerator, "scaler", None), "its loss or gradient is not finite, or 0"
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-    with untouched(trainer, bare):
+    with untouched(trainer, bare), trainer.accelerator.autocast():
         try:
             batch, rows = given()
             def trls():
-                with by_trl(trainer), trainer.accelerator.autocast(): return theirs(bare, dict(batch))
-            def packed():
-                with trainer.accelerator.autocast(): return ours(bare, dict(batch))
-            found = compare(bare, trls, packed, scale)
+                with by_trl(trainer): return theirs(bare, dict(batch))
+            found = compare(bare, trls, lambda: ours(bare, dict(batch)), scale)
         except Exception as error: # noqa: BLE001 a comparison that fails is no reason to end a run
             why = f"{type(error).__name__}: {error}"
     settle(trainer, found, rows, why)
