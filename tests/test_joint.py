@@ -47,6 +47,7 @@ def make(algorithm, path, budget=None, **config):
         trainer = test_reward.trainer_of(algorithm, test_reward.classifier(algorithm), path, data, **given)
     else: trainer = test_preference.make(algorithm, path, **given)
     trainer.args.max_tokens_per_pack = budget
+    if "self_check" not in config: trainer.args.self_check = False # tests/test_drift.py has it on
     return trainer
 
 

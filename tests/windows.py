@@ -14,9 +14,12 @@ def generation_batch(rows, seed=0, groups=None, **shape):
     return batch
 
 
-def prepare(trainer, accumulation, per_generation, iterations, batches, logps=None, old=False):
-    "Give a trainer its next generation batches; `old`: with log-probs of the weights that are there when it asks."
+def prepare(trainer, accumulation, per_generation, iterations, batches, logps=None, old=False, check=False):
+    """Give a trainer its next generation batches; `old`: with log-probs of the weights that are there when it asks.
+
+    `check`: the first step is compared with TRL's own loss, as it is by default; tests/test_drift.py does so."""
     args = trainer.args
+    args.self_check = check
     args.gradient_accumulation_steps, args.steps_per_generation, trainer.num_iterations = accumulation, per_generation, iterations
     trainer._step, trainer._buffered_inputs, trainer.state.global_step = 0, None, 0
     trainer.__dict__.pop("_grpo_nb", None)

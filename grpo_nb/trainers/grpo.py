@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'OLD', 'SAMPLING', 'SEES_LOGPS', 'ASYNC_OBJECT', 'ALIASES', 'WRAPPERS', 'per_token_logps', 'layout_for',
            'why_no_tree', 'loss_settings', 'bonus_now', 'denominators', 'teaches', 'policy_scale', 'loss_mask',
-           'PolicyLoss', 'few_groups', 'compare_first', 'row_logps', 'compute_loss', 'window_of', 'begun', 'router',
-           'is_fresh', 'note_sampling', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'mean_of', 'count_packs',
-           'extreme', 'real_positions', 'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at',
-           'generate_and_score', 'reference', 'sampler_ratio', 'trls_loss', 'log_correction', 'compute_rloo_loss',
-           'rloo_settings', 'rloo_inputs', 'init', 'guarded_rewards', 'calculate_rewards', 'check_call',
-           'check_and_score', 'check_reward_funcs', 'tell_apart', 'reward_names', 'training_step', 'log', 'patches']
+           'PolicyLoss', 'few_groups', 'compare_first', 'compute_loss', 'window_of', 'begun', 'router', 'is_fresh',
+           'note_sampling', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'mean_of', 'count_packs', 'extreme',
+           'real_positions', 'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at', 'generate_and_score',
+           'reference', 'sampler_ratio', 'wants_reference', 'ask', 'ask_for_trl', 'trls_loss', 'complete_buffer',
+           'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'guarded_rewards',
+           'calculate_rewards', 'check_call', 'check_and_score', 'check_reward_funcs', 'tell_apart', 'reward_names',
+           'training_step', 'log', 'patches']
 
 # %% ../../nbs/trainers/09_grpo.ipynb #4a6ff8d9
 from contextlib import ExitStack, contextmanager
@@ -255,8 +256,7 @@ def few_groups(inputs:dict) -> tuple: # (dict, how many rows)
     lengths = inputs["completion_mask"].sum(1)
     order = [i for i in lengths.argsort(stable=True).tolist() if lengths[i]]
     prompt = inputs["prompt_ids"] * inputs["prompt_mask"]
-    twins = [[i, j] for i in order for j in order if i < j and torch.equal(prompt[i], prompt[j])][:1]
-    rows = (twins[0] if twins else [])
+    rows = next(([i, j] for i in order for j in order if i < j and torch.equal(prompt[i], prompt[j])), [])
     rows = torch.tensor([*rows, *[i for i in order if i not in rows][:4 - len(rows)]], device=lengths.device)
     found = {name: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == len(lengths) else v for name, v in inputs.items()}
     wide, width = min(WIDTHS[0], int(found["prompt_mask"].sum(1).max())), min(WIDTHS[1], int(lengths[rows].max()))
@@ -272,7 +272,7 @@ def few_groups(inputs:dict) -> tuple: # (dict, how many rows)
 def compare_first(trainer, model, inputs, original, layout, settings_of, inputs_of) -> None:
     "Compare TRL's loss with ours on a few rows of the first micro-batch."
     def theirs(m, batch):
-        if "old_logps" in batch: batch["old_logps"] = row_logps(trainer, m, batch)
+        if "old_logps" in batch: batch["old_logps"] = (ask(trainer, m, batch) * batch["completion_mask"]).sum(1)
         return trls_loss(trainer, original, m, batch)
 
     def ours(m, batch):
@@ -280,14 +280,6 @@ def compare_first(trainer, model, inputs, original, layout, settings_of, inputs_
         loss.fresh = True # the ratio is 1
         return loss.run().deliver()
     first_step(trainer, model, lambda: few_groups(inputs), theirs, ours)
-
-
-@torch.no_grad()
-def row_logps(trainer, model, batch) -> Tensor: # (B,)
-    "Log-probs of whole completions."
-    ids, masks = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-    found = trainer._get_per_token_logps_and_entropies(model, ids, masks, batch["completion_ids"].shape[1])[0]
-    return (found * batch["completion_mask"]).sum(1)
 
 # %% ../../nbs/trainers/09_grpo.ipynb #a399f236
 @patch
@@ -321,6 +313,7 @@ def compute_loss(original, settings_of=None, inputs_of=None): # -> the replaceme
         if original and is_first(self):
             compare_first(self, model, inputs, original, chosen.layout, settings_of, inputs_of)
             if state.differs: return trls_loss(self, original, model, inputs)
+            started(self, int(inputs["completion_mask"].sum()))
         return begun(self, PolicyLoss(self, step, chosen.layout, batches, batch, settings_of(self), inputs_of), inputs)
     return _compute_loss
 
@@ -505,31 +498,53 @@ def ask_reference(self:PolicyLoss) -> None:
     self.refs = split(found, self.batches)
     for inputs, part in zip(self.batches, self.refs): inputs["ref_per_token_logps"] = part
 
-# %% ../../nbs/trainers/09_grpo.ipynb #51121f43
+# %% ../../nbs/trainers/09_grpo.ipynb #dcd93e80
 def sampler_ratio(trainer, logps, sampled, mask) -> Tensor: # (B, T) or (B, 1)
     "The weight of TRL's importance sampling correction."
     return sampling_correction(logps, sampled, mask, trainer.vllm_importance_sampling_mode,
                                trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max)
 
 
-def trls_loss(trainer, original, model, inputs) -> Tensor:
-    "TRL's own loss, with the log-probs and weights that it wants where they were left for later."
-    wants_ref = getattr(trainer, "beta", 0.0) != 0.0 and hasattr(trainer, "loss_type") and "ref_per_token_logps" not in inputs
-    if not wants_ref and not deferred(trainer, inputs): return original(trainer, model, inputs)
+def wants_reference(trainer, inputs) -> bool:
+    "Whether TRL's own loss would look for the reference's log-probs and not find them."
+    return getattr(trainer, "beta", 0.0) != 0.0 and hasattr(trainer, "loss_type") and "ref_per_token_logps" not in inputs
+
+
+@torch.no_grad()
+def ask(trainer, model, inputs) -> Tensor: # (B, T)
+    "Log-probs of a micro-batch, in the way in which TRL asks for them."
     ids, masks = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+    return trainer._get_per_token_logps_and_entropies(model, ids, masks, inputs["completion_ids"].shape[1],
+                                                      batch_size=trainer.args.per_device_train_batch_size, **images)[0]
 
-    @torch.no_grad()
-    def ask(m): return trainer._get_per_token_logps_and_entropies(m, ids, masks, inputs["completion_ids"].shape[1],
-                                                                  batch_size=trainer.args.per_device_train_batch_size, **images)[0]
-    if wants_ref:
-        with reference(trainer) as other: inputs["ref_per_token_logps"] = ask(other)
+
+def ask_for_trl(trainer, inputs) -> None:
+    "The reference's log-probs, where they were left for later."
+    if not wants_reference(trainer, inputs): return
+    with reference(trainer) as other: inputs["ref_per_token_logps"] = ask(trainer, other, inputs)
+
+# %% ../../nbs/trainers/09_grpo.ipynb #b6224546
+def trls_loss(trainer, original, model, inputs) -> Tensor:
+    "TRL's own loss, with the log-probs and weights that it wants where they were left for later."
+    ask_for_trl(trainer, inputs)
     if not deferred(trainer, inputs): return original(trainer, model, inputs)
-    old, mask = ask(trainer.model), loss_mask(inputs)
+    old, mask = ask(trainer, trainer.model, inputs), loss_mask(inputs)
     ratio = sampler_ratio(trainer, old, inputs["sampling_per_token_logps"], mask)
     loss = original(trainer, model, {**inputs, "old_per_token_logps": old, "importance_sampling_ratio": ratio})
     log_correction(trainer, "train", inputs, mask, old) # after the loss's own metrics, as on the other path
     return loss
+
+# %% ../../nbs/trainers/09_grpo.ipynb #249ee65f
+def complete_buffer(trainer) -> None:
+    "What TRL's own loss will look for in the micro-batches that are still to be trained on."
+    if not getattr(trainer, "is_in_train", False): return
+    for inputs in getattr(trainer, "_buffered_inputs", None) or []:
+        if "completion_ids" not in inputs: continue
+        ask_for_trl(trainer, inputs)
+        if not deferred(trainer, inputs): continue
+        inputs["old_per_token_logps"] = old = ask(trainer, trainer.model, inputs)
+        inputs["importance_sampling_ratio"] = sampler_ratio(trainer, old, inputs["sampling_per_token_logps"], loss_mask(inputs))
 
 # %% ../../nbs/trainers/09_grpo.ipynb #3f71231a
 @torch.no_grad()

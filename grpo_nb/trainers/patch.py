@@ -25,8 +25,10 @@ from .colocate import choice_patch, colocate_patches
 from .config import EVERY, FIELDS, config_patches, precision, whole_groups
 from .drift import compared_with, differences, in_words, moved, part_of
 from ..step.forward import uninstall_all
+from .grpo import complete_buffer
 from .sampling import engine_patches
 from .seams import HOMES, INHERITED, SAMPLERS, TESTED, expected, has, has_module, home, trl_version
+from .state import known_trainers
 
 # %% ../../nbs/trainers/15_patch.ipynb #56b339f3
 MODULES = {"grpo": "grpo", "rloo": "grpo", "dpo": "preference", "kto": "preference", "cpo": "preference", "orpo": "preference",
@@ -246,3 +248,5 @@ def UnpatchFastRL(algorithm:str|None=None, # as for `PatchFastRL`
                 if not any(s in held for n, held in applied.items() if n != other): s.revert()
             del applied[other]
         if not applied: uninstall_all()
+    for trainer in list(known_trainers):
+        if name in (None, *GROUPS): complete_buffer(trainer)
