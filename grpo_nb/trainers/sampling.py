@@ -4,31 +4,35 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'ENGINE_FIELD', 'CONTINUOUS', 'NO_MEMORY', 'BY', 'SAID', 'check_engine', 'Elsewhere', 'why_elsewhere',
-           'why_not_in_place', 'why_not_taken', 'out_of_memory', 'engines_of', 'give_back', 'reported',
-           'advice_on_memory', 'groups', 'put_back', 'engine_of', 'sample_completions', 'single_turn', 'engine_patches',
+           'engine_name', 'why_not_in_place', 'sampling_of', 'ends_of', 'why_not_whole', 'why_not_taken',
+           'out_of_memory', 'engines_of', 'give_back', 'reported', 'advice_on_memory', 'groups', 'put_back',
+           'engine_of', 'sample_completions', 'Ended', 'with_ends', 'single_turn', 'step_aside', 'engine_patches',
            'LeftSampling', 'Asking', 'layers_of', 'asking', 'leaving', 'leave_when']
 
-# %% ../../nbs/trainers/03_sampling.ipynb #066de9cb
+# %% ../../nbs/trainers/03_sampling.ipynb #36262830
 import gc
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from enum import Enum
+from inspect import unwrap
 from threading import Event
 from traceback import clear_frames
 
 import torch
 
 from ..ground.check import one_of
-from ..engines.base import EngineError
+from ..engines.base import EngineError, Refused, Rollouts
 from ..engines.hf import read_config
 from ..engines.inplace.engine import InPlace
 from ..engines.inplace.layers import why_not_inplace
 from ..ground.events import say
 from ..packs.attention import Reason
+from ..models.foreign import own_generation, stranger
 from ..models.modes import Snapshot
 from ..models.unwrap import causal_lm
 from ..patch.core import Patch, Wrap
 from ..patch.objects import wrapping
-from .state import state_of, vllm_engines
+from .state import asks, own_methods, owner_of, state_of, vllm_engines
 
 # %% ../../nbs/trainers/03_sampling.ipynb #c7f53303
 ENGINES = ("auto", "inplace", "vllm", "vllm-server", "hf")
@@ -50,7 +54,7 @@ def check_engine(engine:str, # the field's value
     if asked and vllm_mode != asked and chosen:
         raise ValueError(f"engine={engine!r} and vllm_mode={vllm_mode!r} contradict each other; vllm_mode={asked!r} would fit.")
 
-# %% ../../nbs/trainers/03_sampling.ipynb #ae1b7d9e
+# %% ../../nbs/trainers/03_sampling.ipynb #4c9827b5
 class Elsewhere(Enum):
     "Why a batch is not sampled in place."
     CHOSEN = "the user chose another way"
@@ -60,35 +64,75 @@ class Elsewhere(Enum):
 CONTINUOUS = ("use_transformers_continuous_batching", "use_transformers_paged") # TRL's fields
 
 
-def why_elsewhere(trainer, multimodal) -> Reason|None: # None: the in-place engine samples
+def why_elsewhere(trainer, multimodal,
+                  prompts:list=(), # of lists of token ids
+                  original=None, # TRL's own method
+                  ) -> Reason|None: # None: the in-place engine samples
     "Why a batch is sampled by TRL's own path."
     def chosen(words): return Reason(Elsewhere.CHOSEN, words)
     if getattr(trainer, "use_vllm", False): return chosen("use_vllm")
     if any(getattr(trainer, name, False) for name in CONTINUOUS): return chosen("continuous batching")
-    engine = getattr(trainer.args, "engine", "auto")
+    engine = engine_name(trainer)
     if engine not in ("auto", "inplace"): return chosen(f"engine={engine!r}")
-    words = why_not_in_place(trainer, multimodal, engine)
+    words = why_not_in_place(trainer, multimodal, prompts) or why_not_whole(trainer, original) or why_not_taken(trainer)
     return Reason(Elsewhere.CANNOT, words) if words else None
 
-# %% ../../nbs/trainers/03_sampling.ipynb #da292cfc
-def why_not_in_place(trainer, multimodal, engine) -> str: # empty where it can
+
+def engine_name(trainer) -> str: return getattr(trainer.args, "engine", "auto")
+
+# %% ../../nbs/trainers/03_sampling.ipynb #c49d2ba1
+def why_not_in_place(trainer, multimodal, prompts:list=()) -> str: # empty where it can
     "What the in-place engine does not do."
     if multimodal: return "the batch has images"
-    config = getattr(trainer, "generation_config", None)
-    if config is None: return "the trainer has no generation config"
-    model = causal_lm(trainer.model_wrapped)
-    if setting := read_config(config, getattr(model, "generation_config", None))[1]: return f"generation asks for {setting}"
+    if getattr(trainer, "generation_config", None) is None: return "the trainer has no generation config"
+    try: sampling, setting = sampling_of(trainer)
+    except ValueError as error: return str(error)
+    if setting: return f"generation asks for {setting}"
+    lengths = [len(ids) for ids in prompts]
+    if lengths and not min(lengths): return "a prompt is empty"
     whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    return why_not_inplace(whole) or (why_not_taken(trainer, whole) if engine == "auto" else "")
+    return why_not_inplace(whole, max(lengths, default=0) + max(sampling.limits(1)) if lengths else 0)
 
 
-def why_not_taken(trainer, model) -> str: # empty where it takes it
+def sampling_of(trainer) -> tuple: # Sampling; and the name of a setting that it cannot hold, or an empty string
+    "What a trainer's generation config asks for; tokens that end a row for TRL end it here, for TRL cuts behind them."
+    found, setting = read_config(trainer.generation_config, getattr(causal_lm(trainer.model_wrapped), "generation_config", None))
+    more = [token for token in ends_of(trainer) if token not in found.stop_token_ids]
+    return replace(found, stop_token_ids=(*found.stop_token_ids, *more)), setting
+
+
+def ends_of(trainer) -> list: # of token ids
+    "The tokens behind which TRL cuts a completion."
+    tokenizer = getattr(trainer, "_tokenizer", getattr(trainer, "processing_class", None))
+    found = getattr(trainer, "eos_token_ids", None) or [getattr(tokenizer, "eos_token_id", None)]
+    return [token for token in found if token is not None]
+
+# %% ../../nbs/trainers/03_sampling.ipynb #cf5b441c
+def why_not_whole(trainer, original=None) -> str: # empty where nothing is passed over
+    "What of the user's own the in-place engine would pass over."
+    whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if own := own_generation(whole): return f"{type(causal_lm(whole)).__name__} has {own}, which would be passed over"
+    if original is None: return ""
+    names = asks(original) | ({"_generate_single_turn"} if engine_name(trainer) == "auto" else set())
+    if own := own_methods(trainer, owner_of(trainer, original), names):
+        return f"{type(trainer).__name__} has its own {', '.join(own)}; engine='inplace' samples in place all the same" \
+            if own == ["_generate_single_turn"] else f"{type(trainer).__name__} has its own {', '.join(own)}"
+    inner = unwrap(original)
+    called = {name: inner.__globals__.get(name) for name in inner.__code__.co_names}
+    odd = next((n for n, thing in called.items() if callable(thing) and stranger(thing)), "")
+    return f"{odd}, which TRL's _generate_single_turn calls, is not TRL's ({stranger(called[odd])})" if odd else ""
+
+# %% ../../nbs/trainers/03_sampling.ipynb #def5e8c1
+def why_not_taken(trainer) -> str: # empty where it takes it
     "Why the engine does not take a model that it seemed to know; tried once for a model."
-    state = state_of(trainer)
+    model, state = trainer.accelerator.unwrap_model(trainer.model_wrapped), state_of(trainer)
     if state.refused is None or state.refused[0] is not model:
         why = ""
         try: engine_of(trainer)
-        except EngineError as error: why = str(error)
+        except Refused as error: why = str(error)
+        except Exception as error: # anybody's module
+            if out_of_memory(error): raise
+            why = f"on this {type(causal_lm(model)).__name__} it fails with {type(error).__name__}: {error}"
         state.refused = model, why
     return state.refused[1]
 
@@ -160,7 +204,7 @@ def put_back(found:dict, # as `groups` returns it
     for place, value in zip(places, values): done[place] = value
     return done
 
-# %% ../../nbs/trainers/03_sampling.ipynb #adb3b712
+# %% ../../nbs/trainers/03_sampling.ipynb #f56587fd
 def engine_of(trainer) -> InPlace:
     "The trainer's engine, made at its first use and whenever the model is another one."
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -176,28 +220,56 @@ def sample_completions(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
     say("completions are sampled in place, from the weights that are trained; "
         "engine='hf' in the configuration takes TRL's own generate.")
-    sampling, _ = read_config(trainer.generation_config, getattr(causal_lm(trainer.model_wrapped), "generation_config", None))
-    found, engine, state = groups(prompts), engine_of(trainer), state_of(trainer)
+    found, engine, state, sampling = groups(prompts), engine_of(trainer), state_of(trainer), sampling_of(trainer)[0]
     if state.asked: engine._interrupted = Asking(state.asked)
     try: rollouts = engine.generate([list(p) for p in found], [len(places) for places in found.values()], sampling)
     finally: engine.sleep()
     numbers = [number for number, places in enumerate(found.values()) for _ in places]
     state.turns, state.groups, state.rollouts = state.turns + 1, put_back(found, numbers), rollouts
-    return put_back(found, rollouts.completions)
+    return put_back(found, with_ends(rollouts, ends_of(trainer)))
 
-# %% ../../nbs/trainers/03_sampling.ipynb #388fca5c
+# %% ../../nbs/trainers/03_sampling.ipynb #d5ee6eb2
+class Ended(int):
+    "A token that ended its completion: equal to its own number, and to the tokens that end one for TRL."
+    def __new__(cls, token:int, ends=()):
+        found = super().__new__(cls, token)
+        found.ends = frozenset(ends)
+        return found
+
+    def __eq__(self, other): return int(self) == other or other in self.ends
+    def __ne__(self, other): return not self == other
+    def __hash__(self): return int.__hash__(self)
+    def __reduce__(self): return Ended, (int(self), tuple(self.ends))
+
+
+def with_ends(rollouts:Rollouts, ends:list) -> list: # of lists of token ids
+    "Completions of an engine, the last token of those that ended by themselves marked where TRL would not see it."
+    def marked(ids, why): return [*ids[:-1], Ended(ids[-1], ends)] if why != "length" and ids[-1] not in ends else ids
+    return [marked(ids, why) for ids, why in zip(rollouts.completions, rollouts.finished)]
+
+# %% ../../nbs/trainers/03_sampling.ipynb #57876660
 def single_turn(with_logps:bool): # whether the method returns log-probs too -> a function of the original
     "The replacement of `_generate_single_turn`."
     def wrap(original):
         def _generate_single_turn(self, prompt_ids, images=None, multimodal_fields=None, *args, **kwargs):
             with reported(self, len(prompt_ids)):
-                if why := why_elsewhere(self, images or multimodal_fields):
-                    if why.kind is Elsewhere.CANNOT: say(f"completions are sampled by TRL's own path: {why}.")
-                    return original(self, prompt_ids, images, multimodal_fields, *args, **kwargs)
-                done = sample_completions(self, prompt_ids)
-                return (done, None) if with_logps else done
+                why = why_elsewhere(self, images or multimodal_fields, prompt_ids, original)
+                if why is None:
+                    try: done = sample_completions(self, prompt_ids)
+                    except Refused as error: why = Reason(Elsewhere.CANNOT, error.short if engine_name(self) == "auto" else str(error))
+                if why is None: return (done, None) if with_logps else done
+                step_aside(self, why)
+                return original(self, prompt_ids, images, multimodal_fields, *args, **kwargs)
         return _generate_single_turn
     return wrap
+
+# %% ../../nbs/trainers/03_sampling.ipynb #9d290820
+def step_aside(trainer, why:Reason) -> None:
+    "Say why TRL's own path samples; `Refused` where the user asked for the engine by name."
+    if why.kind is not Elsewhere.CANNOT: return
+    if engine_name(trainer) == "auto": return say(f"completions are sampled by TRL's own path: {str(why).rstrip('.')}.")
+    raise Refused(f"engine='inplace' was chosen, and the in-place engine does not sample this batch: {str(why).rstrip('.')}. "
+                  "engine='auto' takes TRL's own generate where that is so, engine='hf' always.")
 
 
 def engine_patches(path:str, # "package.module:Class" of a trainer that samples

@@ -7,7 +7,7 @@ __all__ = ['vllm_engines', 'IMAGE_INPUTS', 'OfSampling', 'OfPacking', 'TrainerSt
            'log_rate', 'how_of', 'step_of', 'layout_of', 'settled', 'agreed', 'asks', 'owner_of', 'written_elsewhere',
            'own_methods', 'passed_over']
 
-# %% ../../nbs/trainers/02_state.ipynb #03b6c27b
+# %% ../../nbs/trainers/02_state.ipynb #fda1309a
 import ast
 import time
 from collections.abc import Callable
@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from ..ground.events import say
+from ..models.foreign import home_of, is_known, origins
 from ..packs.attention import Reason
 from ..patch.anchor import source_of
-from ..step.layout import Choice, Chosen, Layout, home_of, is_known, origins, theirs
+from ..step.layout import Choice, Chosen, Layout, theirs
 from ..step.packed import How, PackedStep
 
 # %% ../../nbs/trainers/02_state.ipynb #19e64d39
