@@ -2709,6 +2709,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'grpo_nb.trainers.grpo.weights_stay': ( 'trainers/grpo.html#weights_stay',
                                                                                'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.why_no_tree': ('trainers/grpo.html#why_no_tree', 'grpo_nb/trainers/grpo.py'),
+                                       'grpo_nb.trainers.grpo.why_not_one_pass': ( 'trainers/grpo.html#why_not_one_pass',
+                                                                                   'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.window_of': ('trainers/grpo.html#window_of', 'grpo_nb/trainers/grpo.py')},
             'grpo_nb.trainers.joint': { 'grpo_nb.trainers.joint.Joint': ('trainers/joint.html#joint', 'grpo_nb/trainers/joint.py'),
                                         'grpo_nb.trainers.joint.Joint.__init__': ( 'trainers/joint.html#joint.__init__',

@@ -32,15 +32,15 @@ VOCAB, TOLERANCE, LIMIT = 67, 1e-5, 120
 RULES = [
     (r"vocab_size|.*_vocab_size|vocab_size_per_layer_input", VOCAB),
     (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers", 2),
-    (r"hidden_size|n_embd|d_model|dim|embed_dim|word_embed_proj_dim|model_dim|embedding_size|lru_width", 32),
+    (r"hidden_size|n_embd|d_model|dim|embed_dim|word_embed_proj_dim|model_dim|embedding_size|lru_width|emb_dim", 32),
     (r"num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads|attention_heads", 4),
     (r"num_key_value_heads|n_kv_heads?|num_kv_heads|num_global_key_value_heads|swa_num_key_value_heads|multi_query_group_num", 2),
-    (r"head_dim|attention_head_size|(global|swa|v|qk_nope|qk_rope)_head_dim|kv_channels|rotary_dim", 8),
+    (r"head_dim|attention_head_size|(global|swa|v|qk_nope|qk_rope)_head_dim|kv_channels|rotary_dim|dim_head|d_head", 8),
     (r"qk_head_dim", 16),
     (r"q_lora_rank|kv_lora_rank|o_lora_rank|.*lora_rank|.*lora_dim", 16),
-    (r"intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|.*_ffn_dim|feed_forward_size|block_ff_dim", 48),
+    (r"intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|.*_ffn_dim|feed_forward_size|block_ff_dim|dff|dim_ff|d_inner", 48),
     (r".*(moe|expert|shared).*(intermediate|ffn).*(size|dim)", 16),
-    (r"num_experts_per_tok|moe_topk|moe_top_k|top_k_experts|num_selected_experts|experts_per_token|num_experts_per_token|topk", 2),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|top_k_experts|num_selected_experts|experts_per_token|topk|moe_k", 2),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|routed_experts|num_routed_experts", 4),
     (r"n_group|topk_group|n_groups|mamba_n_groups|num_expert_groups|n_expert_groups", 1),
     (r"n_shared_experts|num_shared_experts|first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_null_experts", 1),
@@ -57,34 +57,57 @@ RULES = [
     (r"hidden_size_per_layer_input", 8),
     (r"laurel_rank", 4),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers|mtp_num_hidden_layers", 0),
-    (r"pad_token_id", 0), (r"eos_token_id", 1), (r"bos_token_id", None),
+    (r"pad_token_id", 0), (r"eos_token_id", 1), (r"bos_token_id", 2),
     (r".*(dropout|pdrop|drop).*(prob|rate|p)?|.*jitter.*", 0.0),
     (r".*aux_loss_coef", 0.0),
 ]
-PATTERNS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "hybrid_override_pattern", "attention_types",
-            "indexer_types", "attn_type_list", "hybrid_layer_pattern") # lists with an entry a layer
-EXCEPTIONS = json.loads((here / "data/families.json").read_text()) if (here / "data/families.json").exists() else {}
+# for a field that is there and None
+MISSING = dict(head_dim=8, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2)
+PATTERNS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "hybrid_override_pattern", "indexer_types",
+            "attn_type_list", "hybrid_layer_pattern") # lists with an entry a layer
+EXCEPTIONS = dict(
+    bamba=dict(attn_layer_indices=[1]),
+    dbrx=dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8),
+              ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)),
+    cohere_compass_text=dict(rope_parameters={n: dict(rope_type="default", rope_theta=1e4)
+                                              for n in ("full_attention", "sliding_attention")}),
+    gpt_neo=dict(attention_types=[[["global", "local"], 1]]),
+    jamba=dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    lfm2_moe=dict(layer_types=["conv", "full_attention"]),
+    qwen4_exp=dict(indexer_budget=8, indexer_compress_ratio=4),
+    qwen4_exp_text=dict(indexer_budget=8, indexer_compress_ratio=4),
+    mamba2=dict(num_heads=4, head_dim=16, n_groups=1),
+    reformer=dict(axial_pos_embds=False),
+    recurrent_gemma=dict(num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"]),
+    xmod=dict(default_language="en_XX"),
+)
+
+
+def rule_for(name, value):
+    "What a field becomes; `...` where it stays."
+    if value is None: return MISSING.get(name, ...)
+    found = next((new for pattern, new in RULES if re.fullmatch(pattern, name)), ...)
+    if found is ... or isinstance(value, bool) or not isinstance(value, int | float): return ...
+    return found if isinstance(found, float) or value > found else ...
 
 
 def shrunk(config) -> dict:
-    "What a configuration's own fields become by the rules; a number stays of its kind, and what is None stays None."
-    found = {}
-    for name, value in vars(config).items():
-        if name.startswith("_"): continue
-        rule = next((new for pattern, new in RULES if re.fullmatch(pattern, name)), ...)
-        if rule is ... or name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            if rule is not ...: found[name] = rule
-        elif isinstance(value, bool) or value is None or not isinstance(value, int | float): continue
-        elif isinstance(rule, float) or value > rule: found[name] = rule
-    return found
+    "What a configuration's own fields become by the rules; its parts are shrunk too."
+    fields = {n: v for n, v in vars(config).items() if not n.startswith("_")}
+    found = {n: new for n, v in fields.items() if (new := rule_for(n, v)) is not ...}
+    found |= {n: new for n, new in dict(pad_token_id=0, eos_token_id=1, bos_token_id=2).items() if n in fields}
+    if "kv_lora_rank" in fields: found["num_key_value_heads"] = 4 # latent attention has as many keys as queries
+    if fields.get("is_decoder") is False: found["is_decoder"] = True
+    parts = {n: fields.get(n) for n in getattr(config, "sub_configs", {})}
+    return found | {n: type(c)(**shrunk(c)) for n, c in parts.items() if hasattr(c, "to_dict")}
 
 
 def by_layer(config, found:dict) -> dict:
     "One layer of each kind that the lists with an entry a layer name, or two."
-    lists = {n: v for n in PATTERNS if isinstance(v := getattr(config, n, None), list | tuple) and len(v)}
+    lists = {n: v for n in PATTERNS if isinstance(v := vars(config).get(n), list | tuple) and len(v)}
     if not lists: return found
     rows = list(zip(*lists.values()))
-    first = sorted({row: i for i, row in reversed(list(enumerate(rows)))}.values())[:4]
+    first = sorted({row: i for i, row in reversed(list(enumerate(rows)))}.values())[:4] # where each kind stands first
     first = first if len(first) > 1 else [0, min(1, len(rows) - 1)]
     count = next((n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in found), "num_hidden_layers")
     return found | {n: [v[i] for i in first] for n, v in lists.items()} | {count: len(first)}
@@ -99,9 +122,7 @@ def small_config(kind:str):
     if text is config: return type(config)(**by_layer(config, shrunk(config)) | own)
     part = next(n for n in ("text_config", "llm_config", "language_config", *config.sub_configs) if getattr(config, n, None) is text)
     inner = type(text)(**by_layer(text, shrunk(text)) | own)
-    beside = {n: getattr(config, n, None) for n in config.sub_configs if n != part}
-    others = {n: type(c)(**shrunk(c)) for n, c in beside.items() if c is not None}
-    return type(config)(**{part: inner}, **others)
+    return type(config)(**{**shrunk(config), part: inner})
 
 
 def small_model(kind:str):
@@ -118,6 +139,13 @@ def small_model(kind:str):
 
 
 # ---- one type
+
+def failed(what, error) -> dict:
+    "A note in place of an answer."
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    words = next(iter(str(error).strip().splitlines()), "")[:200]
+    return {"note": f"{what}: {type(error).__name__}: {words} ({Path(where.filename).name}:{where.lineno})"}
+
 
 def off_policy(trainer, inputs, logps_of):
     "Old log-probs near the policy's own."
@@ -139,9 +167,11 @@ def step_row(model, folder) -> dict:
     from grpo_nb.trainers.state import state_of
     loss_of, logps_of = GRPOTrainer._compute_loss, GRPOTrainer._get_per_token_logps_and_entropies
     trainer = grpo_trainer(model, folder, loss_type="dapo")
-    inputs = off_policy(trainer, micro_batch(seed=3), logps_of)
-    torch.manual_seed(0)
-    theirs = loss_and_gradients(trainer, inputs, loss_of)
+    try:
+        inputs = off_policy(trainer, micro_batch(seed=3), logps_of)
+        torch.manual_seed(0)
+        theirs = loss_and_gradients(trainer, inputs, loss_of)
+    except Exception as error: return failed("stock TRL", error) # noqa: BLE001 whatever the model raises
     torch.manual_seed(0)
     again = loss_and_gradients(trainer, inputs, loss_of)
     torch.manual_seed(0)
@@ -169,13 +199,9 @@ def row_of(kind:str) -> dict:
     "Everything about one type; what cannot be built or run says why."
     warnings.simplefilter("ignore")
     started, row = time.perf_counter(), dict(type=kind)
-    def failed(what, error):
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        words = next(iter(str(error).strip().splitlines()), "")[:200]
-        return {"note": f"{what}: {type(error).__name__}: {words} ({Path(where.filename).name}:{where.lineno})"}
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()), tempfile.TemporaryDirectory() as folder:
         try: model = small_model(kind)
-        except Exception as error: return row | failed("not built small", error) # noqa: BLE001 anything is a row
+        except Exception as error: return row | failed("not built small", error) # noqa: BLE001 whatever a type raises
         row["parameters"] = sum(p.numel() for p in model.parameters())
         try: row |= engine_row(model)
         except Exception as error: row |= failed("the engine", error) # noqa: BLE001
