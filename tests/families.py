@@ -120,7 +120,8 @@ def small_config(kind:str):
     own = EXCEPTIONS.get(kind, {})
     text = config.get_text_config()
     if text is config: return type(config)(**by_layer(config, shrunk(config)) | own)
-    part = next(n for n in ("text_config", "llm_config", "language_config", *config.sub_configs) if getattr(config, n, None) is text)
+    names = "text_config", "llm_config", "language_config", *config.sub_configs
+    part = next(n for n in names if getattr(config, n, None) is text)
     inner = type(text)(**by_layer(text, shrunk(text)) | own)
     return type(config)(**{**shrunk(config), part: inner})
 

@@ -92,10 +92,11 @@ def changes_at(base:nn.Module) -> int: # 0: nowhere
     return max((n for name in CHANGES if isinstance(n := getattr(config, name, None), int)), default=0)
 
 
-def why_not_asked(base:nn.Module) -> str: # empty where it can be
-    "Why a model cannot be asked."
-    spread = "full_tensor", "ds_id", "_is_flat_param" # as FSDP2, DeepSpeed and FSDP1 mark them
+def why_not_asked(model:nn.Module) -> str: # empty where it can be
+    "Why a model, possibly wrapped, cannot be asked: spread over processes, it can be run by its outermost wrapper alone."
+    base, spread = causal_lm(model), ("full_tensor", "ds_id", "_is_flat_param") # as FSDP2, DeepSpeed and FSDP1 mark parameters
     if any(p.is_meta or any(hasattr(p, mark) for mark in spread) for p in base.parameters()): return "its parameters are elsewhere"
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()): return "its parameters are spread"
     return "its attention changes at a length that is far" if changes_at(base) > 1024 else ""
 
 
@@ -117,7 +118,7 @@ def padding_of(model:nn.Module # possibly wrapped
     base = causal_lm(model)
     asked = base.__dict__.setdefault(ASKED, {})
     if base.training not in asked:
-        try: asked[base.training] = None if why_not_asked(base) else ask(base)
+        try: asked[base.training] = None if why_not_asked(model) else ask(base)
         except Exception: # noqa: BLE001 anybody's model
             asked[base.training] = None
     return asked[base.training]

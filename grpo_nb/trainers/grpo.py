@@ -318,7 +318,7 @@ def note_sampling(trainer) -> None:
     if buffer is state.before: return
     state.sampled, state.before = (buffer, trainer.state, trainer.state.global_step), buffer
 
-
+# %% ../../nbs/trainers/09_grpo.ipynb #5ce7f10d
 def why_not_one_pass(trainer) -> str: # empty where it does not
     "Why a pack's loss depends on the other packs through more than known denominators."
     kind = getattr(trainer, "loss_type", "rloo")

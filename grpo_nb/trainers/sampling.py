@@ -34,9 +34,9 @@ from ..patch.core import Patch, Wrap
 from ..patch.objects import wrapping
 from .state import asks, own_methods, owner_of, state_of, vllm_engines
 
-# %% ../../nbs/trainers/03_sampling.ipynb #c7f53303
+# %% ../../nbs/trainers/03_sampling.ipynb #0a2ede14
 ENGINES = ("auto", "inplace", "vllm", "vllm-server", "hf")
-ENGINE_FIELD = (str, "auto", "Where completions are sampled: 'inplace' (from the training weights), 'hf' (generate), "
+ENGINE_FIELD = (str, "auto", "Where completions are sampled: 'inplace' (from the training weights, or an error), 'hf' (generate), "
                 "'vllm' (in this process), 'vllm-server', or 'auto' (vLLM if use_vllm is set or the model was loaded with "
                 "fast_inference=True and vLLM is installed, else in place where the model is known, else generate).")
 
@@ -256,7 +256,8 @@ def single_turn(with_logps:bool): # whether the method returns log-probs too -> 
                 why = why_elsewhere(self, images or multimodal_fields, prompt_ids, original)
                 if why is None:
                     try: done = sample_completions(self, prompt_ids)
-                    except Refused as error: why = Reason(Elsewhere.CANNOT, error.short if engine_name(self) == "auto" else str(error))
+                    except Refused as error:
+                        why = Reason(Elsewhere.CANNOT, error.short if engine_name(self) == "auto" else str(error))
                 if why is None: return (done, None) if with_logps else done
                 step_aside(self, why)
                 return original(self, prompt_ids, images, multimodal_fields, *args, **kwargs)
