@@ -16,7 +16,8 @@ STORED = Path(__file__).resolve().parent.parent / "nbs/explanations/families.jso
 KNOWN = {
     "qwen3": ("shared", ""), "deepseek_v2": ("shared", ""), "mamba": ("padded", "Mamba"),
     "hunyuan_v1_dense": ("trl", "padding before a row"), "recurrent_gemma": ("trl", "padding before a row"),
-    "deepseek_v32": ("trl", "padding before a row"),
+    "deepseek_v32": ("trl", "padding before a row"), "moshi": ("padded", "a sliding window that the model does not use"),
+    "mistral": ("shared", ""),
 }
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'PAD', 'CHANGES', 'ASKED', 'Padding', 'rounding', 'logits_of', 'share', 'undisturbed', 'random_state', 'draws',
-           'changes_at', 'why_not_asked', 'made_up_row', 'padding_of', 'ask']
+           'changes_at', 'why_not_asked', 'made_up_row', 'uses_window', 'padding_of', 'ask']
 
 # %% ../../nbs/models/08_padding.ipynb #015288bd
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ class Padding:
     behind: float # padding behind it
     draws: bool # in training mode, in a module that has no dropout to show for it
     bound: float # what may be rounding
+    window: bool = True # whether a window that the configuration has is one that the model uses
 
 
 def rounding(base:nn.Module) -> float:
@@ -108,7 +109,19 @@ def made_up_row(base:nn.Module) -> tuple: # (1, n) long, and how much padding fi
     ids = torch.randint(min(3, size - 1), size, (1, n), generator=torch.Generator().manual_seed(0))
     return ids.to(device), min(PAD, limit - n)
 
-# %% ../../nbs/models/08_padding.ipynb #1563614e
+# %% ../../nbs/models/08_padding.ipynb #001739fd
+def uses_window(base:nn.Module, ids:Tensor, alone:Tensor) -> bool:
+    "Whether the model's answer depends on the configuration's window, where there is one."
+    config = base.config.get_text_config()
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    wanted = "sliding_attention" in types if types else getattr(config, "use_sliding_window", None) is not False
+    if not wanted or not isinstance(window, int) or "flash" in str(config._attn_implementation): return True
+    try:
+        config.sliding_window = 4 if window != 4 else 5
+        return share(logits_of(base, ids), alone) > rounding(base) / 10
+    finally: config.sliding_window = window
+
+# %% ../../nbs/models/08_padding.ipynb #828a2cf2
 ASKED = "_grpo_nb_padding"
 
 
@@ -131,4 +144,5 @@ def ask(base:nn.Module) -> Padding:
         base.eval()
         alone = logits_of(base, ids)
         moved = share(logits_of(base, ids, before=pad), alone), share(logits_of(base, ids, behind=pad), alone)
-        return Padding(*moved, draws(base, ids, before), rounding(base))
+        window = uses_window(base, ids, alone)
+        return Padding(*moved, draws(base, ids, before), rounding(base), window)

@@ -171,6 +171,8 @@ def why_not_unpadded(model:nn.Module, layout:Layout) -> Reason|None:
         return minds(f"{said} before a row (by {found.before:.1g} of its logits): its positions are absolute, or it reads what is "
                      "masked. TRL's numbers are kept, which have that padding")
     if layout is Layout.PADDED and found.behind > found.bound: return minds(f"{said} behind a row")
+    if layout is not Layout.PADDED and not found.window:
+        return Reason(Obstacle.FIXED_ATTENTION, f"{name}'s configuration has a sliding window that the model does not use")
     if layout is Layout.SHARED and found.draws:
         return Reason(Obstacle.DROPOUT, f"{name} draws at random in training, and a shared prompt would draw once for all its rows")
     return None
@@ -191,7 +193,7 @@ def choose(model:nn.Module, # as the trainer holds it
     if layout is not Layout.THEIRS and (rows := why_not_one_row(model)): return Chosen(Layout.THEIRS, rows)
     if layout is Layout.THEIRS: return Chosen(layout, why)
     wanted = Layout.PADDED if step == "padded" else layout
-    if odd := why_not_unpadded(model, wanted): why, layout = odd, STANDS_IN[odd.kind]
+    if odd := why_not_unpadded(model, wanted): why, layout = odd, STANDS_IN.get(odd.kind, Layout.PADDED)
     if layout is Layout.THEIRS: return Chosen(layout, why)
     if step == "padded": return Chosen(Layout.PADDED, Reason(Choice.ASKED, "step='padded' was chosen"))
     if layout is Layout.ROWS and attention_dropout(model): layout = Layout.PADDED

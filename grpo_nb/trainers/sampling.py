@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'ENGINE_FIELD', 'CONTINUOUS', 'NO_MEMORY', 'BY', 'SAID', 'check_engine', 'Elsewhere', 'why_elsewhere',
-           'engine_name', 'why_not_in_place', 'sampling_of', 'ends_of', 'why_not_whole', 'why_not_taken',
+           'asked_engine', 'why_not_in_place', 'sampling_of', 'ends_of', 'why_not_whole', 'why_not_taken',
            'out_of_memory', 'engines_of', 'give_back', 'reported', 'advice_on_memory', 'groups', 'put_back',
            'engine_of', 'sample_completions', 'Ended', 'with_ends', 'single_turn', 'step_aside', 'engine_patches',
            'LeftSampling', 'Asking', 'layers_of', 'asking', 'leaving', 'leave_when']
@@ -72,13 +72,13 @@ def why_elsewhere(trainer, multimodal,
     def chosen(words): return Reason(Elsewhere.CHOSEN, words)
     if getattr(trainer, "use_vllm", False): return chosen("use_vllm")
     if any(getattr(trainer, name, False) for name in CONTINUOUS): return chosen("continuous batching")
-    engine = engine_name(trainer)
+    engine = asked_engine(trainer)
     if engine not in ("auto", "inplace"): return chosen(f"engine={engine!r}")
     words = why_not_in_place(trainer, multimodal, prompts) or why_not_whole(trainer, original) or why_not_taken(trainer)
     return Reason(Elsewhere.CANNOT, words) if words else None
 
 
-def engine_name(trainer) -> str: return getattr(trainer.args, "engine", "auto")
+def asked_engine(trainer) -> str: return getattr(trainer.args, "engine", "auto")
 
 # %% ../../nbs/trainers/03_sampling.ipynb #c49d2ba1
 def why_not_in_place(trainer, multimodal, prompts:list=()) -> str: # empty where it can
@@ -113,7 +113,7 @@ def why_not_whole(trainer, original=None) -> str: # empty where nothing is passe
     whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if own := own_generation(whole): return f"{type(causal_lm(whole)).__name__} has {own}, which would be passed over"
     if original is None: return ""
-    names = asks(original) | ({"_generate_single_turn"} if engine_name(trainer) == "auto" else set())
+    names = asks(original) | ({"_generate_single_turn"} if asked_engine(trainer) == "auto" else set())
     if own := own_methods(trainer, owner_of(trainer, original), names):
         return f"{type(trainer).__name__} has its own {', '.join(own)}; engine='inplace' samples in place all the same" \
             if own == ["_generate_single_turn"] else f"{type(trainer).__name__} has its own {', '.join(own)}"
@@ -257,7 +257,7 @@ def single_turn(with_logps:bool): # whether the method returns log-probs too -> 
                 if why is None:
                     try: done = sample_completions(self, prompt_ids)
                     except Refused as error:
-                        why = Reason(Elsewhere.CANNOT, error.short if engine_name(self) == "auto" else str(error))
+                        why = Reason(Elsewhere.CANNOT, error.short if asked_engine(self) == "auto" else str(error))
                 if why is None: return (done, None) if with_logps else done
                 step_aside(self, why)
                 return original(self, prompt_ids, images, multimodal_fields, *args, **kwargs)
@@ -268,7 +268,7 @@ def single_turn(with_logps:bool): # whether the method returns log-probs too -> 
 def step_aside(trainer, why:Reason) -> None:
     "Say why TRL's own path samples; `Refused` where the user asked for the engine by name."
     if why.kind is not Elsewhere.CANNOT: return
-    if engine_name(trainer) == "auto": return say(f"completions are sampled by TRL's own path: {str(why).rstrip('.')}.")
+    if asked_engine(trainer) == "auto": return say(f"completions are sampled by TRL's own path: {str(why).rstrip('.')}.")
     raise Refused(f"engine='inplace' was chosen, and the in-place engine does not sample this batch: {str(why).rstrip('.')}. "
                   "engine='auto' takes TRL's own generate where that is so, engine='hf' always.")
 
