@@ -121,11 +121,225 @@ def test_adapter(tmp_path):
         assert turn(trainer, [[3, 4], [5]] * 4)[0] == ours
 
 
-def test_a_cache_that_is_too_small(tmp_path, monkeypatch):
+def test_a_cache_that_is_too_small(tmp_path, monkeypatch, capsys):
+    "An error where the engine was asked for by name; else TRL's path, said once."
     from grpo_nb.engines.inplace import engine as inplace
     monkeypatch.setattr(inplace, "free_bytes", lambda device: 2000)
-    with PatchSet(engine_patches(PATHS["grpo"])), pytest.raises(EngineError, match="cache_tokens"):
+    said.clear()
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        with pytest.raises(EngineError, match="cache_tokens"): trainer_of("grpo", tmp_path, engine="inplace").train()
         trainer_of("grpo", tmp_path).train()
+    assert capsys.readouterr().out.count("TRL's own path: its cache may not hold") == 1
+
+
+# What the user changed
+
+def only_low(trainer):
+    "`generate` that draws tokens below 20 alone, as a user writes it."
+    from transformers import LogitsProcessorList
+    def low(ids, scores): return scores.index_fill(1, torch.arange(20, scores.shape[1]), -torch.inf)
+    return lambda inner: lambda *a, **k: inner(*a, **{**k, "logits_processor": LogitsProcessorList([low])})
+
+
+def wrap_instance(trainer, patcher): patcher.setattr(trainer.model, "generate", only_low(trainer)(trainer.model.generate))
+
+
+def wrap_beneath_a_question(trainer, patcher):
+    "A wrapper that stands under the one with which a run may leave sampling."
+    wrap_instance(trainer, patcher)
+    stack = leave_when(trainer, lambda: False)
+    stack.__enter__()
+
+
+def wrap_class(trainer, patcher):
+    base, inner = trainer.accelerator.unwrap_model(trainer.model), type(trainer.model).generate
+    patcher.setattr(type(base), "generate", lambda self, *a, **k: only_low(trainer)(lambda *a, **k: inner(self, *a, **k))(*a, **k))
+
+
+def wrap_processors(trainer, patcher):
+    from transformers import GenerationMixin, LogitsProcessorList
+    def low(ids, scores): return scores.index_fill(1, torch.arange(20, scores.shape[1]), -torch.inf)
+    inner = GenerationMixin._get_logits_processor
+    patcher.setattr(GenerationMixin, "_get_logits_processor", lambda *a, **k: LogitsProcessorList([*inner(*a, **k), low]))
+
+
+def wrap_sample(trainer, patcher):
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    def _sample(self, ids, **k): return torch.cat([ids, torch.full((len(ids), 3), 7), torch.ones(len(ids), 1, dtype=torch.long)], 1)
+    patcher.setattr(type(base), "_sample", _sample) # transformers asks the class
+
+
+CHANGED = dict(instance=(wrap_instance, "its own generate"), beneath=(wrap_beneath_a_question, "its own generate"),
+               type=(wrap_class, "its own generate"), processors=(wrap_processors, "its own _get_logits_processor"),
+               sample=(wrap_sample, "its own _sample"))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_generate_of_the_users_own_is_called(change, lora, tmp_path, monkeypatch, capsys):
+    "On the model, on its class, on the mixin, under an adapter; by name it is an error that says so."
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"])) if lora else tiny()
+    said.clear()
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, model=model)
+        CHANGED[change][0](trainer, monkeypatch)
+        found = [turn(trainer, [[3, 4]] * 8)[0] for _ in range(2)][1]
+        assert max(max(ids) for ids in found) < 20 and state_of(trainer).rollouts is None
+        words = f"completions are sampled by TRL's own path: Qwen3ForCausalLM has {CHANGED[change][1]} "
+        trainer.args.engine = "inplace"
+        with pytest.raises(EngineError, match=f"engine='inplace' was chosen.*has {CHANGED[change][1]}"): turn(trainer, [[3, 4]] * 8)
+    assert capsys.readouterr().out.count(words) == 1 or (change == "type" and lora)
+
+
+@pytest.mark.parametrize("setting", [
+    dict(num_beams=2, do_sample=False), dict(num_return_sequences=2), dict(guidance_scale=1.5), dict(typical_p=0.5),
+    dict(watermarking_config=dict(bias=2.0, seeding_scheme="lefthash")), dict(no_repeat_ngram_size=2), dict(max_time=9.0),
+    dict(cache_implementation="quantized"), dict(custom_generate="somebody/something"), dict(prompt_lookup_num_tokens=2),
+], ids=lambda s: next(iter(s)))
+def test_settings_that_the_engine_has_no_place_for(setting, tmp_path):
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, generation_kwargs=setting)
+        why = why_elsewhere(trainer, None, [[3]])
+    assert next(iter(setting)).partition("_impl")[0].replace("cache", "quantized cache") in why.words
+
+
+def test_a_trainer_with_its_own_turn(tmp_path, capsys):
+    "What stands around the engine runs around it; what stands in its place is left to TRL unless the engine is named."
+    import trl
+    said.clear()
+
+    class Mine(trl.GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *a, **k):
+            return super()._generate_single_turn([p[:1] for p in prompt_ids], *a, **k)
+
+    class Around(trl.GRPOTrainer):
+        def _generate(self, *a, **k):
+            self.around = True
+            return super()._generate(*a, **k)
+
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        for cls, engine, in_place in ((Mine, "auto", False), (Mine, "inplace", True), (Around, "auto", True)):
+            trainer = trainer_of("grpo", tmp_path, engine=engine, max_steps=1)
+            trainer.__class__ = cls
+            trainer.train()
+            assert (state_of(trainer).rollouts is not None) == in_place and getattr(trainer, "around", cls is Mine)
+            if in_place and cls is Mine: assert all(len(p) == 1 for p in state_of(trainer).rollouts.prompts)
+    assert capsys.readouterr().out.count("Mine has its own _generate_single_turn; engine='inplace'") == 1
+
+
+def test_hooks_on_the_whole_model_are_called(tmp_path):
+    "Also one that comes after the engine was made and compared."
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer, seen = trainer_of("grpo", tmp_path), []
+        turn(trainer, [[3, 4]] * 8)
+        assert state_of(trainer).turns == 1
+        trainer.model.register_forward_hook(lambda *_: seen.append(1))
+        turn(trainer, [[3, 4]] * 8)
+    assert seen and state_of(trainer).turns == 1
+
+
+@pytest.mark.parametrize("engine", ["auto", "inplace"])
+def test_an_empty_prompt(patched, engine, tmp_path, capsys):
+    said.clear()
+    trainer = trainer_of(patched, tmp_path, engine=engine)
+    if engine == "inplace":
+        with pytest.raises(EngineError, match="a prompt is empty"): turn(trainer, [[3], []] * 4)
+        return
+    found = turn(trainer, [[3], []] * 4)
+    assert len(found[0] if patched == "grpo" else found) == 8
+    assert capsys.readouterr().out.count("TRL's own path: a prompt is empty") == 1
+
+
+def test_angles_that_change_with_the_length(tmp_path, capsys):
+    "In place up to the limit, by TRL's path beyond it."
+    said.clear()
+    model = tiny("llama", max_position_embeddings=16)
+    model.config.rope_parameters = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, model=model)
+        turn(trainer, [[3, 4]] * 8)
+        assert state_of(trainer).turns == 1
+        for n in (12, 13): turn(trainer, [[3] * n] * 8)
+    assert state_of(trainer).turns == 1 and capsys.readouterr().out.count("dynamic rotary") == 1
+
+
+def test_a_wrapper_that_fails_in_any_way(tmp_path, monkeypatch, capsys):
+    "While the engine reads the model; a lack of memory is no answer."
+    said.clear()
+    error = [AttributeError("no such attribute")]
+    def decoder(*_): raise error[0]
+    monkeypatch.setattr("grpo_nb.engines.inplace.engine.Decoder", decoder)
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        turn(trainer_of("grpo", tmp_path), [[3, 4]] * 8)
+        with pytest.raises(EngineError, match="engine='inplace' was chosen.*AttributeError: no such attribute"):
+            turn(trainer_of("grpo", tmp_path, engine="inplace"), [[3, 4]] * 8)
+        error[0] = MemoryError("none left")
+        with pytest.raises(EngineError, match="no memory left"): turn(trainer_of("grpo", tmp_path), [[3, 4]] * 8)
+    assert capsys.readouterr().out.count("it fails with AttributeError: no such attribute") == 1
+
+
+def test_trained_tokens_with_a_tied_head(tmp_path):
+    "PEFT's wrapper of such a head has no number of outputs; the engine samples what the model says."
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(tiny("qwen2"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4, 5]))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "trainable_tokens" in n: p.copy_(torch.randn_like(p))
+    with PatchSet(engine_patches(PATHS["grpo"])):
+        trainer = trainer_of("grpo", tmp_path, model=model, generation_kwargs=dict(do_sample=False))
+        ours = turn(trainer, [[3, 4], [5]] * 4)[0]
+        assert state_of(trainer).turns == 1
+        trainer.args.engine = "hf"
+        assert turn(trainer, [[3, 4], [5]] * 4)[0] == ours
+
+
+# Where a completion ends
+
+class Spelling:
+    "A tokenizer whose words stand beside each other without a space, so that a stop string may be of several."
+    def __new__(cls):
+        from tokenizers.decoders import Fuse
+        tok = tokenizer()
+        tok.backend_tokenizer.decoder = Fuse()
+        return tok
+
+
+OWN_ENDS = [dict(eos_token_id=list(range(5, 40))), dict(stop_strings=["w3", "w2"])]
+
+
+@pytest.mark.parametrize("how", OWN_ENDS, ids=lambda h: next(iter(h)))
+def test_an_end_of_the_users_own_is_no_truncation(patched, how, tmp_path):
+    "In TRL's metrics and in its mask: a completion that ended is trained on, one that was cut is not."
+    seen = []
+    def reward(completion_ids, **_):
+        seen.extend(completion_ids)
+        return [float(i % 3) for i in range(len(completion_ids))]
+    trainer = trainer_of(
+        patched, tmp_path, reward=reward, max_completion_length=4, generation_kwargs=how, mask_truncated_completions=True,
+        max_steps=1, tok=Spelling(),
+    )
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    done, log = state_of(trainer).rollouts, trainer.state.log_history[0]
+    cut = [why == "length" for why in done.finished]
+    assert 0 < sum(cut) < 8 and log["completions/clipped_ratio"] == sum(cut) / 8
+    ended = [len(ids) for ids, c in zip(done.completions, cut) if not c]
+    assert log["completions/mean_terminated_length"] == pytest.approx(sum(ended) / len(ended))
+    assert not torch.equal(before, trainer.model.lm_head.weight)
+    assert sorted(map(tuple, seen)) == sorted(map(tuple, done.completions))
+
+
+def test_an_end_is_a_number_like_any_other():
+    import copy
+    import json
+    import pickle
+    end = rollout.Ended(17, (1, 2))
+    assert 17 == end == 2 and 1 == end and end != 3 and hash(end) == hash(17) and end + 1 == 18
+    assert json.dumps([end]) == "[17]" and torch.tensor([end]).item() == 17
+    assert tokenizer().decode([end], skip_special_tokens=True) == "w17"
+    for other in (pickle.loads(pickle.dumps(end)), copy.deepcopy(end)):
+        assert other in [2] and int(other) == 17 and other not in [3]
 
 
 def test_the_field_is_checked():

@@ -38,15 +38,16 @@ _READ = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_pena
 _HARMLESS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation",
              "cache_config", "disable_compile", "compile_config", "transformers_version", "return_dict_in_generate",
              "output_scores", "output_logits", "output_attentions", "output_hidden_states", "generation_kwargs",
-             "num_return_sequences", "prefill_chunk_size", "trust_remote_code", "continuous_batching_config", "chat_template")
+             "prefill_chunk_size", "trust_remote_code", "continuous_batching_config", "chat_template")
 _NEUTRAL = dict(num_beams=1, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, length_penalty=1.0, diversity_penalty=0.0,
-                num_beam_groups=1, min_length=0, no_repeat_ngram_size=0, encoder_repetition_penalty=1.0,
+                num_beam_groups=1, num_return_sequences=1, min_length=0, no_repeat_ngram_size=0, encoder_repetition_penalty=1.0,
                 encoder_no_repeat_ngram_size=0, guidance_scale=1.0) # what has no effect
 
 
 def _unknown(settings:dict) -> str: # a name, or an empty string
     "The first setting that changes what is drawn and that a `Sampling` cannot hold."
     default = GenerationConfig().to_dict()
+    if settings.get("cache_implementation") == "quantized": return "a quantized cache"
     for name, value in settings.items():
         if name.startswith("_") or name in (*_READ, *_HARMLESS): continue
         if value in (None, False, [], {}, default.get(name)): continue

@@ -259,7 +259,7 @@ def masks_for(model_config, # the model's config
         return {"full_attention": make(pack), "sliding_attention": make(pack, window=window)}
     return make(pack, window=None if types or getattr(config, "use_sliding_window", None) is False else window)
 
-# %% ../../nbs/packs/03_attention.ipynb #ad782d45
+# %% ../../nbs/packs/03_attention.ipynb #d9cd6887
 class Obstacle(Enum):
     "What keeps a model's rows out of a shared pack."
     PROMPT_LEARNING = "tokens of an adapter before each row"
@@ -273,6 +273,7 @@ class Obstacle(Enum):
     ROTARY_LENGTH = "rotary frequencies that depend on the batch's length"
     DROPOUT = "dropout"
     INVOCATION = "an adapter that begins at a token of each row"
+    PADDING = "padding that changes what the model says"
 
 # %% ../../nbs/packs/03_attention.ipynb #c671c18c
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@
 __all__ = ['WIDTHS', 'OLD', 'SAMPLING', 'SEES_LOGPS', 'ASYNC_OBJECT', 'ALIASES', 'WRAPPERS', 'per_token_logps', 'layout_for',
            'why_no_tree', 'loss_settings', 'bonus_now', 'denominators', 'teaches', 'policy_scale', 'loss_mask',
            'PolicyLoss', 'few_groups', 'compare_first', 'compute_loss', 'window_of', 'begun', 'router', 'is_fresh',
-           'note_sampling', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'mean_of', 'count_packs', 'extreme',
-           'real_positions', 'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at', 'generate_and_score',
-           'reference', 'sampler_ratio', 'wants_reference', 'ask', 'ask_for_trl', 'trls_loss', 'complete_buffer',
-           'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init', 'guarded_rewards',
-           'calculate_rewards', 'check_call', 'check_and_score', 'check_reward_funcs', 'tell_apart', 'reward_names',
-           'training_step', 'log', 'patches']
+           'note_sampling', 'why_not_one_pass', 'one_pass', 'loss_inputs', 'sum_stats', 'log_metrics', 'mean_of',
+           'count_packs', 'extreme', 'real_positions', 'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at',
+           'generate_and_score', 'reference', 'sampler_ratio', 'wants_reference', 'ask', 'ask_for_trl', 'trls_loss',
+           'complete_buffer', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init',
+           'guarded_rewards', 'calculate_rewards', 'check_call', 'check_and_score', 'check_reward_funcs', 'tell_apart',
+           'reward_names', 'training_step', 'log', 'patches']
 
 # %% ../../nbs/trainers/09_grpo.ipynb #4a6ff8d9
 from contextlib import ExitStack, contextmanager
@@ -59,7 +59,7 @@ def per_token_logps(original): # -> the replacement of `_get_per_token_logps_and
         return found.log_probs, found.entropy if compute_entropy else None, None
     return _get_per_token_logps_and_entropies
 
-# %% ../../nbs/trainers/09_grpo.ipynb #1dd681de
+# %% ../../nbs/trainers/09_grpo.ipynb #2b44e3ff
 def layout_for(trainer, step:PackedStep, given:dict, batch:RolloutBatch) -> Chosen:
     "The layout of a batch; TRL's own path where it has no tree. All processes take the same."
     chosen = layout_of(trainer, step, given)
@@ -69,7 +69,9 @@ def layout_for(trainer, step:PackedStep, given:dict, batch:RolloutBatch) -> Chos
 def why_no_tree(batch:RolloutBatch) -> Reason|None:
     "A prompt without tokens, or nothing to score at all."
     lengths = batch.completion_mask.bool().sum(1)
-    if not lengths.any(): return Reason(Choice.BATCH, "no completion has a token")
+    if not lengths.any():
+        say("no completion of a batch has a token that is trained on: TRL's own path is taken for it, and its gradient is 0.")
+        return Reason(Choice.BATCH, "no completion has a token")
     if not ((lengths > 0) & ~batch.prompt_mask.bool().any(1)).any(): return None
     say("the batch has an empty prompt: nothing predicts the first token of its completion, so TRL's own path is taken.")
     return Reason(Choice.BATCH, "a prompt is empty")
@@ -342,7 +344,7 @@ def begun(trainer, loss:PolicyLoss, inputs) -> Tensor: # scalar
 
 def router(trainer, inputs) -> dict: return {**inputs, "compute_aux_loss": getattr(trainer, "aux_loss_enabled", False)}
 
-# %% ../../nbs/trainers/09_grpo.ipynb #3727e990
+# %% ../../nbs/trainers/09_grpo.ipynb #3b8a0bc6
 OLD = ("old_per_token_logps", "old_logps")
 
 
@@ -359,11 +361,20 @@ def note_sampling(trainer) -> None:
     if buffer is state.before: return
     state.sampled, state.before = (buffer, trainer.state, trainer.state.global_step), buffer
 
+# %% ../../nbs/trainers/09_grpo.ipynb #5ce7f10d
+def why_not_one_pass(trainer) -> str: # empty where it does not
+    "Why a pack's loss depends on the other packs through more than known denominators."
+    kind = getattr(trainer, "loss_type", "rloo")
+    if kind not in POLICY_TERMS: return f"loss_type={kind!r} is not known here"
+    if getattr(trainer, "top_entropy_quantile", 1.0) < 1.0: return "top_entropy_quantile ranks the tokens of a whole batch"
+    return "adaptive entropy reads the entropy of a whole batch" if getattr(trainer, "use_adaptive_entropy", False) else ""
+
 
 def one_pass(trainer) -> bool:
-    "Whether a pack's loss depends on the other packs through known denominators alone."
-    return (getattr(trainer, "loss_type", "rloo") in POLICY_TERMS and getattr(trainer, "top_entropy_quantile", 1.0) >= 1.0
-            and not getattr(trainer, "use_adaptive_entropy", False))
+    "Whether it depends on known denominators alone; said once where it does not."
+    why = why_not_one_pass(trainer)
+    if why: say(f"TRL's own loss is taken, on log-probs from packs: {why}.")
+    return not why
 
 # %% ../../nbs/trainers/09_grpo.ipynb #095da5a8
 def loss_inputs(trainer, inputs, mask, rows, logps, entropies) -> LossInputs:

@@ -32,12 +32,13 @@ from torch import nn
 from ..ground.events import say
 from ..ground.text import error_text
 from ..models.finite import Lookout
+from ..models.foreign import home_of, is_known, origins
 from ..models.room import ESTIMATES, chain, let_go, out_of_memory
 from ..packs.attention import Reason
 from ..patch.anchor import source_of
 from ..patch.objects import wrapping
 from ..step.compare import compare, drawn, steady
-from ..step.layout import Choice, Chosen, Layout, attention_dropout, default_budget, home_of, is_known, origins, theirs
+from ..step.layout import Choice, Chosen, Layout, attention_dropout, default_budget, theirs
 from ..step.packed import How, PackedStep
 
 # %% ../../nbs/trainers/02_state.ipynb #19e64d39

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Room', 'room_for', 'Table', 'Arrangement']
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #d6b43205
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #802d9a84
 from dataclasses import astuple, dataclass
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..base import EngineError, Sampling
+from ..base import EngineError, Refused, Sampling
 from .draw import uniforms
 
 # %% ../../../nbs/engines/inplace/02_cache.ipynb #c45353e4
@@ -33,7 +33,7 @@ class Room:
         "Whether another table's content would fit."
         return all(a >= b for a, b in zip(astuple(self), astuple(other)))
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #ab916de7
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #1df8bb41
 def room_for(prompts:list, # lengths
              counts:list, # completions of each prompt
              limits:list, # tokens of each completion at most
@@ -41,16 +41,17 @@ def room_for(prompts:list, # lengths
              slots:int|None=None, # completions at a time at most; None: as many as fit
              bytes_per_token:int=0, # for the message
              ) -> Room:
-    "The largest table within the budget; `EngineError` where not one completion fits."
+    "The largest table within the budget; `Refused` where not one completion fits."
     p, c, rows, n = max(prompts), max(limits), sum(counts), max(counts)
     for s in range(min(rows, slots or rows, max(1, budget // c)), 0, -1):
         for lanes in (-(-s // n) * 2, -(-s // n)):
             room = Room(s, min(lanes, len(prompts)), p, c)
             if room.tokens <= budget: return room
     size = f" ({budget * bytes_per_token / 2**20:,.1f} MiB)" if bytes_per_token else ""
-    raise EngineError(f"The cache may hold {budget} tokens{size}, and one completion needs {p + c}: "
-                      f"a prompt of {p} and {c} of its own. "
-                      f"Give cache_tokens={p + c} or more, shorten max_completion_length, or leave out the longest prompts.")
+    raise Refused(f"The cache may hold {budget} tokens{size}, and one completion needs {p + c}: "
+                  f"a prompt of {p} and {c} of its own. "
+                  f"Give cache_tokens={p + c} or more, shorten max_completion_length, or leave out the longest prompts.",
+                  "its cache may not hold a prompt and completion of this length")
 
 # %% ../../../nbs/engines/inplace/02_cache.ipynb #88a793fc
 class Table:
@@ -76,7 +77,7 @@ def _take_cache(self:Table, decoder):
         raise EngineError(f"There is no memory for a cache of {room.tokens} tokens ({size:,.0f} MiB): "
                           f"give a smaller cache_tokens, or lower max_completion_length. {error}") from error
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #81102057
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #8d380d34
 @patch
 def _make_state(self:Table, decoder, sampling):
     "What is known of each slot and lane."
@@ -90,7 +91,7 @@ def _make_state(self:Table, decoder, sampling):
     width = decoder.text.norm.weight.shape[0]
     self.first = zeros(self.room.lanes, width, dtype=torch.float32) # hidden state that predicts a completion's first token
     self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=d)
-    vocabulary = decoder.base.get_output_embeddings().out_features
+    vocabulary = decoder.vocabulary
     self.seen = None if sampling.repetition_penalty == 1 else zeros(s, vocabulary, dtype=torch.bool)
 
 # %% ../../../nbs/engines/inplace/02_cache.ipynb #c4892c9c

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from ...ground.check import whole
-from ..base import Engine, EngineError, Rollouts, Sampling, check_request
+from ..base import Engine, Refused, Rollouts, Sampling, check_request
 from .cache import Arrangement, Table, room_for
 from .decode import first_tokens, forward, prefill, step
 from .draw import seeds_of
@@ -44,15 +44,15 @@ def free_bytes(device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // neighbours()
     return 2 << 30
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #3bf34f7e
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #72e9b35e
 LOOK = 8 # steps between two looks on a GPU
 
 
-def cannot(reason:str) -> EngineError:
+def cannot(reason:str) -> Refused:
     "The error for a model that is not decoded here."
-    return EngineError(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
+    return Refused(f"The in-place engine cannot decode this model: {reason}. Use engine='hf'.")
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #67ce78a1
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #5750143e
 class _Run:
     "One call of `generate`, from the first prompt to the last token."
     def __init__(self, engine, prompts, counts, limits, sampling):
@@ -63,10 +63,10 @@ class _Run:
         self.decoder = engine.decoder
         room = self._room(counts)
         if reason := why_not_inplace(engine.model, room.prompt + room.completion): raise cannot(reason)
-        self.seeds = self._seeds()
         longest = max(map(len, sampling.stop), default=0)
         self.window = longest + 8 # tokens that a stop string may begin in; some have no text of their own
         self.table, self.recorder = engine.table(room, sampling)
+        self.seeds = self._seeds() # last: a request that is refused has moved no random state
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #650709fb
 @patch
@@ -264,7 +264,7 @@ class InPlace(Engine):
         if self.static: self._for_gpu()
         if check: self._check_logits()
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #dca9c62b
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #93935a03
 @patch
 def _for_gpu(self:InPlace):
     "What is left open, on a GPU."
@@ -273,12 +273,12 @@ def _for_gpu(self:InPlace):
 
 @patch
 def _check_logits(self:InPlace):
-    "Raise `EngineError` where the logits are not the model's own, up to rounding."
+    "Raise `Refused` where the logits are not the model's own, up to rounding."
     error, tolerance = self.deviation(), 1e-3 if self.decoder.dtype is torch.float32 else 0.1
     if error <= tolerance: return
-    raise EngineError(f"The in-place engine's logits differ from the model's own by {error:.2g} of the largest, more than "
-                      f"{tolerance:g}: this {type(self.decoder.base).__name__} does something that is not known here. "
-                      "Use engine='hf'.")
+    raise Refused(f"The in-place engine's logits differ from the model's own by {error:.2g} of the largest, more than "
+                  f"{tolerance:g}: this {type(self.decoder.base).__name__} does something that is not known here. "
+                  "Use engine='hf'.")
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #0c3ca244
 @patch

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ...models.foreign import coats, passes_over
 from ...models.unwrap import causal_lm
 from ...ops.decode.epilogues import Adapter
 from ...ops.layer.fuse import FORWARDS, is_lora, is_plain
@@ -81,14 +82,19 @@ def _read_adapters(self:Joined, adapters): # of (index of the layer, A, B, scale
     self.a = _kept(self.a, torch.cat([A for _, A, _, _ in adapters]).to(dtype)) # (all ranks, d)
     self.b = {i: _kept(self.b.get(i), (B.t() * scale).to(dtype).contiguous()) for i, _, B, scale in adapters} # (rank, outputs)
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #b300b555
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #ba9e8ddf
+def _width(layer): # of its outputs
+    width = getattr(layer, "out_features", None)
+    return width if isinstance(width, int) else len(layer.weight)
+
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #a773952a
 @patch
 def _place(self:Joined, bases):
     "Say where each layer's outputs and ranks stand among those of all."
     self.parts, lo, rank = [], 0, 0
     for i, (layer, base) in enumerate(zip(self.layers, bases)):
         b = self.b.get(i)
-        hi, end = lo + layer.out_features, rank + (0 if b is None else len(b))
+        hi, end = lo + _width(layer), rank + (0 if b is None else len(b))
         self.parts.append(Placed(base, _is_product(base), slice(lo, hi), b, slice(rank, end)))
         lo, rank = hi, end
     self.width, self.ranks = lo, rank
@@ -253,9 +259,12 @@ def _linears(self:Decoder): # modules, in order
     named = [pair for half in halves for pair in half.named_children()]
     return [*(child for name, child in named if name.endswith("_proj")), self.base.get_output_embeddings()]
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #43509893
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #66a34937
 @patch(as_prop=True)
 def device(self:Decoder): return self.text.norm.weight.device
+
+@patch(as_prop=True)
+def vocabulary(self:Decoder) -> int: return _width(self.base.get_output_embeddings())
 
 @patch
 def stale(self:Decoder) -> bool:
@@ -341,7 +350,7 @@ def evaluating(self:Decoder):
     finally:
         for m in training: m.training = True
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #47ab7338
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #d71e5c16
 KNOWN = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3") # config.model_type
 
 
@@ -351,7 +360,7 @@ def _why_not_rope(config, length): # empty where its tables serve that long
     for rope in (found, *(v for v in found.values() if isinstance(v, dict))):
         kind, limit = rope.get("rope_type"), rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if kind in ("dynamic", "longrope") and length > limit:
-            return f"its {kind} rotary frequencies change above {limit} positions, and up to {length} are needed"
+            return f"its {kind} rotary frequencies change above {limit} positions, and more are needed"
     return ""
 
 
@@ -362,17 +371,19 @@ def _why_not_placed(base): # empty where all parameters are here
     places = {p.device for p in base.parameters()}
     return "its parameters are on several devices" if len(places) > 1 or "meta" in {p.type for p in places} else ""
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #e57b0014
-def _passed_over(base): # its class's name, or an empty string
-    "A module that is never called here, and on which somebody has put a hook or another forward."
-    text = base.model
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #8af1795a
+def _passed_over(model): # "a hook or another forward on its Qwen3Model"; an empty string where there is none
+    "What somebody has put on a module that is never called here."
+    whole = next(filter(None, map(passes_over, coats(model))), "")
+    if whole: return whole
+    text = causal_lm(model).model
     halves = [m for layer in text.layers for m in (layer.self_attn, layer.mlp)]
     inside = [m for layer in text.layers for m in (*layer.children(), *layer.self_attn.children())]
     norms = [m for m in inside if "Norm" in type(m).__name__]
     passed = [text, text.norm, text.rotary_emb, *text.layers, *halves, *norms]
-    return next((type(m).__name__ for m in passed if _does_more(m)), "")
+    return next((f"a hook or another forward on its {type(m).__name__}" for m in passed if _does_more(m)), "")
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #0563317d
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #cd8255d8
 def why_not_inplace(model:nn.Module, # possibly wrapped
                 length:int=0, # the longest prompt and completion together
                 ) -> str: # a reason; empty where the model can be decoded here
@@ -386,5 +397,5 @@ def why_not_inplace(model:nn.Module, # possibly wrapped
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd: return f"{name} has layers of type {', '.join(sorted(odd))}"
     if where := _why_not_placed(base): return where
-    if hooked := _passed_over(base): return f"there is a hook or another forward on its {hooked}, which would be passed over"
+    if hooked := _passed_over(model): return f"there is {hooked}, which would be passed over"
     return _why_not_rope(config, length)

@@ -65,7 +65,7 @@ def heads_last(rows, heads, places, width, dtype, device) -> Tensor: # (rows, he
     strides = places * heads * width, width, heads * width, 1
     return torch.empty_strided((rows, heads, places, width), strides, dtype=dtype, device=device)
 
-
+# %% ../../../nbs/ops/layer/04_rotary.ipynb #e4f3be92
 def fits(query:Tensor, key:Tensor, cos:Tensor, sin:Tensor) -> bool:
     "Whether these are the shapes that `rotary` takes: whole heads, one angle an entry, no gradient for the angles."
     if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape or cos.dtype != sin.dtype: return False
