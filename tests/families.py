@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -231,12 +232,15 @@ def kinds() -> list:
 def send(pipe, kind): pipe.send(row_of(kind))
 
 
+forking = threading.Lock() # one at a time: a library may hold a file descriptor in another thread
+
+
 def in_own_process(kind:str, limit:float=LIMIT) -> dict:
     "A type's row; a crash or a hang is one too. The process is a fork: what it needs is imported once, in the parent."
     ctx = multiprocessing.get_context("fork")
     mine, theirs = ctx.Pipe(duplex=False)
     process = ctx.Process(target=send, args=(theirs, kind))
-    process.start()
+    with forking: process.start()
     theirs.close()
     try:
         if mine.poll(limit): return mine.recv()

@@ -448,7 +448,7 @@ def test_rewards_of_one_name_are_told_apart():
     (lambda completions, answers, **kwargs: [], "Did you mean 'answer'?"), (lambda completions: [], "does not take 'prompts'"),
     (Judge, "is a class; give an instance of it, such as Judge()"), (lambda completions, /, **kwargs: [], "by position"),
     (torch.nn.Linear(1, 1), ""), (torch.nn.Linear, "is a class"),
-], ids=str)
+])
 def test_whether_a_call_fits(function, words):
     why = why_not_called(function, ["prompt", "answer"])
     assert words in why and bool(why) == bool(words)

@@ -485,6 +485,7 @@ def _check_adapter(model, options): # the arguments of `get_peft_model`, by name
     flag("use_rslora", options["use_rslora"])
     _check_modules("modules_to_save", wanted or [], _layers(model))
 
+# %% ../../nbs/models/06_load.ipynb #7890657c
 def _check_bare(model):
     "Raise for what is no model of transformers, and for one that has an adapter."
     if not isinstance(causal_lm(model), PreTrainedModel):

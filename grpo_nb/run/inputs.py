@@ -415,6 +415,7 @@ def check_callbacks(callbacks) -> None:
 # %% ../../nbs/run/01_inputs.ipynb #31703ac7
 def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, more) -> None: # arguments of `GRPORun`
     "Raise for arguments of a run that need nothing else to be looked at."
+    if trainer_class is None: from trl import GRPOTrainer as trainer_class
     check_trainer_class(trainer_class)
     own = [name for name in inspect.signature(run_class.__init__).parameters if name not in ("self", "kwargs")]
     check_more(more, trainer_class, own)

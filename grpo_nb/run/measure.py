@@ -88,6 +88,7 @@ def _timed(self:StepMeter, what, call, *args, **kwargs):
         self.doing = None
         if self.trainer.model.training: self.seconds[what] += perf_counter() - start
 
+# %% ../../nbs/run/03_measure.ipynb #0e9ce144
 @patch
 def _generate(self:StepMeter, trainer, call, *args, **kwargs):
     self._sampled = self._timed("sampling", call, *args, **kwargs)

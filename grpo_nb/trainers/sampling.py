@@ -21,6 +21,7 @@ from traceback import walk_tb
 
 import torch
 
+# %% ../../nbs/trainers/03_sampling.ipynb #db77b7ab
 from ..ground.check import one_of
 from ..engines.base import EngineError, Refused, Rollouts
 from ..engines.hf import read_config

@@ -29,6 +29,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+# %% ../../nbs/trainers/02_state.ipynb #14f9bd8f
 from ..ground.events import say
 from ..ground.text import error_text
 from ..models.finite import Lookout

@@ -23,6 +23,7 @@ from string import Template
 
 from fastcore.basics import patch
 
+# %% ../../../nbs/ui/charts/02_charts.ipynb #3c9d2da0
 from ...ground import check
 from ...ground.text import encodable, plain
 from ...ground.events import (CheckpointSaved, RunFailed, RunFinished, RunPaused, RunStarted, RunStopped, SettingChanged,

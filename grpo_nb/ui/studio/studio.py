@@ -33,10 +33,9 @@ from ...advice.live import watch
 # %% ../../../nbs/ui/studio/03_studio.ipynb #60711064
 def _check_more(run, held_out):
     "Raise for arguments that are for the run, and a held-out set, that cannot be."
-    from trl import GRPOTrainer
     given = {name: run.get(name, default) for name, default in dict(callbacks=(), reward_timeout=None, progress=False).items()}
     more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class")]
-    check_run(GRPORun, run.get("trainer_class") or GRPOTrainer, **given, more=more)
+    check_run(GRPORun, run.get("trainer_class"), **given, more=more)
     if held_out is not None: check_dataset(held_out, "held_out")
 
 # %% ../../../nbs/ui/studio/03_studio.ipynb #f33698a0
