@@ -83,7 +83,7 @@ class TrainerState(OfPacking, OfSampling):
         "The next micro-batch is the first of an optimiser step."
         self.micro, self.window, self.joint, self.present = 0, None, {}, None
 
-# %% ../../nbs/trainers/02_state.ipynb #b37ff916
+# %% ../../nbs/trainers/02_state.ipynb #9c12bf89
 known_trainers = WeakSet() # that have a record
 
 
@@ -92,7 +92,7 @@ def state_of(trainer) -> TrainerState:
     found = vars(trainer).get("_grpo_nb")
     if found is None:
         found = trainer._grpo_nb = TrainerState()
-        known_trainers.add(trainer)
+        if hasattr(trainer, "__weakref__"): known_trainers.add(trainer) # a stand-in may have none
     return found
 
 # %% ../../nbs/trainers/02_state.ipynb #e32c57dc
