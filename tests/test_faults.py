@@ -111,8 +111,14 @@ def test_a_gradient_that_becomes_nan(tmp_path, unpatched, patch, value, capsys):
     assert run.start(resume=True, background=False).state == "finished"
 
 
+class TooFast(TrainerCallback):
+    "A learning rate that no check has seen."
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups: group["lr"] = 1e36
+
+
 def test_a_rate_that_is_far_too_high(tmp_path, patched):
-    run = make(tmp_path, callbacks=[], learning_rate=1e36, optim="sgd", lr_scheduler_type="constant")
+    run = make(tmp_path, callbacks=[TooFast()], optim="sgd", lr_scheduler_type="constant")
     error = ended(run, False)
     assert isinstance(error, NotFinite) and not [p for p in saved(tmp_path) if not whole(tmp_path / p)]
 
@@ -142,7 +148,7 @@ def test_a_model_that_was_nan_when_it_was_given(tmp_path):
 def test_logits_that_are_nan_although_the_weights_are_not(tmp_path, patched):
     "An activation that leaves its type's range, after the engine has compared itself with the model."
     def enlarge(model):
-        with torch.no_grad(): model.lm_head.weight.fill_(1e38)
+        with torch.no_grad(): model.model.norm.weight.fill_(3e38)
     error = ended(make(tmp_path, callbacks=[After(1, enlarge)]), True)
     assert isinstance(error, NotFinite) and "All weights are finite (float32), at step 1" in str(error)
 

@@ -55,7 +55,7 @@ GOOD = [
     [1, 2.5, None], (1, 2.5, None), [True, False, None], [np.float32(1), np.int64(2), np.bool_(True)],
     np.array([1, 2, 3]), np.array([True, False, True]), torch.tensor([1.0, 2.0, 3.0], requires_grad=True),
     torch.tensor([1, 2, 3], dtype=torch.bfloat16), [torch.tensor(1.0), torch.tensor(2, dtype=torch.int8), 3],
-    [Fraction(1, 2), Decimal("0.5"), 0], range(3), [None] * 3, [3.4e38, -3.4e38, 0],
+    [Fraction(1, 2), Decimal("0.5"), 0], range(3), [None] * 3, [1.8e19, -1.8e19, 0],
     [torch.ones(1), np.ones(1), torch.ones(1, 1)], torch.ones(3, 1), np.ones((3, 1)), {"a": 1, "b": 2, "c": 3}.values(),
 ]
 

@@ -320,7 +320,7 @@ def test_missing_end_is_an_error_before_the_weights(tmp_path, heard, monkeypatch
 
 def test_token_outside_the_vocabulary(folder, heard, tmp_path):
     small = write_model(tmp_path / "a", config={"vocab_size": 18})
-    with pytest.raises(ValueError, match="eos_token='<brand-new>' has id 18"):
+    with pytest.raises(ValueError, match="eos_token='<brand-new>' is not in the vocabulary"):
         FastLanguageModel.from_pretrained(small, tokenizer_kwargs={"eos_token": "<brand-new>"})
 
 

@@ -94,7 +94,7 @@ def test_stop_says_what_it_waits_for_and_can_leave_it(parts, tmp_path, capsys, i
     run.stop(now=True).wait(20)
     assert run.state == "stopped" and run.step == 1 and run.checkpoint.endswith("checkpoint-1") and time.monotonic() - began < 15
     assert run.waits_for == run.waiting == "" and "waits" not in repr(run)
-    again = make(parts, tmp_path, lengths).start(resume=True, background=False)
+    again = make(parts, tmp_path, lengths).start(resume=run.checkpoint, background=False) # by its path: the reward is another one
     assert again.state == "finished" and again.step == 2
 
 
@@ -144,9 +144,10 @@ def test_a_chat_template_that_loops_is_told_before_the_run(parts, tmp_path, temp
 
 @pytest.mark.parametrize("how", ["limit", "stop"])
 def test_a_chat_template_that_loops_for_one_prompt(parts, tmp_path, templated, monkeypatch, how):
-    templated("{% if messages[0]['content'] == 'loop' %}" + LOOPS + "{% endif %}x")
+    templated("x")
     data = [{"prompt": [{"role": "user", "content": "loop" if i else "first"}]} for i in range(16)]
-    run = make(parts, tmp_path, lengths, data=data)
+    run = make(parts, tmp_path, lengths, data=data) # it looks at the longest prompts; what loops later is not seen
+    templated("{% if messages[0]['content'] == 'loop' %}" + LOOPS + "{% endif %}x")
     if how == "limit": monkeypatch.setattr(evaluate, "TEMPLATE_SECONDS", 0.5)
     run.start(background=True)
     if how == "limit": assert "chat_template took longer than 0.5 s" in str(ended(run)) and run.state == "failed"
@@ -200,7 +201,7 @@ def test_what_cannot_be_called_is_told_before_the_run(parts, tmp_path, rewards, 
 
 def test_columns_with_the_names_of_arguments(parts, tmp_path):
     data = TASK.train.add_column("completions", ["x"] * len(TASK.train))
-    words = "its column 'completions' has the name of an argument"
+    words = "has a column 'completions', a name under which the trainer passes something"
     with pytest.raises(ValueError, match=words): make(parts, tmp_path, lengths, data=data)
 
 

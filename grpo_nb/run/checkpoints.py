@@ -216,18 +216,18 @@ def _none(output_dir, every, against) -> str:
     return (f"resume=True: there is no checkpoint of this run in output_dir={str(output_dir)!r}: {'; '.join(against)}. "
             f"start(resume={str(every[0].path)!r}) takes one by its path; start() begins anew.")
 
-# %% ../../nbs/run/05_checkpoints.ipynb #f197833c
+# %% ../../nbs/run/05_checkpoints.ipynb #80a12bba
 def given(folder,
           what:dict, # as `described` gives it
           model=None, # what it is to be loaded into, where that can be checked
           ) -> Kept: # raises `FileNotFoundError`, `ValueError`
     "The checkpoint at a path; says what it lacks and how it differs."
-    folder = Path(folder)
+    name, folder = str(folder), Path(folder)
     if not (folder / "trainer_state.json").is_file():
         why = "it has no trainer_state.json" if folder.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"resume={str(folder)!r} is not a checkpoint: {why}.")
+        raise FileNotFoundError(f"resume={name!r} is not a checkpoint: {why}.")
     why = why_not_whole(folder) or (why_not_fitting(folder, model) if model is not None else None)
-    if why: raise ValueError(f"resume={str(folder)!r} cannot be taken: {why}.")
+    if why: raise ValueError(f"resume={name!r} cannot be taken: {why}.")
     found = read(folder)
     if lost := missing(folder):
         say(f"{folder} lacks {', '.join(lost)}: the run goes on from its weights, and with fresh ones of what it lacks.")

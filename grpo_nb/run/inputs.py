@@ -245,8 +245,6 @@ def check_reward_columns(functions, # the reward functions
 # %% ../../nbs/run/01_inputs.ipynb #576dca81
 def check_calls(functions, columns) -> None:
     "Raise `ValueError` for a reward that cannot be called with what the data set and the trainer fill."
-    if functions and (taken := {"prompts", "completions"} & set(columns)):
-        raise ValueError(f"dataset: its column {taken.pop()!r} has the name of an argument that rewards get from TRL; rename it.")
     for function in functions:
         why = why_not_called(function, columns)
         if why and why_not_called(function, columns, (*PASSED, "environments")):
@@ -322,7 +320,7 @@ def check_enough_rows(dataset, config) -> None:
                      f"of each prompt. TRL drops a batch that is not full, so nothing would be trained. Give {needed} rows, or "
                      "lower per_device_train_batch_size or gradient_accumulation_steps.")
 
-# %% ../../nbs/run/01_inputs.ipynb #1aad09d1
+# %% ../../nbs/run/01_inputs.ipynb #30f14180
 def prompt_text(tokenizer, prompt, tools=None, **more) -> str: # `more`: chat_template_kwargs
     "A prompt as the trainer writes it; raises what the template raises, and `ValueError` where it leaves text out."
     if isinstance(prompt, str): return prompt
@@ -337,7 +335,7 @@ def rendered(tokenizer, dataset, config, tools=None, n:int=8) -> list: # of (row
     seen, out, text_of = spread_rows(dataset), [], getattr(tokenizer, "tokenizer", tokenizer)
     more = getattr(config, "chat_template_kwargs", None) or {}
     for row, prompt in [*seen[:1], *sorted(seen, key=lambda one: -len(str(one[1])))[:n]]:
-        try: text = prompt_text(tokenizer, prompt, tools, **(more if isinstance(more, Mapping) else {}))
+        try: text = within_limit(prompt_text, tokenizer, prompt, tools, **(more if isinstance(more, Mapping) else {}))
         except Exception as error: # a template is a program of its own, and raises what it likes
             parts = not isinstance(prompt, str) and any(isinstance(message["content"], (list, tuple)) for message in prompt)
             hint = " Content in parts is for a processor of a model that reads images; give text." if parts else ""
