@@ -63,7 +63,9 @@ def drifted(algorithm, method, *replacements):
         for holder in [m for n, m in list(sys.modules.items()) if n.startswith("trl.") and vars(m).get(key) is entry]:
             undo.setattr(holder, key, made)
     try: yield
-    finally: undo.restore()
+    finally:
+        patch.UnpatchFastRL() # some patches stand around what was changed
+        undo.restore()
 
 
 def group_step(algorithm, tmp_path, old=True, **config):

@@ -2,9 +2,11 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
+import parity
 import pytest
 import torch
 from transformers import AutoConfig
@@ -27,6 +29,16 @@ def test_a_type_is_stock_trls_under_its_layout(kind, tmp_path):
     if kind not in families.kinds(): pytest.skip(f"this transformers has no {kind}")
     row = families.step_row(families.small_model(kind), tmp_path)
     assert row["layout"] == KNOWN[kind][0] and KNOWN[kind][1] in row["why"] and not families.is_wrong(row)
+
+
+@pytest.mark.parametrize("how", ["autocast", "accelerate"])
+def test_mixed_precision_is_no_effect_of_padding(how):
+    "Weights in fp32 that compute in bf16 round as bf16 does."
+    from accelerate import Accelerator
+    model = parity.tiny()
+    if how == "accelerate": model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    with torch.autocast("cpu", torch.bfloat16) if how == "autocast" else nullcontext(): found = padding_of(model)
+    assert 0 < found.before < found.bound and found.behind < found.bound
 
 
 def test_lora_on_all_layers_of_gemma_3n(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .modes import Snapshot
 from .unwrap import causal_lm
 
-# %% ../../nbs/models/10_padding.ipynb #f80b6d60
+# %% ../../nbs/models/10_padding.ipynb #7fb2c434
 @dataclass(frozen=True)
 class Padding:
     "How far padding moves a model's logits, and whether the model draws random numbers."
@@ -29,9 +29,10 @@ class Padding:
 
 
 def rounding(base:nn.Module) -> float:
-    "The share of the logits that may be rounding, in the type of a model's weights."
+    "The share of the logits that may be rounding, in the type that a model computes in."
     weight = next(base.parameters())
-    if any(p.is_floating_point() and p.element_size() < 4 or not p.is_floating_point() for p in base.parameters()): return 0.1
+    mixed = torch.is_autocast_enabled(weight.device.type) or "_original_forward" in vars(base) # so Accelerate marks its autocast
+    if mixed or any(not p.is_floating_point() or p.element_size() < 4 for p in base.parameters()): return 0.1
     return 0.02 if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32 else 1e-4
 
 # %% ../../nbs/models/10_padding.ipynb #4fd58a24
