@@ -2271,6 +2271,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'grpo_nb.run.checkpoints.kept_in': ('run/checkpoints.html#kept_in', 'grpo_nb/run/checkpoints.py'),
                                          'grpo_nb.run.checkpoints.missing': ('run/checkpoints.html#missing', 'grpo_nb/run/checkpoints.py'),
                                          'grpo_nb.run.checkpoints.newest': ('run/checkpoints.html#newest', 'grpo_nb/run/checkpoints.py'),
+                                         'grpo_nb.run.checkpoints.no_bars': ('run/checkpoints.html#no_bars', 'grpo_nb/run/checkpoints.py'),
                                          'grpo_nb.run.checkpoints.read': ('run/checkpoints.html#read', 'grpo_nb/run/checkpoints.py'),
                                          'grpo_nb.run.checkpoints.settle': ('run/checkpoints.html#settle', 'grpo_nb/run/checkpoints.py'),
                                          'grpo_nb.run.checkpoints.size_of': ('run/checkpoints.html#size_of', 'grpo_nb/run/checkpoints.py'),

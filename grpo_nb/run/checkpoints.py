@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTE', 'HOW', 'WEIGHTS', 'GOES_ON', 'TENSORS', 'BESIDE', 'described', 'differences', 'why_not_whole', 'missing',
            'why_not_fitting', 'Kept', 'read', 'kept_in', 'newest', 'given', 'aside', 'settle', 'complete', 'write',
-           'thin_out', 'size_of', 'is_full', 'in_words']
+           'no_bars', 'thin_out', 'size_of', 'is_full', 'in_words']
 
 # %% ../../nbs/run/05_checkpoints.ipynb #39b1ae4c
 import errno
@@ -15,12 +15,14 @@ import os
 import re
 import shutil
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import localtime, strftime, time
 
 import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
 # %% ../../nbs/run/05_checkpoints.ipynb #03559b27
 from ..ground.events import say, short
@@ -285,7 +287,7 @@ def write(trainer,
     there, error = place.exists(), None
     if main and part != place: shutil.rmtree(part, ignore_errors=True)
     try:
-        with _writing_in(trainer, part.parent): save()
+        with _writing_in(trainer, part.parent), no_bars(): save()
         if not part.is_dir() and main: part = place # a trainer of the user's own names it itself
         if main: complete(part, place, trainer, note, changes)
     except Exception as e: # noqa: BLE001 it is raised below, when all processes have come this far
@@ -299,6 +301,16 @@ def _writing_in(trainer, folder): # a context
     "Let a trainer write its checkpoints into a folder."
     def where(trial=None): return str(folder)
     return changing(trainer, "_get_output_dir", where, why="a checkpoint is written beside its place", by="run.checkpoints")
+
+# %% ../../nbs/run/05_checkpoints.ipynb #36f3c4b8
+@contextmanager
+def no_bars():
+    "Inside, transformers draws no progress bars."
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if drawn: logging.enable_progress_bar()
 
 # %% ../../nbs/run/05_checkpoints.ipynb #1dab2d41
 def _drop(part, place, there):
