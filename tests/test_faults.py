@@ -299,6 +299,15 @@ def test_a_front_end_that_is_gone(tmp_path, patched, stream):
     assert (run.state, bad.state) == ("finished", "failed")
 
 
+def test_a_checkpoint_beside_a_broken_stream(tmp_path, patched):
+    "It is written, and no lock of a progress bar stays behind, on which the next run's thread would wait."
+    for background in GROUND:
+        folder = tmp_path / str(background)
+        run = make(folder, max_steps=1)
+        with redirect_stdout(Gone()), redirect_stderr(Gone()): assert ended(run, background) is None
+        assert run.state == "finished" and saved(folder) == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize("engine, error, words", [
     ("inplace", RuntimeError("CUDA error: device-side assert triggered"), ["restart the kernel", "engine='hf'"]),
     ("inplace", IndexError("slot 9"), ["IndexError: slot 9", "engine='hf'"]),
