@@ -290,6 +290,8 @@ def test_an_untested_version(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=800, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "TRL 9.99.0 was not tested (trl 1.12 to 1.16 were)" in done.stdout
+    # another version is compared with the newest that was tested; an older one's sources are not that one's
+    newest = installed.version.startswith("1.16.")
+    assert ("TRL 9.99.0 was not tested (trl 1.12 to 1.16 were)" if newest else "are not as in TRL 1.16") in done.stdout
     assert "packed loss" in done.stdout and "'KL correction'" in done.stdout and "coef_1.detach()" in done.stdout, done.stdout
     assert installed.version != "9.99.0"
