@@ -109,8 +109,8 @@ def check_prompts(dataset, argument:str="dataset") -> None:
     for row, prompt in spread_rows(dataset):
         if why := why_not_prompt(prompt): raise ValueError(f"{argument}: 'prompt' of row {row} {why}.")
 
-# %% ../../nbs/run/01_inputs.ipynb #cae4c078
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+# %% ../../nbs/run/01_inputs.ipynb #66f8f50b
+RESERVED = (*PASSED, "environments")
 
 def _check_names(columns, argument):
     "Raise for columns that are missing or that have a name of the trainer's own."
@@ -247,7 +247,7 @@ def check_calls(functions, columns) -> None:
     "Raise `ValueError` for a reward that cannot be called with what the data set and the trainer fill."
     for function in functions:
         why = why_not_called(function, columns)
-        if why and why_not_called(function, columns, (*PASSED, "environments")):
+        if why and why_not_called(function, columns, RESERVED):
             raise ValueError(f"rewards: {name_of(function)!r} {why}.")
 
 # %% ../../nbs/run/01_inputs.ipynb #1e3724b3
