@@ -43,9 +43,9 @@ demo: setup
 test:
 	$(MAKE) -j2 setup chromium
 	$(MAKE) check-sources
-	$(BIN)/nbdev-test --n-workers 2 --do-print --timing --skip-folder-re '^([_.].*|ops)$$'
+	$(BIN)/nbdev-test --n-workers $(N) --do-print --timing --skip-folder-re '^([_.].*|ops)$$'
 	$(MAKE) -j2 check-docs test-kernel-notebooks
-	$(BIN)/pytest -n 2 --dist worksteal --durations=20
+	$(BIN)/pytest -n $(N) --dist worksteal --durations=20
 	$(MAKE) -j2 test-trl-quick test-browser-quick
 
 check-sources: setup

@@ -1,12 +1,10 @@
 """Decode attention: the plain form against attention slot by slot, tiles, kernels under Triton's interpreter, what is compiled."""
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from compiling import compiled_kernel, resources
+from compiling import compiled_kernel, resources, under_the_interpreter
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -220,11 +218,7 @@ def test_bad_input_is_named():
 @compiled
 def test_kernels_under_the_interpreter():
     assert not runs_on(torch.device("cpu"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    under_the_interpreter(__file__, "not slow")
 
 
 def build(kernel, types, constants, capability, warps, stages):

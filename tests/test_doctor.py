@@ -17,7 +17,8 @@ from grpo_nb.advice import finding, settings as advice_settings
 from grpo_nb.advice.finding import RULES, rules_about
 from grpo_nb.models.load import FastLanguageModel
 from grpo_nb.tasks.tiny import tiny_model
-from grpo_nb.advice.live import Thinned, trend, wilson
+from grpo_nb.advice.course import Thinned, trend
+from grpo_nb.advice.live import wilson
 
 torch.set_num_threads(1)
 GOOD = dict(
@@ -281,7 +282,7 @@ BAD = {
     "kl_explosion": of("kl", [0.01] * 12 + [3.0] * 8),
     "entropy_collapse": of("entropy", [1.5] * 12 + [0.02] * 12),
     "gradient_spikes": of("grad_norm", [0.5] * 25 + [90.0]),
-    "flat_groups": of("frac_reward_zero_std", [0.95] * 12),
+    "flat_groups": of("frac_reward_zero_std", [0.95] * 12, reward=0.4),
 }
 
 
@@ -299,7 +300,8 @@ def test_rewards_that_disagree():
     same = {"a": [float(i) for i in range(32)], "b": [float(i) for i in range(32)], "c": [None] * 32}
     assert not stream(completions=[same] * 4)[1]
     elsewhere = {"rewards_disagree", "no_gradient", "reward_overflow"} # the last two in test_faults
-    assert set(BAD) | elsewhere == {r.name for r in rules_about("live")}
+    learning = {"reward_lost", "one_prompt"} # in test_learning
+    assert set(BAD) | elsewhere | learning == {r.name for r in rules_about("live")}
 
 
 def test_it_comes_back_only_after_it_had_gone():
@@ -329,19 +331,6 @@ def test_verdicts():
     assert stream(*of("reward", noise))[0].verdict().answer == "no"
     assert stream(*of("reward", [v - 0.004 * i for i, v in enumerate(noise)]))[0].verdict().answer == "worse"
     assert stream(*of("reward", [v + 0.004 * i for i, v in enumerate(noise)]))[0].verdict().answer == "yes"
-
-
-def test_false_alarms_are_rare():
-    "Of 200 runs of pure noise few are called learning."
-    wrong = 0
-    for seed in range(200):
-        chance = random.Random(seed)
-        value, walk = 0.0, []
-        for _ in range(100): # neighbours resemble each other, as in training
-            value = 0.5 * value + chance.gauss(0, 1)
-            walk.append(value)
-        wrong += trend(walk).sure
-    assert wrong <= 10
 
 
 def test_held_out(world):
@@ -415,7 +404,7 @@ def test_any_rewards(values):
 @given(st.lists(st.floats(-1e300, 1e300), max_size=120))
 def test_trend_takes_any_numbers(values):
     t = trend(values)
-    assert (t is None) == (len(values) < 10)
+    assert (t is None) == (len(values) < 8)
     history = Thinned(most=16)
     for v in values: history.add(v)
     assert len(history.values) <= 16

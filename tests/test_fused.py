@@ -2,11 +2,10 @@
 import copy
 import io
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from compiling import WHICH, under_the_interpreter
 from parity import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -383,15 +382,10 @@ def close(call, naive, kernel, inputs, grad):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is inside it")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@WHICH
 def test_triton_under_the_interpreter(which):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-m", which, __file__],
-        env=environment, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    under_the_interpreter(__file__, which)
 
 
 def test_a_copy_of_an_installed_model_runs_its_own_weights():

@@ -1,10 +1,9 @@
 """linear_logprob: tiles against the full logits, TRL's own, finite differences and float64; Triton under its interpreter."""
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from compiling import under_the_interpreter
 from hypothesis import given, settings, strategies as st
 
 from grpo_nb.ops.head.linear_logprob import has_triton, linear_logprob, linear_logprob_naive
@@ -301,22 +300,10 @@ def test_triton_is_refused_without_a_gpu():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
-def test_triton_under_the_interpreter(tmp_path):
-    """The `triton` cases of this file, in a process of their own: the interpreter is chosen when Triton is imported."""
+def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-v", "-k",
-            "triton and not test_triton and (not no_further or (both and (everything or plain)))", "-p",
-            "no:cacheprovider", f"--basetemp={tmp_path}/t", __file__,
-        ],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout, (
-        done.stdout[-4000:] + done.stderr[-2000:]
-    )
+    some = "(both and ((everything and bfloat16) or (plain and float32)))"
+    under_the_interpreter(__file__, "not slow", f"triton and not test_triton and (not no_further or {some})")
 
 
 @pytest.mark.gpu

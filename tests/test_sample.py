@@ -1,13 +1,10 @@
 """The draw of a token: the plain form against the engine's, the kernels under Triton's interpreter, what is compiled."""
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
+from compiling import WHICH, thinned, under_the_interpreter
 from test_decode_attention import build, compiled, interpreted, resources
 
 from grpo_nb.engines.base import Sampling, sampling_logits
@@ -46,12 +43,12 @@ def agree(logits, u, found, temperature=1.0, softcap=None, logp_error=3e-6):
     return int((token != theirs).sum())
 
 
+RULES = [{}, dict(temperature=0.7), dict(softcap=4.0), dict(temperature=1.3, softcap=30.0)]
+SIZES = [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097, torch.float32), (9_001, torch.bfloat16)]
+
+
 @each_form
-@pytest.mark.parametrize("rules", [{}, dict(temperature=0.7), dict(softcap=4.0), dict(temperature=1.3, softcap=30.0)], ids=str)
-@pytest.mark.parametrize(
-    "vocabulary,dtype",
-    [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097, torch.float32), (9_001, torch.bfloat16)],
-)
+@pytest.mark.parametrize("vocabulary,dtype,rules", thinned([(*s, r) for s in SIZES for r in RULES], quick=range(0, 20, 3)), ids=str)
 def test_the_token_of_draw(forms, vocabulary, rules, dtype):
     logits, u = made(6, vocabulary, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u, **rules), **rules) <= 1
@@ -62,7 +59,7 @@ def test_the_token_of_draw(forms, vocabulary, rules, dtype):
 
 
 @each_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_real_vocabulary(forms, dtype):
     logits, u = made(6, 151_936, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u), logp_error=5e-6) <= 1
@@ -183,14 +180,10 @@ def test_bad_input_is_named():
 
 
 @compiled
-def test_kernels_under_the_interpreter():
+@WHICH
+def test_kernels_under_the_interpreter(which):
     assert not runs_on(torch.device("cpu"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-k", "kernels or bad_input", __file__],
-        env=environment, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    under_the_interpreter(__file__, which, "kernels or bad_input")
 
 
 @compiled

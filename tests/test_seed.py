@@ -1,7 +1,6 @@
 """The example of the README, unchanged but for the model's name, with the imports in both orders."""
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from parity import tiny, tokenizer
@@ -56,11 +55,11 @@ def test_example_runs_unchanged(folder, tmp_path, order):
     if order == "trl first": code = "from trl import GRPOTrainer, GRPOConfig\n" + code
     data = (
         'from datasets import Dataset\n'
-        'dataset = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 5)])\n'
+        'dataset = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(3, 4)])\n'
     )
     # the first call of `train` logs every 10 steps, as TRL's default has it; the second, by the check, every step
     script = tmp_path / "example.py"
-    script.write_text(data + code + textwrap.dedent(CHECK))
+    script.write_text(data + code + (CHECK if order == "trl last" else 'print("trained", trainer.state.global_step, "steps")\n'))
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "trained" in done.stdout

@@ -1,11 +1,9 @@
 """The products of a decode step and what follows them: plain forms, kernels under Triton's interpreter, what is compiled."""
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from compiling import compiled_kernel, resources
+from compiling import WHICH, compiled_kernel, resources, thinned, under_the_interpreter
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -74,9 +72,10 @@ def test_the_plain_product(rows, k, widths, split):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,k,widths", PRODUCTS)
-@pytest.mark.parametrize("split", [None, 1, 3])
+@pytest.mark.parametrize(
+    "rows,k,widths,split,dtype",
+    thinned([(*p, s, d) for p in PRODUCTS for s in (None, 1, 3) for d in DTYPES], quick=range(0, 45, 4)),
+)
 def test_the_kernels_product(rows, k, widths, split, dtype):
     make = Made(dtype)
     x, weights = torch.cat([make(rows, k), torch.full((rows, 3), torch.nan, dtype=dtype)], 1)[:, :k], [make(n, k) for n in widths]
@@ -250,8 +249,7 @@ def in_float64(kind, case, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind,case", EPILOGUES)
+@pytest.mark.parametrize("kind,case,dtype", thinned([(*e, d) for e in EPILOGUES for d in DTYPES], quick=range(0, 54, 4)))
 def test_the_kernels(kind, case, dtype):
     it = made(kind, case, dtype)
     theirs, truth = it(it.naive), in_float64(kind, case, dtype)
@@ -362,13 +360,10 @@ def test_heads_that_do_not_fit_are_refused(name, value):
 
 
 @compiled
-def test_kernels_under_the_interpreter():
+@WHICH
+def test_kernels_under_the_interpreter(which):
     assert not runs_on(torch.device("cpu"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    under_the_interpreter(__file__, which, "kernels" if which == "slow" else "")
 
 
 # --- what the compiler makes of the very launches
