@@ -4521,6 +4521,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'grpo_nb/ui/studio/studio.py'),
                                           'grpo_nb.ui.studio.studio.Studio._ask': ( 'ui/studio/studio.html#studio._ask',
                                                                                     'grpo_nb/ui/studio/studio.py'),
+                                          'grpo_nb.ui.studio.studio.Studio._asked_to': ( 'ui/studio/studio.html#studio._asked_to',
+                                                                                         'grpo_nb/ui/studio/studio.py'),
                                           'grpo_nb.ui.studio.studio.Studio._begin_from': ( 'ui/studio/studio.html#studio._begin_from',
                                                                                            'grpo_nb/ui/studio/studio.py'),
                                           'grpo_nb.ui.studio.studio.Studio._busy': ( 'ui/studio/studio.html#studio._busy',

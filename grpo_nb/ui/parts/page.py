@@ -108,7 +108,7 @@ def _keep(self:Page):
     try:
         page = self.widget
         self._keeper = Keeper(on(self._renew_copy))
-        page.children = [*page.children, self._keeper.widget]
+        page.children = [self._keeper.widget, *page.children]
     except Exception as error: self._failed(error, "be tended") # noqa: BLE001 the page is shown without
 
 

@@ -53,6 +53,15 @@ function named(root) {
     const holder = box.closest(".jupyter-widgets")
     set(box, "aria-label", holder?.querySelector("label")?.textContent.trim() || holder?.title || box.placeholder || holder?.dataset.name || "choice")
   }
+  for (const handle of root.querySelectorAll("[role=slider]:not([aria-label])")) {
+    set(handle, "aria-label", handle.closest(".jupyter-widgets")?.querySelector("label")?.textContent.trim() || "step")
+  }
+  for (const scrolled of root.querySelectorAll(".gnb-notes, .gnb-trace")) {
+    const notes = scrolled.classList.contains("gnb-notes")
+    set(scrolled, "tabindex", scrolled.scrollHeight > scrolled.clientHeight + 1 ? "0" : "-1")
+    set(scrolled, "role", "region")
+    set(scrolled, "aria-label", notes ? "Notes of the run" : "Source or traceback")
+  }
   for (const group of root.querySelectorAll(".widget-toggle-buttons")) {
     if (group.closest(".gnb-tabs, .gnb-nav")) continue
     for (const button of group.querySelectorAll("button")) set(button, "aria-pressed", String(button.classList.contains("mod-active")))

@@ -243,7 +243,7 @@ def _button(self:RunControls, action):
     button.on_click(on(self.press, action))
     return button
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #10384c96
+# %% ../../../nbs/ui/studio/01_controls.ipynb #aff41195
 @patch
 def _make_inputs(self:RunControls):
     "A box for each setting that the run lets change; called in the main thread."
@@ -260,7 +260,7 @@ def _make_inputs(self:RunControls):
 def _input(self:RunControls, name, part, label):
     "The box of a setting, or of one part of it."
     import ipywidgets as w
-    box = w.Text(description=label, continuous_update=False, style=dict(description_width="150px"), layout=dict(width="auto"))
+    box = w.Text(description=label, continuous_update=False, style=dict(description_width="164px"), layout=dict(width="auto"))
     box.observe(on_value(self._typed, (name, part)), "value")
     return box
 

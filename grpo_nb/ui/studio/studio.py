@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PAGES', 'Studio', 'why_not_patched', 'studio']
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #8be50054
+# %% ../../../nbs/ui/studio/04_studio.ipynb #af8be855
 import sys
 import threading
+from functools import partial
 from html import escape
 from weakref import ref
 
@@ -76,7 +77,7 @@ def _put_together(self:Studio, rewards, config):
     "Make the parts that are there from the beginning."
     self.rewards = RewardPanel(rewards, self.dataset)
     self.settings = HyperparameterPanel(self.model, config, rewards=self.rewards, dataset=self.dataset, tokenizer=self.tokenizer)
-    self.controls = RunControls(self.start, self.go_on)
+    self.controls = RunControls(partial(self._asked_to, self.start), partial(self._asked_to, self.go_on))
     self.controls.on_change(self._heard)
     self.doctor = Examination(self._case, self._apply, self._why_not_examine, self._busy)
     self.doctor.more = {name: self._more[name] for name in ("tools", "trainer_class") if name in self._more}
@@ -157,6 +158,14 @@ def _busy(self:Studio, what):
     self.controls.busy = what
     self.controls._soon()
     self._soon()
+
+# %% ../../../nbs/ui/studio/04_studio.ipynb #5bc4b284
+@patch
+def _asked_to(self:Studio, start):
+    "Start by a click: what happens until the first step is said at once."
+    self._busy("starting")
+    try: start()
+    finally: self._busy("")
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #01e268f4
 @patch
