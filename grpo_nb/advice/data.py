@@ -420,11 +420,16 @@ reward.constant
     {name} was {low:g} for all {n} completions: it tells none from another.
     → Score an answer that you know to be right, and one that is wrong, with it.
 
+""")
+
+# %% ../../nbs/advice/04_data.ipynb #b6674d08
+words("""
 reward.messages
-    {name} was {low:g} for all {n} completions because it takes them for text: for the right answer as text it gives {text:g}, and
-    {chat:g} for the same as chat messages. The data's prompts are chat messages, so each completion is a list of messages.
-    → Let it look at the text: `from grpo_nb.tasks.rewards import text_of`, then text_of(completion) in place of completion; with TRL alone
-    completion[0]["content"].
+    {name} was {low:g} for all {n} completions because it takes them for text: for the right answer as text it gives
+    {text:g}, and {chat:g} for the same as chat messages. The data's prompts are chat messages, so each completion is a list of
+    messages.
+    → Let it look at the text: `from grpo_nb.tasks.rewards import text_of`, then text_of(completion) in place of
+    completion; with TRL alone completion[0]["content"].
 
 reward.large
     {name} reaches {largest:g}; with scale_rewards='none' the gradient has that size.
@@ -505,7 +510,7 @@ def reward_failed(error:RewardError) -> Finding:
     "A reward that raised, or returned what is no number."
     said, cause = plain(str(error).partition("\n  completion: ")[0]), error.__cause__
     text = "" if error.completion is None else _text_of(error.completion)
-    if text: said += f" The completion: {cut(plain(text), 120)}"
+    if text: said += f"; the completion: {cut(plain(text), 120)}"
     return found("reward_error", "error", said=cut(said, 600), completion=text, source=source_of(cause) if cause else "",
                  trace=trace_of(cause) if cause else "")
 

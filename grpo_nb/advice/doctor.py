@@ -278,6 +278,7 @@ def _sampled(case, prompts, until, clock, unreached) -> list: # of Finding
 STOPPING = {"model": "the model", "tokenizer": "the tokenizer", "chat_template": "the chat template", "dataset": "the data set",
             "rewards": "the rewards", "prompt": "the prompt"} # rule: what it is about
 
+# %% ../../nbs/advice/06_doctor.ipynb #98cf701c
 def _fitting(case) -> dict: # field -> value, where the settings' own cannot be
     "A length that fits beside the longest prompt, and a group of at least two."
     c, room = case.config, context_of(case.model)

@@ -447,6 +447,7 @@ def _failure(self:Watcher, t, measured, logs, said) -> Learning:
     before = f" Until then {_by_reward(t, logs)[1][0].lower()}{_by_reward(t, logs)[1][1:]}" if t is not None else ""
     return Learning("failed", f"The run failed in step {self.step + 1}: {self.failed}.{before}{said}", t, measured)
 
+# %% ../../nbs/advice/05_live.ipynb #2a022e8e
 @patch
 def verdict(self:Watcher) -> Learning:
     "Is it learning? From the reward's trend, and from held-out accuracy where it was measured."

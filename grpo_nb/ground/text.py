@@ -104,6 +104,7 @@ def place_of(error:BaseException # an exception that was raised
     file, line, name = next((f for f in reversed(frames) if is_users(f[0])), frames[-1])
     return written(f"{_shown_file(file)}:{line} in {name}")
 
+# %% ../../nbs/ground/02_text.ipynb #2ba5514f
 def _shown_file(file:str) -> str: # "cell In[3]" for a notebook's
     "The file as its reader knows it: a cell by its number, not by the temporary name that it is compiled under."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

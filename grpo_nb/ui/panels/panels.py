@@ -56,9 +56,11 @@ class HyperparameterPanel(Page):
         self._later = Later(lambda: self._look(), failed=self._failed)
         self.rewards.on_change(lambda _: self._changed())
 
-    def on_change(self, listener): self._listeners.append(listener)
+# %% ../../../nbs/ui/panels/03_panels.ipynb #ac56ac16
+@patch
+def on_change(self:HyperparameterPanel, listener): self._listeners.append(listener)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #e705a3e3
+
 @patch
 def _first(self:HyperparameterPanel, model, config, lora, source): # a Recipe without rewards
     "The settings that the panel opens with."
@@ -160,7 +162,7 @@ def _changed(self:HyperparameterPanel):
     if self._boxes: self._sync()
     if self._widget is not None: self._later()
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #e889bb45
+# %% ../../../nbs/ui/panels/03_panels.ipynb #77230b7a
 @patch
 def take_from(self:HyperparameterPanel, other) -> dict: # name -> value: what was taken
     "Take what was changed by hand in another panel, where both opened with the same; for a cell that is run again."
@@ -171,7 +173,7 @@ def take_from(self:HyperparameterPanel, other) -> dict: # name -> value: what wa
     if taken: self.set(**taken)
     return taken
 
-
+# %% ../../../nbs/ui/panels/03_panels.ipynb #5625dc45
 @patch
 def code(self:HyperparameterPanel) -> str:
     "The program that runs these settings with grpo_nb."

@@ -169,7 +169,7 @@ def _choice(self:RewardPanel, name):
                          f"Give it as {name}(...) in a variable of its own.")
     return found
 
-
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #f78c6e01
 @patch
 def take_from(self:RewardPanel, other) -> list: # of names
     "Take what was chosen by hand in another panel, where both opened with the same; for a cell that is run again."
@@ -181,14 +181,16 @@ def take_from(self:RewardPanel, other) -> list: # of names
 
 
 @patch
-def mend(self:RewardPanel, newest) -> list: # of names
-    "Put rewards that were defined anew in the place of the old ones; `newest` gives the function that a function's name stands for."
+def mend(self:RewardPanel,
+         newest, # gives the function that a function's name stands for now
+         ) -> list: # of names
+    "Put rewards that were defined anew in the place of the old ones."
     mended = [n for n, f in self.functions.items() if newest(f) is not f]
     for name in mended: self.functions[name] = newest(self.functions[name])
     if mended: self._changed()
     return mended
 
-
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #4e640df5
 @patch
 def own_source(self:RewardPanel) -> str:
     "The source of the own rewards that are on."

@@ -107,11 +107,19 @@ def _in_words(event): # (kind, sentence), or None
     if isinstance(event, RunPaused): return "info", "paused"
     return None
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #0ae2113c
+# %% ../../../nbs/ui/studio/01_controls.ipynb #9504aadc
+@patch(as_prop=True)
+def actions(self:RunControls) -> tuple:
+    "What can be done now; a run that left no checkpoint has nothing to go on from, unless it has finished."
+    can = ACTIONS.get(self.state, ())
+    nothing = self.state in ("stopped", "failed") and getattr(self.run, "checkpoint", True) is None
+    return tuple(action for action in can if not (nothing and action == "go on"))
+
+
 @patch
 def press(self:RunControls, action): # one of BUTTONS
     "Do what a button does; what cannot be is kept as `problem`, in words."
-    if action not in ACTIONS.get(self.state, ()): return
+    if action not in self.actions: return
     self.problem = ""
     try: self._do(action)
     except (RuntimeError, ValueError, TypeError, OSError) as error: self.problem = str(error)
@@ -150,7 +158,7 @@ def status_html(self:RunControls) -> str: # HTML
     parts += [f"<span>{label} {_short(self._metrics[name])}</span>" for name, label in _GLANCE.items() if name in self._metrics]
     return "".join(parts)
 
-
+# %% ../../../nbs/ui/studio/01_controls.ipynb #9512fdfc
 def _progress(run) -> str: # HTML
     "How far a run is: a bar, the step, and its times."
     total, gone, left = run.total_steps, getattr(run, "elapsed", None), getattr(run, "left", None)
@@ -164,7 +172,7 @@ def _progress(run) -> str: # HTML
 
 def _short(value): return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #cd86cb2c
+# %% ../../../nbs/ui/studio/01_controls.ipynb #6e82ef8d
 def failure_html(error, # the exception, where there is one
                  said:str, # the same in words
                  ) -> str: # HTML
@@ -174,7 +182,8 @@ def failure_html(error, # the exception, where there is one
     first = plain(said.partition("\n  completion: ")[0])
     parts = [f"<b>failed</b><div>{visible(first)}</div>", _trace(source_of(cause)) if cause is not None else ""]
     if completion is not None:
-        parts += [f'<div class="gnb-says">the completion that {escape(function)} was given:</div>', folded(_words(completion), head=300)]
+        parts.append(f'<div class="gnb-says">the completion that {escape(function)} was given:</div>')
+        parts.append(folded(_words(completion), head=300))
     if trace := trace_of(cause) if cause is not None else "":
         parts.append(f'<details><summary>traceback</summary>{_trace(trace)}</details>')
     return f'<div class="gnb-advice gnb-error gnb-failure"><div>{"".join(parts)}</div></div>'
@@ -215,7 +224,7 @@ def text(self:RunControls) -> str:
     run = self.run if self.run is not None else "none yet"
     return written("\n".join([f"run: {run}", *(f"  step {step}: {said}" for step, _, said in list(self.notes)[-8:])]))
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #dbfe261b
+# %% ../../../nbs/ui/studio/01_controls.ipynb #958895bd
 @patch
 def _make(self:RunControls):
     "The widgets, made once."
@@ -233,7 +242,7 @@ def _make(self:RunControls):
     self._sync()
     return made
 
-
+# %% ../../../nbs/ui/studio/01_controls.ipynb #4189682f
 @patch
 def _button(self:RunControls, action):
     "The button of an action."
@@ -276,14 +285,14 @@ def _typed(self:RunControls, key, text):
     except (ValueError, TypeError, RuntimeError) as error: self.problem = str(error)
     self._sync()
 
-# %% ../../../nbs/ui/studio/01_controls.ipynb #068b120b
+# %% ../../../nbs/ui/studio/01_controls.ipynb #6c414460
 @patch
 def _sync(self:RunControls):
     "Bring the widgets up to the run."
     if self._widget is None and not self._buttons: return
     state, run = self.state, self.run
     for action, button in self._buttons.items():
-        button.layout.display = "" if action in ACTIONS.get(state, ()) else "none"
+        button.layout.display = "" if action in self.actions else "none"
     self._buttons["start"].description = "Start" if run is None or state in ("ready", "idle") else "Start anew"
     self._said.value, self._wrong.value, self._notes.value = problem_html(self.problem), self.failure, self.notes_html()
     can_change = self._inputs and state in ("running", "paused", "stopped", "ready")

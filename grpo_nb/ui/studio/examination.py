@@ -161,7 +161,7 @@ def _said(self:Examination): # text
 def _details(evidence) -> str: # HTML
     "What a finding has to show beside its sentence: a line of source, a completion, a traceback."
     parts = [f'<pre class="gnb-trace">{visible(evidence["source"])}</pre>'] if evidence.get("source") else []
-    if evidence.get("completion"): parts += [says_html("the completion:"), folded(evidence["completion"], head=300)]
+    if len(evidence.get("completion", "")) > 120: parts += [says_html("the completion:"), folded(evidence["completion"], head=300)]
     if evidence.get("trace"):
         trace = f'<pre class="gnb-trace">{visible(evidence["trace"])}</pre>'
         parts.append(f"<details><summary>traceback</summary>{trace}</details>")

@@ -31,10 +31,11 @@ class First:
         self.kept, self.why_not, found = {}, "", trained(model)
         size, free = _size(found), psutil.virtual_memory().available
         if size > free / 2:
-            self.why_not = (f"the {size_text(size)} that are trained were not kept, for {size_text(free)} of memory were free, so there "
-                            "is no way back to the weights that were given. Go on from the weights as they are, or load the model anew.")
+            self.why_not = (f"the {size_text(size)} that are trained were not kept, for {size_text(free)} of memory were free, so "
+                            "there is no way back to the weights that were given. Go on from the weights as they are, or load the "
+                            "model anew.")
             return
-        if size > SAID: say(f"the studio keeps a copy of the {size_text(size)} that are trained in memory: each Start begins from them.")
+        if size > SAID: say(f"the studio keeps a copy of the {size_text(size)} that are trained: each Start begins from them.")
         with torch.no_grad(): self.kept = {name: p.detach().to("cpu", copy=True) for name, p in found.items()}
 
 # %% ../../../nbs/ui/studio/03_first.ipynb #baab543a
@@ -65,7 +66,7 @@ def keep_trained(run, # a run that has ended
     return folder
 
 # %% ../../../nbs/ui/studio/03_first.ipynb #77b166cb
-MARKS = ("checkpoint-*", "trained-*", "run.json", "metrics.jsonl", "completions")
+MARKS = ("checkpoint-*", "trained-*", "run.json", "metrics.jsonl", "completions", ".grpo_nb.lock")
 
 def free_folder(path) -> Path:
     "The folder itself where no run has written into it, else the first of `path-2`, `path-3` and so on that is free."

@@ -19,9 +19,12 @@ from ...ground.events import (CheckpointSaved, Finding, RunFailed, RunFinished, 
                                    SettingChanged, StepLogged)
 from ...run.inputs import check_dataset, check_model, check_run, check_tokenizer, first_prompt
 from ...run.kernel import interactive_kernel
+from ...advice.live import watch
 from ...advice.memory import time_text
 from ...recipe.value import make_parts
 from ...run.run import GRPORun
+
+# %% ../../../nbs/ui/studio/04_studio.ipynb #56be02dd
 from ..charts.charts import LiveCharts
 from ..completions.completions import CompletionBrowser
 from ..lab.lab import RewardLab, newest
@@ -35,7 +38,6 @@ from ..parts.view import Later, css
 from .controls import RunControls
 from .examination import Examination
 from .first import First, free_folder, keep_trained
-from ...advice.live import watch
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #60711064
 def _check_more(run, held_out):
@@ -85,7 +87,7 @@ def _put_together(self:Studio, rewards, config):
     self.run = self.watcher = self.charts = self._lab = self._lab_made = None
     self._after = None # the thread that measures when a run has ended
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #e7a87d72
+# %% ../../../nbs/ui/studio/04_studio.ipynb #9b2d2cd4
 _studios = {} # cell -> reference to the studio that it made last
 
 def _cell(model): # None in a program
@@ -103,17 +105,19 @@ def _take_over(self:Studio):
     _studios[cell] = ref(self)
     if before is None or before.model is None: return
     taken = [*self.settings.take_from(before.settings), *self.rewards.take_from(before.rewards)]
-    if taken: self._note(f"kept from the panels, as before this cell was run again: {', '.join(taken)}. s.reset() takes what the cell says.")
+    kept = ", ".join(taken)
+    if taken: self._note(f"kept from the panels, as before this cell was run again: {kept}. s.reset() takes what the cell says.")
     if before.model is not self.model: return
     self.controls.notes, run, self._first = before.controls.notes + self.controls.notes, before.run, before._first
     before.release()
     if run is not None: self._follow(run, before.completions)
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #f4e64623
+# %% ../../../nbs/ui/studio/04_studio.ipynb #74b3689b
 @patch
 def reset(self:Studio): # the studio
     "Take back what was changed in the panels: rewards and settings are what the cell says."
-    self.settings.set(**{name: self.settings.opened.get(name) for name in dict.fromkeys([*self.settings.opened, *self.settings._base.config])})
+    names = dict.fromkeys([*self.settings.opened, *self.settings.given()])
+    self.settings.set(**{name: self.settings.opened.get(name) for name in names if not self.settings.why_not_change(name)})
     for name, state in self.rewards.opened.items(): self.rewards.state[name] = {**state, "options": dict(state["options"])}
     self.rewards._changed()
     return self
@@ -122,7 +126,7 @@ def reset(self:Studio): # the studio
 @patch
 def _note(self:Studio, said, kind="info"):
     "Put a sentence among the notes."
-    self.controls.notes.append((0 if self.run is None else self.run.step, kind, said))
+    self.controls.notes.append((0, kind, said))
     self.controls._soon()
     self.renew_soon()
 
@@ -167,14 +171,14 @@ def _asked_to(self:Studio, start):
     try: start()
     finally: self._busy("")
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #01e268f4
+# %% ../../../nbs/ui/studio/04_studio.ipynb #cc6d50f0
 @patch
 def check(self:Studio) -> list: # of sentences
     "What keeps a run from being started."
     wrong = [f"{n}: {said}" if n else said for n, said in self.rewards.problems().items()]
     return wrong + [a.message for a in self.settings.check() if a.severity == "error"]
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #58356dae
 @patch
 def start(self:Studio,
           background=None, # in a thread of its own; None: where a notebook has a reader
@@ -236,10 +240,10 @@ def _follow(self:Studio, run, completions=None): # a browser that has seen the r
         self.open("Run")
     if self._lab is not None: self._lab.attach(self.completions)
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #cf26b77b
+# %% ../../../nbs/ui/studio/04_studio.ipynb #7591a200
 @patch
 def go_on(self:Studio): # the studio
-    "Train further: a run that was stopped or failed from its last checkpoint, one that has finished with a new run from its weights."
+    "Train further: a run that was stopped or failed from its last checkpoint; after one that has finished, from its weights."
     if self.run is None: raise RuntimeError("go_on(): there was no run.")
     if self.run.state == "finished": return self.start(anew=False)
     self.run.start(resume=True)
@@ -314,7 +318,7 @@ def release(self:Studio) -> None:
     self.controls.detach()
     self.run = self.watcher = None
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #335f2b04
+# %% ../../../nbs/ui/studio/04_studio.ipynb #df13e29b
 @patch
 def _draw(self:Studio):
     "Charts for the run, in the place of those before."
@@ -322,9 +326,8 @@ def _draw(self:Studio):
     self.charts = LiveCharts(which, mode="widget" if self._widget is not None else "static", interval=0.34)
     if self.run is not None: self.charts.attach(self.run)
     if self._widget is not None: self._charts_at.children = [self.charts.widget]
-    if self.run is not None and self.run.state == "failed" and not len(self.charts): self._say_in_charts("the run failed before its first log")
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #37152b43
+# %% ../../../nbs/ui/studio/04_studio.ipynb #e2d3d723
 _MOMENTS = RunStarted, RunPaused, RunResumed, RunStopped, RunFinished, RunFailed, CheckpointSaved, SettingChanged, Finding
 
 @patch
@@ -333,26 +336,9 @@ def _heard(self:Studio, event):
     if isinstance(event, (RunFinished, RunStopped)) and self.held_out is not None:
         self._after = threading.Thread(target=self._measure, daemon=True)
         self._after.start()
-    if isinstance(event, RunFailed) and not len(self.charts): self._say_in_charts("the run failed before its first log")
     if isinstance(event, (StepLogged, Finding, RunStarted, RunStopped, RunFinished, RunFailed)): self._soon()
     if isinstance(event, _MOMENTS): self.renew_now()
     else: self.renew_soon()
-
-
-@patch
-def _say_in_charts(self:Studio, words):
-    "Say in each chart why it is empty."
-    for chart in list(self.charts.charts):
-        if chart.main: self.charts.note(chart.main[0], words)
-
-
-@patch
-def _measure(self:Studio):
-    "Held-out accuracy after a run."
-    self._busy("measuring held-out accuracy")
-    try: self.watcher.measure()
-    except Exception as error: self._failed(error) # noqa: BLE001 the run is over; it is reported and counted
-    finally: self._busy("")
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #fb2f9b58
 @patch(as_prop=True)
@@ -426,7 +412,7 @@ def _page(self:Studio, page):
     views = {"Rewards": self.rewards, "Settings": self.settings, "Doctor": self.doctor, "Completions": self.completions}
     return views[page].widget
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #56da8b1f
+# %% ../../../nbs/ui/studio/04_studio.ipynb #5d649c75
 @patch
 def _run_page(self:Studio):
     "Charts, and beside or below them controls and notes; before a run, what it would be."
@@ -434,7 +420,8 @@ def _run_page(self:Studio):
     sizes = [("main charts", "main"), ("all charts", "all")]
     self._size = w.ToggleButtons(options=sizes, value=self._which, style=dict(button_width="auto"))
     self._size.observe(on_value(self._resize), "value")
-    self._plan, self._step_said, self._patching = w.HTML(), w.HTML(), w.Button(description="patch TRL", tooltip="PatchFastRL('grpo')")
+    self._plan, self._step_said = w.HTML(), w.HTML()
+    self._patching = w.Button(description="patch TRL", tooltip="PatchFastRL('grpo')")
     self._patching.on_click(on(self.patch))
     self._sized, self._unpatched = bar(self._size), bar(self._step_said, self._patching, classes=["gnb-advice", "gnb-warning"])
     if self.charts is not None: self._charts_at.children = [self.charts.widget]
@@ -443,18 +430,19 @@ def _run_page(self:Studio):
     self._sync_run()
     return made
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #2cfcb355
 @patch
 def _sync_run(self:Studio):
     "Show the plan before the first run and the charts from then on, and whether TRL is patched."
     there, why = self.run is not None, "" if "trainer_class" in self._more else why_not_patched()
     if not there: self._plan.value = self._plan_html()
-    for box, on_ in (self._plan, not there), (self._charts_at, there), (self._sized, there):
+    drawn = there and (self.run.state != "failed" or len(self.charts) > 0) # a run that failed at once left nothing to draw
+    for box, on_ in (self._plan, not there), (self._charts_at, drawn), (self._sized, drawn):
         box.layout.display = "" if on_ else "none"
     self._unpatched.layout.display = "" if why and not self._is_training() else "none"
     self._step_said.value = f"<div>{visible(why)}</div>"
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #d5305f30
+# %% ../../../nbs/ui/studio/04_studio.ipynb #f673e13d
 @patch
 def _plan_html(self:Studio) -> str: # HTML
     "What *Start* would do."
@@ -462,22 +450,22 @@ def _plan_html(self:Studio) -> str: # HTML
     on_, group, steps = [n for n, s in self.rewards.values.items() if s["on"]], get("num_generations"), getattr(cost, "steps", None)
     many = f"{steps:,} steps" if steps else "as many steps as the data set gives"
     long = f", about {time_text(cost.run_seconds)} in all" if steps else ""
-    rows = {"Run": f"{many}{long}", "A step": f"{get('per_device_train_batch_size') * get('gradient_accumulation_steps')} completions "
-            f"of at most {get('max_completion_length')} tokens, {group} for each prompt",
-            "Rewards": ", ".join(on_) or "none is on yet", "Writes to": str(free_folder(get("output_dir"))),
-            "Begins from": "the weights as they are given"}
+    batch = get("per_device_train_batch_size") * get("gradient_accumulation_steps")
+    rows = {"Run": f"{many}{long}", "Rewards": ", ".join(on_) or "none is on yet",
+            "A step": f"{batch} completions of at most {get('max_completion_length')} tokens, {group} for each prompt",
+            "Writes to": str(free_folder(get("output_dir"))), "Begins from": "the weights as they are given"}
     body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{visible(v)}</td></tr>' for k, v in rows.items())
     wrong = "".join(f'<div class="gnb-problem">{visible(said)}</div>' for said in self.check())
     said = wrong or says_html("The doctor looks at all of this before anything is trained. Start begins.")
     return f'<table class="gnb-table gnb-plan"><caption>Ready to train</caption>{body}</table>{said}'
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #7318718d
+# %% ../../../nbs/ui/studio/04_studio.ipynb #85888a89
 def why_not_patched() -> str: # empty where it is
     "That TRL's own step would train, in a sentence."
     from grpo_nb.trainers.patch import applied
     if any(_is_step(name) for name in applied): return ""
-    return ("TRL is not patched: the run takes TRL's own step, which pads every row and computes each prompt once for every completion. "
-            "The result is the same; it takes longer and more memory.")
+    return ("TRL is not patched: the run takes TRL's own step, which pads every row and computes each prompt once for every "
+            "completion. The result is the same; it takes longer and more memory.")
 
 
 def _is_step(name) -> bool: return str(name).lower() == "grpo"
@@ -526,7 +514,7 @@ def lab(self:Studio) -> RewardLab:
     if self._lab is None: raise ValueError("lab: no reward is on; turn one on first.")
     return self._lab
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #a6e1c45a
+# %% ../../../nbs/ui/studio/04_studio.ipynb #607d940e
 @patch
 def pictures(self:Studio) -> dict: # MIME type -> data
     "The charts as a picture, for pages that show no HTML."
@@ -542,7 +530,7 @@ def _stamp(self:Studio):
     chosen = str(self.rewards.values), str(self.settings._base)
     return state, self._verdict, c.busy, c.failure, list(c.notes)[-12:], len(self.completions), self._which, chosen, self.notice()
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #ca9f72f0
 @patch
 def static_html(self:Studio) -> str: # HTML without scripts
     "Status, verdict, charts, rewards, settings that were changed, and completions, for the saved notebook."
@@ -559,7 +547,7 @@ def static_html(self:Studio) -> str: # HTML without scripts
 
 def _framed(html): return f'<div class="gnb gnb-panel">{html}</div>'
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #97b3960c
 @patch
 def _changed_html(self:Studio): # HTML
     "The settings that differ from a default."
