@@ -10,8 +10,10 @@ import os
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fastcore.basics import patch
 
@@ -19,8 +21,9 @@ from ...ground.check import known_arguments, number, one_of, whole
 from ...ground.events import CompletionsLogged, RunFailed, RunFinished, RunStopped, weakly
 from .archive import Spill, read
 from .records import Store, as_text
-from ..parts.cards import (_plain, _signed, card, difference, group_html, plain, scales, style, tokens_html, tokens_key,
-                              visible, why_not_coloured)
+from ..parts.cards import (_plain, _signed, advantage_of, card, difference, group_html, plain, scales, style, tokens_html,
+                              tokens_key, visible, why_not_coloured)
+from ..parts.save import csv_text, save_buttons
 from ..parts.view import Later, View
 
 # %% ../../../nbs/ui/completions/03_completions.ipynb #f26de237
@@ -87,6 +90,7 @@ class CompletionBrowser(View):
         _check_browser(rewards, weights, interval, limits)
         self.tokenizer, self.interval, self._run_at, self._stop = tokenizer, interval, weakly(None), []
         self._path, self._given = None, dict(rewards=rewards, weights=weights, **limits)
+        self.others = {} # name -> Store of another run, to compare with
         self._form, self._quiet, self._shown = {}, False, 24 # widgets; whether they are set by us; completions on a page
         self._drawing, self._drawn, self._took = threading.RLock(), -1, 0.0 # the store's version that is shown; seconds it took
         self._soon = Later(lambda: self._tick(), lambda: max(self.interval, 20 * self._took), self._failed, steady=True)
@@ -146,7 +150,7 @@ def close(self:CompletionBrowser) -> None:
     self.store.spill.close()
     self.store.spill = None
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #294377bf
+# %% ../../../nbs/ui/completions/03_completions.ipynb #c7f22c45
 @dataclass(frozen=True)
 class Choice:
     "What of a store is to be seen, and how."
@@ -156,7 +160,7 @@ class Choice:
     text: str # what is searched for
     everywhere: bool # in all steps that are kept
     colour: str # "log-prob" or "entropy" of tokens, or empty
-    compare: int|None # a step that the completions are compared with
+    compare: int|tuple|None # what the completions are compared with: a step, or another run's name and a step of it
 
     def __post_init__(self):
         one_of("show", self.show, FILTERS)
@@ -178,7 +182,7 @@ def page(self:CompletionBrowser,
          text:str="", # search for this
          everywhere:bool=False, # in all steps that are kept, not only in one
          colour:str="", # "log-prob" or "entropy": colour the tokens
-         compare:int|None=None, # a step: mark what differs from the completions of the same prompt there
+         compare=None, # a step, or (name of another run, its step): mark what differs from the completions of the same prompt there
          cards:int=24, # completions at most
          room:int=PAGE_TEXT, # characters of completions at most
          ) -> str: # HTML
@@ -223,13 +227,13 @@ def _cards(self:CompletionBrowser, found, choice, most, room) -> str:
     more = f'<div class="gnb-muted">{unseen:,} more are not shown</div>' if unseen > 0 else ""
     return key + made + more
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #df91dc05
+# %% ../../../nbs/ui/completions/03_completions.ipynb #71944c2f
 @patch
 def _group(self:CompletionBrowser, group, kept, choice, scale, room) -> str:
     "The cards of one group, inside it or alone."
     copies, (bodies, note) = group.copies, self._bodies(group, kept, choice)
-    cards = [card(group, i, scale=scale, copies=copies[i], body=body, prompt=choice.single, find=choice.text, room=room)
-             for i, body in zip(kept, bodies)]
+    made = partial(card, group, scale=scale, weights=self.store.weights, prompt=choice.single, find=choice.text, room=room)
+    cards = [made(i, copies=copies[i], body=body) for i, body in zip(kept, bodies)]
     if choice.single: return "".join(cards)
     prompts = None if choice.everywhere else len(self.store.groups(group.step))
     return group_html(group, cards, prompts, note, choice.text)
@@ -251,43 +255,67 @@ def _coloured(self:CompletionBrowser, group, kept, colour):
     coming = "; the steps to come have them" if going_on and getattr(self._run_at(), "token_values", False) else ""
     return [None] * len(kept), f'<div class="gnb-note">{why.pop()}{coming}</div>'
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #74fe9835
+# %% ../../../nbs/ui/completions/03_completions.ipynb #cf4fa485
 def _ranked(group) -> list: # sample indices
     "A group's samples, the highest total first."
     totals = [float("-inf") if s.total is None else s.total for s in group.samples]
     return sorted(range(len(totals)), key=lambda i: -totals[i])
 
 @patch
-def _compared(self:CompletionBrowser, group, kept, step):
-    "Texts with what differs from those of the same prompt at another step."
-    old = next((g for g in self.store.groups(step) if g.key == group.key), None)
+def _compared(self:CompletionBrowser, group, kept, where):
+    "Texts with what differs from those of the same prompt at another step, or in another run."
+    store, step, named = self._other(where)
+    old = next((g for g in store.groups(step) if g.key == group.key), None)
     if old is None:
-        note = f"step {step} does not have this prompt; it is in {self._where(group.key)}"
+        note = f"{visible(named)} does not have this prompt; it is in {visible(self._where(group.key, where))}"
         return [None] * len(kept), f'<div class="gnb-note">{note}</div>'
     ranks, olds, out = _ranked(group), _ranked(old), []
     for i in kept:
         j = olds[min(ranks.index(i), len(olds) - 1)]
-        head = f'<div class="gnb-muted">against #{j + 1} of step {step}, total {_plain(old.samples[j].total)}</div>'
+        head = f'<div class="gnb-muted">against #{j + 1} of {visible(named)}, total {_plain(old.samples[j].total)}</div>'
         out.append(head + difference(old.samples[j].text, group.samples[i].text))
-    return out, f'<div class="gnb-note">compared with step {step}, the best with the best and so on</div>'
+    return out, f'<div class="gnb-note">compared with {visible(named)}, the best with the best and so on</div>'
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #d62fd5c7
+# %% ../../../nbs/ui/completions/03_completions.ipynb #b4dcc4dc
+@patch
+def beside(self:CompletionBrowser,
+           name:str, # what the other run is called here
+           source, # its completions: a `CompletionBrowser`, a `Store`, a folder or a file
+           ): # the browser
+    "Have another run to compare with."
+    found = getattr(source, "store", source)
+    self.others[str(name)] = found if isinstance(found, Store) else read(found, **self._given)
+    if self._widget is not None: self._update()
+    return self
+
+@patch
+def _other(self:CompletionBrowser, where): # (Store, step, how it is called)
+    "What is compared with."
+    if not isinstance(where, tuple): return self.store, where, f"step {where:,}"
+    name, step = where
+    return self.others[one_of("compare", name, self.others)], step, f"step {step:,} of {name}"
+
+# %% ../../../nbs/ui/completions/03_completions.ipynb #275e225f
 @patch
 def steps_of(self:CompletionBrowser,
              prompt, # a string, or chat messages
              ) -> list: # ascending
     "The kept steps in which a prompt occurs."
-    key = as_text(prompt)
-    return [step for step in self.store.steps if any(g.key == key for g in self.store.groups(step))]
+    return _steps_with(self.store, {as_text(prompt)})
+
+def _steps_with(store, keys) -> list: # ascending
+    "The kept steps in which any of some prompts occurs."
+    return [step for step in store.steps if any(g.key in keys for g in store.groups(step))]
 
 @patch
-def _where(self:CompletionBrowser, key) -> str:
+def _where(self:CompletionBrowser, key, where) -> str:
     "The steps that have a prompt, in words."
-    steps = self.steps_of(key)
-    if len(steps) < 2: return "no other step that is kept"
-    return "steps " + ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    other = isinstance(where, tuple)
+    steps = _steps_with(self._other(where)[0], {key})
+    if len(steps) < 2 - other: return "no step that is kept there" if other else "no other step that is kept"
+    return f"step{'s' * (len(steps) > 1)} " + ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #9d9419ef
+# %% ../../../nbs/ui/completions/03_completions.ipynb #39c11c2c
 def _clip(text, width) -> str:
     "A text for a line of a limited width."
     return text if len(text) <= width else text[:width - 1] + "…"
@@ -308,7 +336,8 @@ def text(self:CompletionBrowser,
     lines = [f"CompletionBrowser: {len(self.store):,} steps, {self.store.kept:,} completions. "
              f"Step {group.step}, prompt 1 of {len(groups)}: {line(group.key)}"]
     for i, s in enumerate(group.samples[:8]):
-        about = f"  #{i + 1}  total {_plain(s.total)}  advantage {_signed(s.advantage)}" + "  cut off" * bool(s.cut_off)
+        earned = f"total {_plain(s.total)}  advantage {_signed(advantage_of(group, i))}"
+        about = f"  #{i + 1}  {earned}" + "  cut off" * bool(s.cut_off)
         lines += [about, f"      {line(s.text)}"]
     return "\n".join(lines)
 
@@ -332,7 +361,7 @@ def _status(self:CompletionBrowser) -> str:
     if missing: parts.append(f"{missing:,} steps are missing in the file.")
     return f'<div class="gnb-note">{" ".join(visible(p) for p in parts if p)}</div>'
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #60fae084
+# %% ../../../nbs/ui/completions/03_completions.ipynb #29cba859
 @patch
 def _stamp(self:CompletionBrowser):
     "Which completions the copy shows."
@@ -342,6 +371,17 @@ def _stamp(self:CompletionBrowser):
 def to_frame(self:CompletionBrowser): # a pandas.DataFrame
     "One row for each completion that is kept."
     return self.store.to_frame()
+
+@patch
+def to_csv(self:CompletionBrowser,
+           path=None, # a file to write; None: return the text
+           formulas:bool=True, # False: a text that a spreadsheet would compute (it begins with = + - @) gets a ' before it
+           ):
+    "One line for each completion that is kept; chat messages as their text."
+    frame = self.to_frame()
+    rows = [[v if isinstance(v, (str, int, float)) or v is None else as_text(v) for v in row] for row in frame.values.tolist()]
+    text = csv_text(frame.columns, rows, formulas)
+    return text if path is None else Path(path).write_text(text, "utf-8")
 
 # %% ../../../nbs/ui/completions/03_completions.ipynb #fa1383eb
 _LOOK = ("<style>:root{color-scheme:light dark;color:#24292f;background:#fff}"
@@ -377,41 +417,66 @@ def to_html(self:CompletionBrowser,
     Path(path).write_text(f'<!doctype html><html lang="en">{head}{body}</html>', "utf-8", errors="replace")
     return Path(path)
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #0bf1e74f
+# %% ../../../nbs/ui/completions/03_completions.ipynb #711c6739
 _WIDE = dict(width="auto", flex="1 1 200px", min_width="0")
 
 def _narrow(px) -> dict: return dict(width=f"{px}px", flex="0 1 auto", min_width="0")
+
+def _choice_of(w, name, options, layout): # an ipywidgets.Dropdown
+    "A choice with its name before it, which is also how a screen reader calls it."
+    return w.Dropdown(options=options, description=name, layout=layout, style=dict(description_width="initial"))
 
 def _form(w) -> dict: # name -> widget; `w`: the module ipywidgets
     "What can be chosen, and what shows it."
     filters = [("whole groups", "all"), *((k, k) for k in FILTERS if k != "all")]
     colours = [("plain text", ""), ("token log-probs", "log-prob"), ("token entropy", "entropy")]
     return dict(
-        step=w.SelectionSlider(options=[("–", -1)], description="step", continuous_update=False,
-                               layout={**_WIDE, "flex": "2 1 280px"}, style=dict(description_width="34px")),
-        prompt=w.Dropdown(options=[("all prompts", -1)], layout=dict(_WIDE)),
-        show=w.Dropdown(options=filters, layout=_narrow(128)),
-        colour=w.Dropdown(options=colours, layout=_narrow(140)),
-        compare=w.Dropdown(options=[("no comparison", -1)], layout=_narrow(190)),
-        text=w.Text(placeholder="search", continuous_update=False, layout={**_WIDE, "flex": "1 1 120px"}),
+        step=_choice_of(w, "step", [("–", -1)], _narrow(130)),
+        earlier=w.Button(description="‹", tooltip="the step before", layout=_narrow(34)),
+        later=w.Button(description="›", tooltip="the step after", layout=_narrow(34)),
+        prompt=_choice_of(w, "prompt", [("all prompts", -1)], dict(_WIDE)),
+        show=_choice_of(w, "show", filters, _narrow(170)),
+        colour=_choice_of(w, "as", colours, _narrow(160)),
+        compare=_choice_of(w, "beside", [("no comparison", -1)], _narrow(220)),
+        text=w.Text(description="search", continuous_update=False, layout={**_WIDE, "flex": "1 1 150px"},
+                    style=dict(description_width="initial")),
         everywhere=w.Checkbox(description="in all steps", indent=False, layout=_narrow(104)),
         body=w.HTML(layout=dict(width="auto", overflow="visible")),
         more=w.Button(description="show more", layout=_narrow(110)))
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #e2eb1572
+# %% ../../../nbs/ui/completions/03_completions.ipynb #e1992a2a
 @patch
 def _make(self:CompletionBrowser): # an ipywidgets.VBox
     "The widgets, made once."
     import ipywidgets as w
     f = self._form = _form(w)
     for name in ("step", "prompt", "show", "text", "everywhere", "colour", "compare"): f[name].observe(self._chosen, "value")
+    for name, by in dict(earlier=-1, later=1).items(): f[name].on_click(partial(self._move, by))
     f["more"].on_click(lambda _: self._more())
     row = dict(flex_flow="row wrap", width="100%", overflow="visible")
-    where = w.HBox([f["step"], f["prompt"]], layout=dict(row))
+    where = w.HBox([f[name] for name in ("step", "earlier", "later", "prompt")], layout=dict(row))
     how = w.HBox([f[name] for name in ("show", "colour", "compare", "text", "everywhere")], layout=dict(row))
-    self._widget = w.VBox([where, how, f["body"], f["more"]], layout=dict(width="100%")) # `_update` looks whether there is one
+    files = save_buttons(self, _FILES)
+    self._widget = w.VBox([where, how, f["body"], f["more"], files], layout=dict(width="100%")) # `_update` looks whether there is one
     self._update()
     return self._widget
+
+# %% ../../../nbs/ui/completions/03_completions.ipynb #a379ed3f
+_FILES = (("jsonl", "Save JSONL", "every completion that is kept, a line each; CompletionBrowser reads it again"),
+          ("csv", "Save CSV", "a table for a spreadsheet; a text that it would compute gets a ' before it"))
+
+@patch
+def file_of(self:CompletionBrowser, name) -> tuple: # (a file's name, text or bytes)
+    "What a button saves."
+    if not len(self.store): raise ValueError("there are no completions yet")
+    if name == "csv": return "completions.csv", self.to_csv(formulas=False)
+    with TemporaryDirectory() as folder: return "completions.jsonl", self.store.to_jsonl(Path(folder, "a.jsonl")).read_bytes()
+
+@patch
+def _move(self:CompletionBrowser, by, _=None):
+    "Go to the step before or after."
+    steps, at = self.store.steps, self._form["step"].value
+    if at in steps: self._form["step"].value = steps[min(max(steps.index(at) + by, 0), len(steps) - 1)]
 
 # %% ../../../nbs/ui/completions/03_completions.ipynb #16b4e0b2
 @patch
@@ -437,47 +502,50 @@ def _set_options(box, options):
     box.options = options
     box.value = value if value in [v for _, v in options] else options[0][1]
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #709b5d1f
+# %% ../../../nbs/ui/completions/03_completions.ipynb #d293d78b
 @patch
 def _set_steps(self:CompletionBrowser, steps):
-    "Bring the slider up to the steps that are kept."
-    slider = self._form["step"]
-    if [s for _, s in slider.options] == steps: return
-    at, last = slider.value, slider.options[-1][1]
-    slider.options = [(f"{s:,}", s) for s in steps]
-    slider.value = steps[-1] if at == last or at not in steps else at
+    "Bring the choice of steps up to those that are kept."
+    box = self._form["step"]
+    if [s for _, s in box.options] == steps: return
+    at, last = box.value, box.options[-1][1]
+    box.options = [(f"{s:,}", s) for s in steps]
+    box.value = steps[-1] if at == last or at not in steps else at
 
 @patch
 def _options(self:CompletionBrowser):
-    "Bring sliders and choices up to what the store has."
+    "Bring the choices up to what the store has."
     f, steps = self._form, self.store.steps
     if not steps: return
     self._set_steps(steps)
     groups = self.store.groups(f["step"].value)
     _set_options(f["prompt"], [("all prompts", -1), *((_prompt_name(g), g.index) for g in groups)])
-    chosen = next((g for g in groups if g.index == f["prompt"].value), None)
-    _set_options(f["compare"], self._comparisons(chosen))
+    f["earlier"].disabled, f["later"].disabled = (f["step"].value == end for end in (steps[0], steps[-1]))
+    asked = [g for g in groups if f["prompt"].value in (-1, g.index)]
+    _set_options(f["compare"], self._comparisons({g.key for g in asked}, f["step"].value))
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #882e7aaf
+# %% ../../../nbs/ui/completions/03_completions.ipynb #aed69b59
 def _prompt_name(group) -> str:
     "A prompt by its number and its end."
     return f"{group.index + 1} · {_clip(plain(group.key[-400:]), 60)}"
 
 @patch
-def _comparisons(self:CompletionBrowser, group) -> list: # (label, step)
-    "The steps that a prompt can be compared with, the latest first; None: no prompt is chosen."
-    if group is None: return [("compare (pick a prompt)", -1)]
-    others = [s for s in self.steps_of(group.prompt) if s != group.step][-200:]
-    none = "no comparison" if others else "in no other step"
-    return [(none, -1), *((f"compare with {s:,}", s) for s in reversed(others))]
+def _comparisons(self:CompletionBrowser, keys, at) -> list: # (label, what `page` takes as `compare`)
+    "What prompts at a step can be compared with: other steps of this run, the latest first, and steps of other runs, the nearest first."
+    own = [s for s in _steps_with(self.store, keys) if s != at][-200:]
+    out = [(f"step {s:,}", s) for s in reversed(own)]
+    for name, store in self.others.items():
+        steps = sorted(_steps_with(store, keys), key=lambda s: abs(s - at))[:50]
+        out += [(f"{_clip(plain(name), 40)}, step {s:,}", (name, s)) for s in steps]
+    return [("no comparison" if out else "in no other step", -1), *out]
 
-# %% ../../../nbs/ui/completions/03_completions.ipynb #2341a99e
+# %% ../../../nbs/ui/completions/03_completions.ipynb #787b0de6
 @patch
 def _choice(self:CompletionBrowser) -> dict: # arguments of `page`
     "What the widgets say."
     given = {name: self._form[name].value for name in ("step", "prompt", "show", "text", "everywhere", "colour", "compare")}
     for name in ("prompt", "compare"):
-        if given[name] < 0: given[name] = None
+        if given[name] == -1: given[name] = None
     return given | dict(text=given["text"].strip())
 
 @patch
