@@ -23,8 +23,8 @@ LIMIT = 900 # characters of an error; a list of what is allowed may be long
 NAMES = { # module -> what the tables speak of
     "grpo_nb": "UnpatchFastRL doctor rewards studio", "grpo_nb.advice": "memory", "grpo_nb.recipe": "code value",
     "grpo_nb.tasks.evaluate": "accuracy greedy", "grpo_nb.trainers.table": "patch_table show_patch",
-    "grpo_nb.ui.charts.charts": "LiveCharts", "grpo_nb.ui.completions.archive": "read", "grpo_nb.ui.lab.lab": "RewardLab",
-    "grpo_nb.ui.completions.completions": "CompletionBrowser", "grpo_nb.ui.completions.records": "Store",
+    "grpo_nb.ui.charts.charts": "LiveCharts", "grpo_nb.record.archive": "read", "grpo_nb.ui.lab.lab": "RewardLab",
+    "grpo_nb.ui.completions.completions": "CompletionBrowser", "grpo_nb.record.store": "Store",
     "grpo_nb.ui.panels.panels": "HyperparameterPanel", "grpo_nb.ui.panels.rewards": "RewardPanel",
 }
 

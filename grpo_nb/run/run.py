@@ -39,7 +39,7 @@ from .checkpoints import (described, differences, given, in_words, kept_in, newe
                                      why_not_fitting, write)
 from .control import Randomness, Steering, agreed, close_training
 from .folder import Folder
-from .inputs import (check_dataset, check_model, check_reference, check_rewards, check_run, check_template, check_together,
+from .inputs import (check_dataset, check_model, check_reference, check_run, check_template, check_together,
                                 check_tokenizer, first_prompt, make_config)
 from .kernel import accelerators_state, first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
 from .measure import StepMeter
@@ -47,6 +47,7 @@ from .owner import base_of, check_model_free, own
 from .turns import Turn, held, left, turns
 from ..tasks.evaluate import within_limit
 from ..tasks.guard import RewardError, guard, name_of, names_of
+from ..tasks.rewards import check_rewards
 from ..trainers.sampling import LeftSampling, leave_when
 from ..trainers.state import NoMemory, lacks_memory, lookout_of, no_memory, state_of, watching_weights
 

@@ -19,11 +19,11 @@ from fastcore.basics import patch
 from ...ground.check import nearest, number, some_text, whole
 from ...ground.text import plain, written
 from ...tasks.guard import name_of
-from ...run.inputs import check_rewards
-from ..completions.archive import read
+from ...tasks.rewards import check_rewards
+from ...record.archive import read
 from . import probes, scoring
 from .probes import answer_column, make_probes, pick_rows
-from ..completions.records import Store, as_text
+from ...record.store import Store, as_text
 from ..parts.cards import style, visible
 from ..parts.view import View
 
