@@ -546,12 +546,12 @@ AREAS["recipes"] = [
 ]
 
 AREAS["command line"] = [
-    ("command()", "COMMAND"), ("command('dmo')", "'dmo'"), ("command('demo', '--task', 'sort_digit')", "'sort_digits'"),
+    ("command('dmo')", "'demo'"), ("command('demo', '--task', 'sort_digit')", "'sort_digits'"),
     ("command('demo', '--task', 'countdown')", "no tiny model"), ("command('demo', '--steps', '0')", "steps=0"),
     ("command('demo', '--steps', 'x')", "--steps", "'x'"), ("command('demo', '--seed', '-1')", "seed=-1"),
     ("command('demo', '--output-dir', '/proc/nope', '--steps', '1')", "output_dir='/proc/nope'"),
     ("command('demo', '--output-dir', at['file'])", "is a file"), ("command('demo', '--step', '3')", "--step"),
-    ("command('bench')", "WHAT"), ("command('bench', 'step', '--device', 'gpu')", "device='gpu'"),
+    ("command('bench', 'stp')", "'step'"), ("command('bench', 'step', '--device', 'gpu')", "device='gpu'"),
     ("command('bench', 'step', '--shape', 'x')", "shape='x'"), ("command('bench', 'step', '--repeats', '0')", "repeats=0"),
     ("command('bench', 'step', '--micro-batches', '5')", "micro_batches=5"),
     ("command('bench', 'rollout', '--engine', 'x')", "'x'"), ("command('bench', 'rollout', '--shape', 'x')", "'x'"),

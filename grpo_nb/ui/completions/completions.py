@@ -444,7 +444,7 @@ def _form(w) -> dict: # name -> widget; `w`: the module ipywidgets
         body=w.HTML(layout=dict(width="auto", overflow="visible")),
         more=w.Button(description="show more", layout=_narrow(110)))
 
-# %% ../../../nbs/ui/completions/01_completions.ipynb #e1992a2a
+# %% ../../../nbs/ui/completions/01_completions.ipynb #e17f0052
 @patch
 def _make(self:CompletionBrowser): # an ipywidgets.VBox
     "The widgets, made once."
@@ -456,8 +456,8 @@ def _make(self:CompletionBrowser): # an ipywidgets.VBox
     row = dict(flex_flow="row wrap", width="100%", overflow="visible")
     where = w.HBox([f[name] for name in ("step", "earlier", "later", "prompt")], layout=dict(row))
     how = w.HBox([f[name] for name in ("show", "colour", "compare", "text", "everywhere")], layout=dict(row))
-    files = save_buttons(self, _FILES)
-    self._widget = w.VBox([where, how, f["body"], f["more"], files], layout=dict(width="100%")) # `_update` looks whether there is one
+    parts = [where, how, f["body"], f["more"], save_buttons(self, _FILES)]
+    self._widget = w.VBox(parts, layout=dict(width="100%")) # `_update` looks whether there is one
     self._update()
     return self._widget
 
@@ -524,14 +524,14 @@ def _options(self:CompletionBrowser):
     asked = [g for g in groups if f["prompt"].value in (-1, g.index)]
     _set_options(f["compare"], self._comparisons({g.key for g in asked}, f["step"].value))
 
-# %% ../../../nbs/ui/completions/01_completions.ipynb #aed69b59
+# %% ../../../nbs/ui/completions/01_completions.ipynb #53515bcd
 def _prompt_name(group) -> str:
     "A prompt by its number and its end."
     return f"{group.index + 1} · {_clip(plain(group.key[-400:]), 60)}"
 
 @patch
 def _comparisons(self:CompletionBrowser, keys, at) -> list: # (label, what `page` takes as `compare`)
-    "What prompts at a step can be compared with: other steps of this run, the latest first, and steps of other runs, the nearest first."
+    "What prompts can be compared with: other steps of this run, the latest first, and steps of other runs, the nearest first."
     own = [s for s in _steps_with(self.store, keys) if s != at][-200:]
     out = [(f"step {s:,}", s) for s in reversed(own)]
     for name, store in self.others.items():

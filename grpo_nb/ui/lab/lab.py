@@ -339,7 +339,8 @@ def _empty(said): return f'{style()}<div class="gnb gnb-empty">{visible(said)}</
 @patch
 def _sources(self:RewardLab) -> list: # (label, its name)
     "What can be scored here: only what there is."
-    said = "a file or folder" if self.store is None else f"the latest of {plain(str(self.store.source or 'the run'))[:40]}, or a file"
+    source = plain(str(getattr(self.store, "source", None) or "the run"))[:40]
+    said = "a file or folder" if self.store is None else f"the latest of {source}, or a file"
     gold = [("the right answers of the data set", "gold")] if self.dataset is not None and self.answer else []
     return [("what is typed in", "typed"), (said, "source"), *gold]
 
