@@ -107,7 +107,8 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
 def test_no_command_is_a_question_for_help(capsys, argv):
     code, out, err = call(capsys, *argv)
     assert code == 0 and err == "" and out.startswith("usage: grpo-nb")
-    assert all(name in out for name in (["step", "rollout"] if argv else ["demo", "bench", "doctor", "patches", "runs", "view", "export"]))
+    there = ["step", "rollout"] if argv else ["demo", "bench", "doctor", "patches", "runs", "view", "export"]
+    assert all(name in out for name in there)
 
 
 def test_a_short_run_has_no_two_ends(capsys, monkeypatch):
