@@ -369,8 +369,8 @@ def check_callbacks(callbacks) -> None:
         if callable(getattr(callback, "on_init_end", None)): continue
         raise TypeError(f"callbacks[{i}]={_short(callback)} is no transformers.TrainerCallback.")
 
-# %% ../../nbs/run/01_inputs.ipynb #31703ac7
-def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, more) -> None: # arguments of `GRPORun`
+# %% ../../nbs/run/01_inputs.ipynb #f8c60e31
+def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, more): # arguments of `GRPORun`; -> the trainer class
     "Raise for arguments of a run that need nothing else to be looked at."
     if trainer_class is None: from trl import GRPOTrainer as trainer_class
     check_trainer_class(trainer_class)
@@ -379,6 +379,7 @@ def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, mor
     check_callbacks(callbacks)
     if reward_timeout not in (None, math.inf): number("reward_timeout", reward_timeout, above=0)
     flag("progress", progress)
+    return trainer_class
 
 # %% ../../nbs/run/01_inputs.ipynb #6d67d1a0
 def _is_trls(trainer_class, method) -> bool:
