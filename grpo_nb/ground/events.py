@@ -117,7 +117,8 @@ class Measured(Event):
     correct: int # right answers
     n: int # questions
     name: str = "held-out" # what was measured
-    right: list|None = None # bool: which were right, in the order of the questions; None: not known
+    right: list|None = None # which were right, in the order of the questions; None: not known
+    questions: str = "" # the same letters for the same questions
 
 # %% ../../nbs/ground/03_events.ipynb #f82db59a
 @dataclass(frozen=True, kw_only=True)

@@ -183,7 +183,8 @@ def _found(writer, event):
 
 @_on(Measured)
 def _measured(writer, event):
-    row = dict(step=event.step, time=event.time, name=event.name, correct=event.correct, n=event.n, right=event.right)
+    row = dict(step=event.step, time=event.time, name=event.name, correct=event.correct, n=event.n, right=event.right,
+               questions=event.questions)
     writer._append(HELD_OUT, row)
 
 # %% ../../nbs/record/05_writer.ipynb #e7d6271b
