@@ -14,7 +14,8 @@ from fastcore.basics import patch
 
 from ...ground.check import flag, known_arguments, number, one_of
 from ...ground.text import written
-from ...run.inputs import check_reward_columns, check_rewards
+from ...run.inputs import check_reward_columns
+from ...tasks.rewards import check_rewards
 from ...recipe.script import definitions
 from ...recipe.value import choice_of, library
 from ...tasks.guard import name_of
