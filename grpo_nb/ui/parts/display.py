@@ -46,8 +46,9 @@ def copy_of(view, # with `static_html`
     return f'<div class="gnb-copy for-{mark}"><style>{_BEHIND_WIDGET}{_BEFORE_COPY}{rule}</style>{view.static_html()}</div>'
 
 def bundle_of(view) -> dict: # MIME type -> what is shown
-    "A view without its widget, as Jupyter takes it; with a picture where it has one, for pages that show no HTML."
-    return {"text/html": copy_of(view), "text/plain": view.text(), **getattr(view, "pictures", dict)()}
+    "A view without its widget, as Jupyter takes it."
+    pictures = getattr(view, "pictures", dict)() # for code hosts, which clean HTML until only its words are left
+    return {"text/html": copy_of(view), **pictures, "text/plain": view.text()}
 
 # %% ../../../nbs/ui/parts/03_display.ipynb #aebfc510
 def _show_widget(view) -> bool: # False: it could not be made

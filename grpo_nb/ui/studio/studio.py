@@ -10,6 +10,7 @@ import sys
 import threading
 from functools import partial
 from html import escape
+from pathlib import Path
 from weakref import ref
 
 from fastcore.basics import patch
@@ -19,6 +20,7 @@ from ...ground.events import (CheckpointSaved, Finding, RunFailed, RunFinished, 
                                    SettingChanged, StepLogged)
 from ...run.inputs import check_dataset, check_model, check_run, check_tokenizer, first_prompt
 from ...run.kernel import interactive_kernel
+from ...run.recorded import RUNS
 from ...advice.live import watch
 from ...advice.memory import time_text
 from ...recipe.value import make_parts
@@ -28,6 +30,7 @@ from ...run.run import GRPORun
 from ..charts.charts import LiveCharts
 from ..completions.completions import CompletionBrowser
 from ..lab.lab import RewardLab, newest
+from ..runs.page import RunsPage
 from ..panels.boxes import bar, column, says_html
 from ..panels.panels import HyperparameterPanel
 from ..panels.rewards import RewardPanel
@@ -39,11 +42,11 @@ from .controls import RunControls
 from .examination import Examination
 from .first import First, free_folder, keep_trained
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #60711064
+# %% ../../../nbs/ui/studio/04_studio.ipynb #0a5dc012
 def _check_more(run, held_out):
     "Raise for arguments that are for the run, and a held-out set, that cannot be."
     given = {name: run.get(name, default) for name, default in dict(callbacks=(), reward_timeout=None, progress=False).items()}
-    more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class")]
+    more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class", "name", "record")]
     check_run(GRPORun, run.get("trainer_class"), **given, more=more)
     if held_out is not None: check_dataset(held_out, "held_out")
 
@@ -73,7 +76,7 @@ class Studio(Page):
         self._put_together(rewards, config)
         self._take_over()
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #c7e5d81d
+# %% ../../../nbs/ui/studio/04_studio.ipynb #61974164
 @patch
 def _put_together(self:Studio, rewards, config):
     "Make the parts that are there from the beginning."
@@ -84,7 +87,7 @@ def _put_together(self:Studio, rewards, config):
     self.doctor = Examination(self._case, self._apply, self._why_not_examine, self._busy)
     self.doctor.more = {name: self._more[name] for name in ("tools", "trainer_class") if name in self._more}
     self.completions = CompletionBrowser(tokenizer=self.tokenizer)
-    self.run = self.watcher = self.charts = self._lab = self._lab_made = None
+    self.run = self.watcher = self.charts = self._lab = self._lab_made = self._runs = None
     self._after = None # the thread that measures when a run has ended
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #9b2d2cd4
@@ -194,7 +197,8 @@ def start(self:Studio,
     self._begin_from(anew)
     folder, wanted = free_folder(config.output_dir), config.output_dir
     config.output_dir = str(folder)
-    run = GRPORun(self.model, self.tokenizer, self.rewards.rewards, self.dataset, config, **self._more)
+    more = self._more if self._more.get("record") is False else {**self._more, "record": self._records}
+    run = GRPORun(self.model, self.tokenizer, self.rewards.rewards, self.dataset, config, **more)
     self._follow(run)
     if config.output_dir != wanted: self._note(f"an earlier run is in {wanted}; this one writes into {folder}.")
     run.start(background=live)
@@ -318,7 +322,7 @@ def release(self:Studio) -> None:
     self.controls.detach()
     self.run = self.watcher = None
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #df13e29b
+# %% ../../../nbs/ui/studio/04_studio.ipynb #a838215b
 @patch
 def _draw(self:Studio):
     "Charts for the run, in the place of those before."
@@ -362,8 +366,8 @@ def _status_html(self:Studio): # HTML
     verdict = f'<div class="gnb-verdict">{visible(self._verdict)}</div>' if self._verdict else ""
     return f'<div class="gnb-status">{self.controls.status_html()}{verdict}</div>'
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #1f26c13c
-PAGES = "Rewards", "Settings", "Doctor", "Run", "Completions", "Lab"
+# %% ../../../nbs/ui/studio/04_studio.ipynb #286bc8dd
+PAGES = "Rewards", "Settings", "Doctor", "Run", "Completions", "Lab", "Runs"
 
 
 @patch
@@ -387,7 +391,7 @@ def open(self:Studio, page): # one of PAGES; returns the studio
     if self.widget is not None and self._nav.value != page: self._nav.value = page # the widget is made where there was none
     return self
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #3b9ab407
+# %% ../../../nbs/ui/studio/04_studio.ipynb #6a31c99c
 @patch
 def _turn(self:Studio, page):
     "Show a page; make it first where it was never shown."
@@ -409,6 +413,7 @@ def _page(self:Studio, page):
     "The widget of a page."
     if page == "Run": return self._run_page()
     if page == "Lab": return self._lab_page()
+    if page == "Runs": return self.runs.widget
     views = {"Rewards": self.rewards, "Settings": self.settings, "Doctor": self.doctor, "Completions": self.completions}
     return views[page].widget
 
@@ -480,7 +485,7 @@ def _patch(self:Studio): # the studio
     self._soon()
     return self
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #7fbf4baf
+# %% ../../../nbs/ui/studio/04_studio.ipynb #1480407e
 @patch
 def _resize(self:Studio, which):
     "Show the main charts, or all."
@@ -488,7 +493,23 @@ def _resize(self:Studio, which):
     if self.charts is not None: self.charts.close()
     self._draw()
 
-# %% ../../../nbs/ui/studio/04_studio.ipynb #3f1cb780
+# %% ../../../nbs/ui/studio/04_studio.ipynb #d12c786b
+@patch(as_prop=True)
+def runs(self:Studio) -> RunsPage:
+    "The runs of this studio's folder, of today and before, to be drawn over each other."
+    if self._runs is None: self._runs = RunsPage(self._records)
+    return self._runs
+
+
+@patch(as_prop=True)
+def _records(self:Studio) -> Path:
+    "The folder in which the runs are kept: one for all of them, beside the first one's checkpoints."
+    kept = self._more.get("record")
+    folder = Path(self.settings.get("output_dir") or ".", RUNS) if kept in (None, True, False) else Path(kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @patch
 def _renew_lab(self:Studio):
     "A lab for the rewards as they are chosen now."
