@@ -1219,6 +1219,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grpo_nb.ground.text.text_of': ('ground/text.html#text_of', 'grpo_nb/ground/text.py'),
                                      'grpo_nb.ground.text.trace_of': ('ground/text.html#trace_of', 'grpo_nb/ground/text.py'),
                                      'grpo_nb.ground.text.written': ('ground/text.html#written', 'grpo_nb/ground/text.py')},
+            'grpo_nb.models.bar': { 'grpo_nb.models.bar.is_watched': ('models/bar.html#is_watched', 'grpo_nb/models/bar.py'),
+                                    'grpo_nb.models.bar.progress': ('models/bar.html#progress', 'grpo_nb/models/bar.py')},
             'grpo_nb.models.device': { 'grpo_nb.models.device._default_device': ( 'models/device.html#_default_device',
                                                                                   'grpo_nb/models/device.py'),
                                        'grpo_nb.models.device._present': ('models/device.html#_present', 'grpo_nb/models/device.py'),

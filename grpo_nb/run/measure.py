@@ -23,7 +23,9 @@ class Stopwatch:
     "Counts the seconds between `go` and `rest`, as often as they come."
     def __init__(self): self._before, self._since = 0.0, None
 
-    def go(self) -> None: self._since = monotonic()
+    def go(self): # the watch
+        self._since = monotonic()
+        return self
 
     def rest(self) -> None: self._before, self._since = self.seconds, None
 

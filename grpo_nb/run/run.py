@@ -646,7 +646,7 @@ def _way_on(self:GRPORun) -> str:
 @patch(as_prop=True)
 def _save_strategy(self:GRPORun) -> str: return str(getattr(self.trainer.args.save_strategy, "value", "no"))
 
-# %% ../../nbs/run/10_run.ipynb #68d9e596
+# %% ../../nbs/run/10_run.ipynb #74475d96
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -659,8 +659,7 @@ def start(self:GRPORun,
         self._check_startable(resume)
         checkpoint = self._take(resume)
         self.state, self._stop, self._pause, self._failure = "running", None, False, None
-        self._started, self._meter.since, self._watch = monotonic(), None, Stopwatch()
-        self._watch.go()
+        self._started, self._meter.since, self._watch = monotonic(), None, Stopwatch().go()
         self._save_asked = self._save_at_stop = self._now = False
         self._ended.clear()
     if checkpoint: self._forget_unfinished()

@@ -396,6 +396,7 @@ def open(self:Studio, page): # one of PAGES; returns the studio
 def _turn(self:Studio, page):
     "Show a page; make it first where it was never shown."
     if page == "Lab": self._renew_lab()
+    if page == "Runs" and page in self._holders: self.runs.refresh()
     if page not in self._holders:
         self._holders[page] = column(self._page(page), classes=["gnb-page"])
         self._body.children = [self._holders[p] for p in PAGES if p in self._holders]
@@ -509,7 +510,7 @@ def _records(self:Studio) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #484f396e
 @patch
 def _renew_lab(self:Studio):
     "A lab for the rewards as they are chosen now."
@@ -527,7 +528,7 @@ def _lab_page(self:Studio):
     if self._lab is not None: return self._lab.widget
     return w.HTML(says_html("The lab needs a reward: turn one on under Rewards."))
 
-
+# %% ../../../nbs/ui/studio/04_studio.ipynb #d6ad3bab
 @patch(as_prop=True)
 def lab(self:Studio) -> RewardLab:
     "The reward lab, for the rewards that are on; raises `ValueError` where none is."
