@@ -19,7 +19,7 @@ from grpo_nb.ground.events import CompletionsLogged, Finding, said, say
 from grpo_nb.tasks.guard import RewardError
 from grpo_nb.ui.charts.charts import LiveCharts
 from grpo_nb.ui.completions.completions import CompletionBrowser
-from grpo_nb.ui.completions.records import Store
+from grpo_nb.record.store import Store
 from grpo_nb.ui.lab.lab import RewardLab
 from grpo_nb.ui.panels.panels import HyperparameterPanel
 from grpo_nb.ui.studio.examination import Examination
