@@ -327,7 +327,9 @@ def release(self:Studio) -> None:
 def _draw(self:Studio):
     "Charts for the run, in the place of those before."
     which = "all" if self._which == "all" else ("reward", "kl", "length")
+    options = None if self.charts is None else self.charts.options # smoothing and axes, as the page has them
     self.charts = LiveCharts(which, mode="widget" if self._widget is not None else "static", interval=0.34)
+    if options: self.charts.options = options
     if self.run is not None: self.charts.attach(self.run)
     if self._widget is not None: self._charts_at.children = [self.charts.widget]
 
@@ -489,10 +491,9 @@ def _patch(self:Studio): # the studio
 # %% ../../../nbs/ui/studio/04_studio.ipynb #1480407e
 @patch
 def _resize(self:Studio, which):
-    "Show the main charts, or all."
+    "Show the main charts, or all; their rows, marks, zoom and smoothing stay."
     self._which = which
-    if self.charts is not None: self.charts.close()
-    self._draw()
+    if self.charts is not None: self.charts.choose("all" if which == "all" else ("reward", "kl", "length"))
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #d12c786b
 @patch(as_prop=True)
