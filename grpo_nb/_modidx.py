@@ -4064,6 +4064,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'grpo_nb/ui/charts/charts.py'),
                                           'grpo_nb.ui.charts.charts.LiveCharts._whole': ( 'ui/charts/charts.html#livecharts._whole',
                                                                                           'grpo_nb/ui/charts/charts.py'),
+                                          'grpo_nb.ui.charts.charts.LiveCharts._why_empty': ( 'ui/charts/charts.html#livecharts._why_empty',
+                                                                                              'grpo_nb/ui/charts/charts.py'),
                                           'grpo_nb.ui.charts.charts.LiveCharts.add': ( 'ui/charts/charts.html#livecharts.add',
                                                                                        'grpo_nb/ui/charts/charts.py'),
                                           'grpo_nb.ui.charts.charts.LiveCharts.append': ( 'ui/charts/charts.html#livecharts.append',

@@ -587,6 +587,26 @@ def test_a_run_of_another_process_is_read_on():
     charts.close()
 
 
+def test_what_is_not_there_is_said_and_not_drawn():
+    charts = LiveCharts(x="tokens")
+    charts.append(1, {"reward": 0.5})
+    assert charts.panels()[0].empty == "no tokens were logged" and "no tokens were logged" in charts.static_html()
+    charts.attach(record("a")) # rows by hand are no part of it
+    assert [len(r) for r in charts.runs] == [1, 3] and [r.name for r in charts.runs] == ["run 1", "a"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300, -1e300, 1e-300, 0.0, True])
+def test_no_value_breaks_a_chart(value):
+    charts, front = LiveCharts("all"), FrontEnd()
+    row = {name: value for c in CHARTS.values() for name in (*c.main, c.band or "mine")}
+    for log in (False, True):
+        charts.options["log"] = log
+        for step in (3, 1, 2): charts.append(step, row)
+        text = charts.static_html()
+        assert "nan" not in text and "inf" not in text
+    assert front.take(charts._updates()) and charts.failures == 0 and charts.text()
+
+
 def test_three_runs_stay_under_a_kilobyte():
     buses = [Bus() for _ in range(3)]
     charts = LiveCharts().attach(*[SimpleNamespace(name=f"a run with a longer name {i}", events=b) for i, b in enumerate(buses)])

@@ -389,11 +389,19 @@ def _sentence(chart, lines, runs) -> str:
             for s, step, v in each if math.isfinite(v)]
     return f"{chart.title}: " + (", ".join(told) if told else "no number yet") + "."
 
-# %% ../../../nbs/ui/charts/03_charts.ipynb #ec4f15e8
+# %% ../../../nbs/ui/charts/03_charts.ipynb #e0c99e59
+@patch
+def _why_empty(self:LiveCharts, chart) -> str:
+    "What a chart says that has no line to show."
+    along, rows = self.options["x"], [r for r in self.runs if len(r)]
+    if not rows: return self._waiting()
+    if not any(math.isfinite(x) for r in rows for x in r.along(along)): return f"no {along} were logged"
+    return self._empty(chart)
+
 @patch
 def _panel(self:LiveCharts, chart) -> Panel:
     "A chart for a picture (call with the lock held)."
-    chart = replace(chart, empty=self._empty(chart) if any(len(r) for r in self.runs) else self._waiting())
+    chart = replace(chart, empty=self._why_empty(chart))
     lines = [dict(s, run=i) for i in range(len(self.runs)) for s in self._lines_of(chart, i)]
     drawn = [line for s in lines for line in self._strokes(chart, s)]
     alone = self.runs[0] if len(self.runs) == 1 else None
@@ -666,7 +674,7 @@ def _check_attached(runs):
             raise TypeError(f"run={run!r} has neither events to listen to nor logs; "
                             "give a GRPORun, one out of runs(), or a grpo_nb.ground.events.Bus.")
 
-# %% ../../../nbs/ui/charts/03_charts.ipynb #0f595017
+# %% ../../../nbs/ui/charts/03_charts.ipynb #6bcfead8
 @patch
 def attach(self:LiveCharts,
            *runs, # each a GRPORun, a record out of `runs()`, anything with `logs`, or with a bus as `.events`, or a bus itself
@@ -676,7 +684,7 @@ def attach(self:LiveCharts,
     for run in runs:
         if any(known() is run for known in self._known): continue
         self._known.append(weakly(run))
-        rows = self._room(getattr(run, "name", None))
+        rows = self._room(getattr(run, "name", None), _bus_of(run) is None)
         rows.weights = _weights_of(run)
         if _told(run, "beta") == 0: self.note("kl", "no KL: beta is 0")
         self._catch_up(rows, run)
@@ -688,13 +696,13 @@ def attach(self:LiveCharts,
     self._tell()
     return self
 
-# %% ../../../nbs/ui/charts/03_charts.ipynb #527bbfc9
+# %% ../../../nbs/ui/charts/03_charts.ipynb #66ea91f1
 @patch
-def _room(self:LiveCharts, name) -> Rows:
+def _room(self:LiveCharts, name, whole) -> Rows: # whole: its logs are all there, and no row by hand belongs to it
     "A table for one more run."
     with self._lock:
         rows = self.runs[0]
-        if len(self._known) > 1:
+        if len(self._known) > 1 or whole and len(rows):
             rows = Rows()
             self.runs = [*self.runs, rows]
             self._version += 1

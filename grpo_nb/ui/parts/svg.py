@@ -183,7 +183,8 @@ def _edges(p, y, b) -> tuple: # (lower, upper)
 
 def _frame(p, drawn, share, width, height) -> Frame:
     "The frame around the points of a panel's lines."
-    first, last = min(q[0][0] for _, q in drawn), max(q[-1][0] for _, q in drawn)
+    at = [x for _, points in drawn for x, _, _ in points] # a run that went back is not in order
+    first, last = min(at), max(at)
     if last <= first: first, last = first - 0.5, last + 0.5
     values = [0.0] if p.zero and not p.log else []
     for line, points in drawn:

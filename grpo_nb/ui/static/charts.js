@@ -325,10 +325,11 @@ class Card {
   async draw(force) {
     const { store, Plotly, options } = this.view, rows = store.runs.map(r => r.steps.length);
     this.heading();
-    const has = test => this.spec.series.some(s => store.runs[s.run].y[s.column].some(test)), parts = this.traces();
-    const logged = has(Number.isFinite), any = this.log ? has(v => v > 0) : logged;
+    const has = test => this.spec.series.some(s => { const run = store.runs[s.run], x = run[options.x]; return run.y[s.column].some((v, i) => test(v, x[i])); });
+    const logged = has(Number.isFinite), there = has((v, x) => Number.isFinite(v) && Number.isFinite(x)), parts = this.traces();
+    const any = there && (!this.log || has((v, x) => v > 0 && Number.isFinite(x)));
     this.plot.hidden = this.unit.hidden = this.along.hidden = !any; this.empty.hidden = any;
-    if (!any) { this.legend.replaceChildren(); this.flags.replaceChildren(); this.empty.textContent = logged ? "nothing above 0, which a log scale needs" : store.length ? this.spec.empty : store.said.waiting; this.generation = -1; return; }
+    if (!any) { this.legend.replaceChildren(); this.flags.replaceChildren(); this.empty.textContent = logged && !there ? `no ${options.x} were logged` : logged ? "nothing above 0, which a log scale needs" : store.length ? this.spec.empty : store.said.waiting; this.generation = -1; return; }
     this.unit.textContent = [this.spec.unit, this.log ? "log scale" : ""].filter(Boolean).join(", "); this.along.textContent = WORDS[options.x];
     if (!Plotly || !this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out yet: the resize observer calls again
     const drawn = p => this.log ? i => { const v = p.of(i); return v > 0 ? v : null; } : p.of; // an average of both signs has gaps
@@ -383,7 +384,7 @@ class Card {
     this.rule.hidden = this.tip.hidden = true; this.value.textContent = this.now ?? "";
     if (value === null || !axis || this.plot.hidden || this.generation < 0) return;
     const spread = Math.abs(axis.range[1] - axis.range[0]), lines = [];
-    for (const s of [...this.spec.series].reverse()) {
+    for (const s of this.several ? this.spec.series : [...this.spec.series].reverse()) {
       if (this.off(s)) continue;
       const run = store.runs[s.run], x = run[options.x], i = nearest(x, run.y[s.column], value);
       if (i >= 0 && Math.abs(x[i] - value) <= spread * (s.role === "eval" ? 0.02 : 0.1)) lines.push({ s, run, i, x: x[i] });
@@ -397,14 +398,17 @@ class Card {
     if (!full) { if (main && !this.several) this.value.textContent = text(main, even ? main.run.s[main.s.column][main.i] : main.run.y[main.s.column][main.i]); return; }
     const table = make("table"), row = (tag, ...cells) => { const tr = make("tr"); cells.forEach(c => tr.append(c instanceof Node ? c : make(tag, "", c))); table.append(tr); };
     const where = options.x === "minutes" ? `${at.toFixed(1)} minutes` : options.x === "tokens" ? `${number(at)} tokens` : `step ${at.toLocaleString("en")}`;
-    row("th", where, ...(even ? ["smoothed", "logged"] : ["logged"]));
-    for (const l of lines.slice(0, 10)) {
+    const tried = l => lines.find(e => e.s.role === "eval" && e.s.of === l.s.metric && e.run === l.run); // stands in its metric's row
+    const shown = lines.filter(l => l.s.role !== "eval" || !lines.some(other => tried(other) === l)), evaluated = shown.some(tried);
+    row("th", where, ...(even ? ["smoothed", "logged"] : ["logged"]), ...(evaluated ? ["evaluated"] : []));
+    for (const l of shown.slice(0, 10)) {
       const name = make("td", "", l.s.label), swatch = make("i"); swatch.style.borderTopColor = strong(l.s.colour, ink, paper); name.prepend(swatch);
       const value_ = text(l, l.run.y[l.s.column][l.i]), calm = l.s.role === "eval" ? "" : text(l, l.run.s[l.s.column][l.i]);
-      row("td", name, ...(even ? [calm, value_] : [value_]));
+      const eval_ = tried(l);
+      row("td", name, ...(even ? [calm, value_] : [value_]), ...(evaluated ? [eval_ ? text(eval_, eval_.run.y[eval_.s.column][eval_.i]) : ""] : []));
       if (l.s.role === "main" && l.s.band >= 0 && !this.off(l.s, true)) row("td", l.s.band_label, ...(even ? [""] : []), number(l.run.y[l.s.band][l.i]));
     }
-    if (lines.length > 10) row("td", `and ${lines.length - 10} more`);
+    if (shown.length > 10) row("td", `and ${shown.length - 10} more`);
     this.tip.replaceChildren(table); this.tip.hidden = false;
     const right = left > axis._length / 2;
     this.tip.style.left = right ? "auto" : `${layout._size.l + left + 10}px`;
