@@ -166,8 +166,9 @@ def span(values, # finite numbers
     "The range of an axis."
     if log: values, least, most = [math.log10(v) for v in values if v > 0], None, None
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high - low <= SAME * max(abs(low), abs(high)): bottom, top = _around((low + high) / 2, least, most)
-    else: bottom, top = low - (high - low) * 0.06, high + (high - low) * 0.06
+    if log and high - low <= SAME: bottom, top = low - 0.1, min(high + 0.1, 308.0) # as exponents; there is no 1e309
+    elif high - low <= SAME * max(abs(low), abs(high)): bottom, top = _around((low + high) / 2, least, most)
+    else: bottom, top = low - (high - low) * 0.06, min(high + (high - low) * 0.06, 308.0 if log else math.inf)
     if not log and low >= 0: bottom = max(bottom, 0.0)
     if least is not None and low >= least: bottom = max(bottom, least)
     if most is not None and high <= most: top = min(top, most)
