@@ -20,6 +20,7 @@ _public = {
     "rewards": ("grpo_nb.tasks.rewards", None),
     "tasks": ("grpo_nb.tasks.library", None),
     "doctor": ("grpo_nb.advice.doctor", "doctor"),
+    "runs": ("grpo_nb.record.runs", "runs"),
     "studio": ("grpo_nb.ui.studio.studio", "studio"),
 }
 __all__ = list(_public)

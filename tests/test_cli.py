@@ -28,9 +28,14 @@ def call(capsys, *argv):
     (["demo", "--steps", "0"], ["steps=0", "at least 1"]),
     (["demo", "--steps", "many"], ["--steps", "'many'"]),
     (["demo", "--seed", "-1"], ["seed=-1"]),
-    (["demo", "--step", "5"], ["--step"]),
-    (["dmo"], ["'dmo'", "demo"]),
-    ([], ["COMMAND"]),
+    (["demo", "--step", "5"], ["'--step'", "Did you mean '--steps'?"]),
+    (["demo", "--sed=3"], ["'--sed=3'", "Did you mean '--seed'?"]),
+    (["dmo"], ["'dmo'", "Did you mean 'demo'?"]),
+    (["pathces"], ["Did you mean 'patches'?"]),
+    (["train"], ["'train'", "There are: demo"]),
+    (["bench", "stp"], ["Did you mean 'step'?"]),
+    (["--verison"], ["Did you mean '--version'?"]),
+    (["export", "a", "--cvs"], ["Did you mean '--csv'?"]),
 ], ids=" ".join)
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, monkeypatch, argv, words):
     monkeypatch.setattr(demo, "demo", lambda *a, **k: pytest.fail("it began"))
@@ -55,7 +60,8 @@ def test_json_and_summary(capsys, monkeypatch):
     monkeypatch.setattr(demo, "demo", lambda *a, **k: seen.append((a, k)) or dict(RESULT))
     code, out, err = call(capsys, "demo", "--json", "--seed", "3", "--steps", "7", "--output-dir", "there")
     assert code == 0 and json.loads(out.splitlines()[-1]) == RESULT and err == ""
-    assert seen == [(("sort_digits", 3, 7, "there"), {})] # no bar: this is no terminal
+    (args, more), = seen
+    assert args == ("sort_digits", 3, 7, "there") and isinstance(more["progress"], cli._Lines) # no bar: this is no terminal
     code, out, _ = call(capsys, "demo")
     assert "0.300 before, 0.950 after 100 steps" in out and 3 < len(out.splitlines()) < 7
 
@@ -76,6 +82,65 @@ def test_bars_on_a_terminal(capsys, monkeypatch):
     code, out, err = call(capsys, "demo", "--json")
     assert code == 0 and json.loads(out) == RESULT
     assert "warm start: 100%" in err and "training: 100%" in err and "loss 0.500" in err
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    "One at the start of a phase, one at its end, and between them one in ten seconds, with the time that is left."
+    now = iter([*range(1, 41), *range(100, 103)])
+    def work(*a, progress):
+        progress.clock = lambda: next(now)
+        for i in range(40): progress("warm start", i + 1, 40, 0.5)
+        for i in range(3): progress("training", i + 1, 3, None)
+        return dict(RESULT)
+    monkeypatch.setattr(demo, "demo", work)
+    code, out, err = call(capsys, "demo", "--json")
+    assert code == 0 and json.loads(out) == RESULT
+    assert err.splitlines() == [
+        "warm start: 1 of 40, loss 0.500", "warm start: 11 of 40, 0:10 so far, about 0:29 left, loss 0.500",
+        "warm start: 21 of 40, 0:20 so far, about 0:19 left, loss 0.500",
+        "warm start: 31 of 40, 0:30 so far, about 0:09 left, loss 0.500", "warm start: 40 of 40, 0:39 so far, loss 0.500",
+        "training: 1 of 3", "training: 3 of 3, 0:02 so far",
+    ]
+
+
+@pytest.mark.parametrize("argv", [[], ["bench"]], ids=["grpo-nb", "grpo-nb bench"])
+def test_no_command_is_a_question_for_help(capsys, argv):
+    code, out, err = call(capsys, *argv)
+    assert code == 0 and err == "" and out.startswith("usage: grpo-nb")
+    there = ["step", "rollout"] if argv else ["demo", "bench", "doctor", "patches", "runs", "view", "export"]
+    assert all(name in out for name in there)
+
+
+def test_a_short_run_has_no_two_ends(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "demo", lambda *a, **k: {**RESULT, "steps": 7})
+    assert "in the last 7 steps" in call(capsys, "demo")[1]
+
+
+WRONG = """model_name_or_path: ./no/such/model
+dataset_name: nowhere.jsonl
+learning_rate: fast
+num_generation: 4
+beta: -1
+num_train_epoch: 3
+use_peft: maybe
+reward_funcs: [corectness, os.system]
+num_generations: 7
+max_prompt_length: 64
+"""
+
+
+def test_doctor_tells_everything_at_once_and_loads_nothing(capsys, monkeypatch, tmp_path):
+    from grpo_nb.advice import doctor
+    for name in ("load_data", "load_model"): monkeypatch.setattr(doctor, name, lambda *a: pytest.fail("it loads"))
+    path = tmp_path / "run.yaml"
+    path.write_text(WRONG)
+    code, out, err = call(capsys, "doctor", str(path), "--prompts", "-1")
+    assert code == 2 and out == "", err
+    for part in ("model_name='./no/such/model'", "nowhere.jsonl", "learning_rate='fast'", "Did you mean 'num_generations'?",
+                 "beta=-1", "'num_train_epochs'", "use_peft='maybe'", "Did you mean 'correctness'?", "--allow-imports", "TRL 0.28",
+                 "prompts=-1"):
+        assert err.count(part) == 1, (part, err)
+    assert "11 things" in err.splitlines()[0]
 
 
 def test_help_and_version_import_nothing_heavy():

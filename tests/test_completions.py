@@ -14,10 +14,10 @@ from hypothesis import given, settings, strategies as st
 
 from grpo_nb.ground.events import Bus, CompletionsLogged, RunFinished, said
 from grpo_nb.tasks.tiny import make_tokenizer
-from grpo_nb.ui.completions.archive import Spill, groups_of_rows, read, rows
+from grpo_nb.record.archive import Spill, groups_of_rows, read, rows
 from grpo_nb.ui.parts.cards import card, difference, folded, group_html, pieces, tokens_html, visible
 from grpo_nb.ui.completions.completions import FILTERS, CompletionBrowser, select
-from grpo_nb.ui.completions.records import Group, Sample, Store, as_text, make_groups
+from grpo_nb.record.store import Group, Sample, Store, as_text, make_groups
 
 HOSTILE = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></div><style>*{display:none}</style>",

@@ -191,7 +191,7 @@ def test_estimate(folder, loaded):
 # ---- rewards
 
 def test_rewards_are_what_the_run_takes(loaded):
-    from grpo_nb.run.inputs import check_rewards
+    from grpo_nb.tasks.rewards import check_rewards
     panel = RewardPanel({brief: 0.5, rewards.correctness(ignore_case=True): 2.0}, loaded[2].train)
     functions, weights = check_rewards(panel.rewards)
     assert functions[0] is brief and weights == [0.5, 2.0] and functions[1].options == {"ignore_case": True}

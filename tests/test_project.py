@@ -21,13 +21,13 @@ FLOORS = {
     "models": 2, "engines": 2, "engines/inplace": 2, "engines/vllm": 2, "tasks": 2,
     "step": 3,
     "trainers": 4,
-    "run": 5, "recipe": 5, "advice": 5,
-    "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/studio": 6,
+    "recipe": 5, "record": 5, "run": 5, "advice": 5,
+    "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/runs": 6, "ui/studio": 6,
     "app": 7,
 }
 # on one floor, and know nothing of each other
 STRANGERS = {("packs", "algo"), ("packs", "ops"), ("algo", "ops"), ("engines", "tasks")}
-KNOW_TRL = ("trainers", "run", "recipe", "advice", "app")
+KNOW_TRL = ("trainers", "recipe", "record", "run", "advice", "app")
 LIGHT = ("ground", "patch") # the standard library, and fastcore's `patch`, by which a class grows over cells
 
 

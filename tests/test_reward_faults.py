@@ -298,7 +298,7 @@ def test_the_guard_is_a_row_of_the_table():
 
 
 def test_the_doctor_and_the_lab_take_a_reward_model(parts):
-    from grpo_nb.run.inputs import check_rewards
+    from grpo_nb.tasks.rewards import check_rewards
     from grpo_nb.ui.lab.lab import RewardLab
     assert check_rewards({"org/judge": 2, lengths: 1}) == (["org/judge", lengths], [2.0, 1.0])
     lab = RewardLab(["org/judge", lengths])

@@ -23,8 +23,8 @@ LIMIT = 900 # characters of an error; a list of what is allowed may be long
 NAMES = { # module -> what the tables speak of
     "grpo_nb": "UnpatchFastRL doctor rewards studio", "grpo_nb.advice": "memory", "grpo_nb.recipe": "code value",
     "grpo_nb.tasks.evaluate": "accuracy greedy", "grpo_nb.trainers.table": "patch_table show_patch",
-    "grpo_nb.ui.charts.charts": "LiveCharts", "grpo_nb.ui.completions.archive": "read", "grpo_nb.ui.lab.lab": "RewardLab",
-    "grpo_nb.ui.completions.completions": "CompletionBrowser", "grpo_nb.ui.completions.records": "Store",
+    "grpo_nb.ui.charts.charts": "LiveCharts", "grpo_nb.record.archive": "read", "grpo_nb.ui.lab.lab": "RewardLab",
+    "grpo_nb.ui.completions.completions": "CompletionBrowser", "grpo_nb.record.store": "Store",
     "grpo_nb.ui.panels.panels": "HyperparameterPanel", "grpo_nb.ui.panels.rewards": "RewardPanel",
 }
 
@@ -546,12 +546,12 @@ AREAS["recipes"] = [
 ]
 
 AREAS["command line"] = [
-    ("command()", "COMMAND"), ("command('dmo')", "'dmo'"), ("command('demo', '--task', 'sort_digit')", "'sort_digits'"),
+    ("command('dmo')", "'demo'"), ("command('demo', '--task', 'sort_digit')", "'sort_digits'"),
     ("command('demo', '--task', 'countdown')", "no tiny model"), ("command('demo', '--steps', '0')", "steps=0"),
     ("command('demo', '--steps', 'x')", "--steps", "'x'"), ("command('demo', '--seed', '-1')", "seed=-1"),
     ("command('demo', '--output-dir', '/proc/nope', '--steps', '1')", "output_dir='/proc/nope'"),
     ("command('demo', '--output-dir', at['file'])", "is a file"), ("command('demo', '--step', '3')", "--step"),
-    ("command('bench')", "WHAT"), ("command('bench', 'step', '--device', 'gpu')", "device='gpu'"),
+    ("command('bench', 'stp')", "'step'"), ("command('bench', 'step', '--device', 'gpu')", "device='gpu'"),
     ("command('bench', 'step', '--shape', 'x')", "shape='x'"), ("command('bench', 'step', '--repeats', '0')", "repeats=0"),
     ("command('bench', 'step', '--micro-batches', '5')", "micro_batches=5"),
     ("command('bench', 'rollout', '--engine', 'x')", "'x'"), ("command('bench', 'rollout', '--shape', 'x')", "'x'"),

@@ -5,19 +5,37 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #65bd5fae
+# %% ../../nbs/app/04_cli.ipynb #36bc6706
 import argparse
 import json
 import sys
+import time
 
 from .. import __version__
+from ..ground.check import nearest
 
-# %% ../../nbs/app/04_cli.ipynb #42950b50
+# %% ../../nbs/app/04_cli.ipynb #4ed5a4af
 class _Parser(argparse.ArgumentParser):
-    "Reports wrong arguments in one line."
+    "Reports wrong arguments in one line, with what was meant where that can be told."
     def error(self, message):
         "Exit with code 2."
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def _check_value(self, action, value):
+        "A command that is not known: what was meant, and what there is."
+        if action.choices is None or value in action.choices: return
+        raise argparse.ArgumentError(action, f"{value!r} is not known.{nearest(value, action.choices)} "
+                                             f"There are: {', '.join(action.choices)}.")
+
+# %% ../../nbs/app/04_cli.ipynb #93a5a7ef
+def _parsed(top, argv): # the arguments; exits with 2 where some are not known
+    "Read the command line."
+    given, more = top.parse_known_args(argv)
+    if not more: return given
+    its = getattr(given, "its", top)
+    options = [o for action in its._actions for o in action.option_strings]
+    unknown = next((m for m in more if m.startswith("-")), more[0])
+    its.error(f"{unknown!r} is not known here.{nearest(unknown.partition('=')[0], options) if unknown.startswith('-') else ''}")
 
 
 def _add_demo(commands):
@@ -29,9 +47,9 @@ def _add_demo(commands):
     demo.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as one line of JSON, the last one")
     demo.add_argument("--output-dir", metavar="DIR", help="keep the trained adapter in this folder")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, its=demo)
 
-# %% ../../nbs/app/04_cli.ipynb #73e4de09
+# %% ../../nbs/app/04_cli.ipynb #4527896a
 def _add_step(kinds):
     "`grpo-nb bench step`."
     step = kinds.add_parser("step", help="one optimiser step: stock TRL and patched TRL in turns", allow_abbrev=False)
@@ -41,7 +59,7 @@ def _add_step(kinds):
     step.add_argument("--micro-batches", type=int, metavar="N", help="that a step accumulates (default: the shape's, mostly 4)")
     step.add_argument("--max-tokens-per-pack", type=int, help="positions a pack may hold (default: the device's)")
     step.add_argument("--json", action="store_true", help="only lines of JSON")
-    step.set_defaults(run=_bench_step)
+    step.set_defaults(run=_bench_step, its=step)
 
 
 def _add_rollout(kinds):
@@ -52,9 +70,9 @@ def _add_rollout(kinds):
     rollout.add_argument("--engine", nargs="*", help="of hf, continuous, inplace and vllm (default: the device's)")
     rollout.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
     rollout.add_argument("--json", action="store_true", help="only lines of JSON")
-    rollout.set_defaults(run=_bench_rollout)
+    rollout.set_defaults(run=_bench_rollout, its=rollout)
 
-# %% ../../nbs/app/04_cli.ipynb #955520be
+# %% ../../nbs/app/04_cli.ipynb #b633ff3b
 def _add_doctor(commands):
     "`grpo-nb doctor`."
     doctor = commands.add_parser("doctor", help="examine a run before it begins, in under two minutes", allow_abbrev=False)
@@ -62,7 +80,7 @@ def _add_doctor(commands):
     doctor.add_argument("--prompts", type=int, default=8, help="how many to sample for; 0: none (default: %(default)s)")
     doctor.add_argument("--seconds", type=float, default=110, help="that it may take (default: %(default)s)")
     doctor.add_argument("--allow-imports", action="store_true", help="import rewards that the file gives as dotted paths")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, its=doctor)
 
 
 def _add_patches(commands):
@@ -70,24 +88,57 @@ def _add_patches(commands):
     patches = commands.add_parser("patches", help="what is patched in the installed TRL, and what it saves", allow_abbrev=False)
     patches.add_argument("algorithm", nargs="?", help="one of them (default: all)")
     patches.add_argument("--json", action="store_true", help="print JSON")
-    patches.set_defaults(run=_patches)
+    patches.set_defaults(run=_patches, its=patches)
 
-# %% ../../nbs/app/04_cli.ipynb #3fdab69d
+# %% ../../nbs/app/04_cli.ipynb #c34e2cff
+def _add_runs(commands):
+    "`grpo-nb runs`."
+    runs = commands.add_parser("runs", help="list the runs below a folder, with what became of them", allow_abbrev=False)
+    runs.add_argument("folder", nargs="?", default=".", help="where to look (default: here)")
+    runs.add_argument("--find", default="", metavar="TEXT", help="only runs whose name, state, tags, note or settings hold this")
+    runs.add_argument("--sort", default="started", help="a column of the table (default: %(default)s, the newest first)")
+    runs.add_argument("--json", action="store_true", help="a line of JSON for each")
+    runs.set_defaults(run=_runs, its=runs)
+
+def _add_view(commands):
+    "`grpo-nb view`."
+    view = commands.add_parser("view", help="open runs as a page in the browser", allow_abbrev=False)
+    view.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder; several are compared")
+    view.add_argument("--folder", default=".", help="where names are looked for (default: here)")
+    view.add_argument("--output", metavar="FILE.html", help="write the page there (default: into the folder of temporary files)")
+    view.add_argument("--no-open", action="store_true", help="write the page and say where, without opening it")
+    view.set_defaults(run=_view, its=view)
+
+# %% ../../nbs/app/04_cli.ipynb #493e9abe
+def _add_export(commands):
+    "`grpo-nb export`."
+    export = commands.add_parser("export", help="write runs as a table, a page or a picture, or into trackio", allow_abbrev=False)
+    export.add_argument("runs", nargs="+", metavar="RUN", help="a run's name, or its folder")
+    export.add_argument("--folder", default=".", help="where names are looked for (default: here)")
+    export.add_argument("--csv", metavar="FILE", nargs="?", const="", help="all metrics of all steps as a table")
+    export.add_argument("--html", metavar="FILE", nargs="?", const="", help="the report as one page")
+    export.add_argument("--png", metavar="FILE", nargs="?", const="", help="the charts as a picture")
+    export.add_argument("--trackio", metavar="PROJECT", nargs="?", const="grpo_nb",
+                        help="into this project of trackio (default: %(const)s)")
+    export.set_defaults(run=_export, its=export)
+
+# %% ../../nbs/app/04_cli.ipynb #12d9aa6e
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = _Parser(prog="grpo-nb", description="Train language models with GRPO in a notebook.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"grpo-nb {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    top.set_defaults(its=top, run=lambda given: top.print_help() or 0)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
     bench = commands.add_parser("bench", help="measure against stock TRL", allow_abbrev=False)
-    kinds = bench.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+    bench.set_defaults(its=bench, run=lambda given: bench.print_help() or 0)
+    kinds = bench.add_subparsers(dest="what", metavar="WHAT", parser_class=_Parser)
     _add_step(kinds)
     _add_rollout(kinds)
-    _add_doctor(commands)
-    _add_patches(commands)
+    for add in (_add_doctor, _add_patches, _add_runs, _add_view, _add_export): add(commands)
     return top
 
-# %% ../../nbs/app/04_cli.ipynb #2a97ef6a
+# %% ../../nbs/app/04_cli.ipynb #01505860
 class _Bars:
     "One progress bar for each phase of the work, on the standard error."
     def __init__(self): self.bar, self.phase = None, None
@@ -98,8 +149,7 @@ class _Bars:
             self.close()
             from tqdm import tqdm
             self.phase, self.bar = phase, tqdm(total=total, desc=phase, file=sys.stderr)
-        name = "reward" if phase == "training" else "loss"
-        if value is not None: self.bar.set_postfix_str(f"{name} {value:.3f}", refresh=False)
+        if value is not None: self.bar.set_postfix_str(f"{_value_of(phase)} {value:.3f}", refresh=False)
         self.bar.update(done - self.bar.n)
 
     def close(self):
@@ -107,17 +157,47 @@ class _Bars:
         if self.bar is not None: self.bar.close()
         self.bar = self.phase = None
 
-# %% ../../nbs/app/04_cli.ipynb #46e67e56
+def _value_of(phase) -> str: return "reward" if phase == "training" else "loss"
+
+# %% ../../nbs/app/04_cli.ipynb #5a4c5e19
+def _clock(seconds) -> str: # 1:05, 2:03:04
+    "Seconds as a clock shows them."
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+class _Lines:
+    "A line now and then for each phase of the work, on the standard error."
+    def __init__(self, every:float=10.0, clock=time.monotonic): # seconds between two lines
+        self.every, self.clock, self.phase, self.began, self.told, self.first = every, clock, None, 0.0, 0.0, 0
+
+    def __call__(self, phase, done, total, value):
+        "Say how far it is, where it is time to."
+        now, begins = self.clock(), phase != self.phase
+        if begins: self.phase, self.began, self.told, self.first = phase, now, now, done
+        if not begins and done < total and now - self.told < self.every: return
+        self.told, gone = now, now - self.began
+        left = gone / (done - self.first) * (total - done) if done > self.first else None
+        times = [f"{_clock(gone)} so far"] * (not begins) + ([f"about {_clock(left)} left"] if left and done < total else [])
+        said = [f"{phase}: {done} of {total}", *times, *([f"{_value_of(phase)} {value:.3f}"] if value is not None else [])]
+        print(", ".join(said), file=sys.stderr, flush=True)
+
+    def close(self):
+        "Nothing is open."
+
+# %% ../../nbs/app/04_cli.ipynb #5890d915
 def _summary(found) -> str:
     "A result in a few lines."
     before, after = found["accuracy_before"], found["accuracy_after"]
-    first, last = found["reward_first10"], found["reward_last10"]
+    first, last, few = found["reward_first10"], found["reward_last10"], found["steps"] < 20
+    rewards = f"{first:.3f} in the first 10 steps, {last:.3f} in the last 10"
+    if few: rewards = f"{last:.3f} in the last {min(10, found['steps'])} steps; fewer than 20 are no two ends to compare"
     return (f"task                {found['task']}\n"
             f"held-out accuracy   {before:.3f} before, {after:.3f} after {found['steps']} steps\n"
-            f"mean reward         {first:.3f} in the first 10 steps, {last:.3f} in the last 10\n"
+            f"mean reward         {rewards}\n"
             f"training            {found['seconds']:.1f} s")
 
-# %% ../../nbs/app/04_cli.ipynb #e46365ff
+# %% ../../nbs/app/04_cli.ipynb #d5fdbd80
 def _demo(given) -> int: # the exit code
     "Run the first job."
     from grpo_nb.app.demo import check_demo, demo
@@ -126,13 +206,12 @@ def _demo(given) -> int: # the exit code
     except (ValueError, OSError) as error:
         print(f"grpo-nb demo: {error}", file=sys.stderr)
         return 2
-    bars = _Bars() if sys.stderr.isatty() else None
-    try: found = demo(given.task, given.seed, given.steps, given.output_dir, **({"progress": bars} if bars else {}))
+    bars = _Bars() if sys.stderr.isatty() else _Lines()
+    try: found = demo(given.task, given.seed, given.steps, given.output_dir, progress=bars)
     except KeyboardInterrupt as error:
         print(f"grpo-nb demo: interrupted{f', {error}' if str(error) else ''}", file=sys.stderr)
         return 130
-    finally:
-        if bars: bars.close()
+    finally: bars.close()
     print(json.dumps(found) if given.json else _summary(found))
     return 0
 
@@ -156,7 +235,7 @@ def _bench_rollout(given) -> int: # the exit code
     from grpo_nb.app.bench_rollout import main
     return main(given)
 
-# %% ../../nbs/app/04_cli.ipynb #2a15bc60
+# %% ../../nbs/app/04_cli.ipynb #a1fd854b
 def _doctor(given) -> int: # the exit code: 0, 1 where a finding is an error, 2 for a file that cannot be used
     "Examine a run."
     from grpo_nb.advice.doctor import main
@@ -167,9 +246,28 @@ def _patches(given) -> int: # the exit code: 0, 1 where a patch does not fit, 2 
     from grpo_nb.trainers.table import main
     return main(given)
 
+# %% ../../nbs/app/04_cli.ipynb #d0576da3
+def _runs(given) -> int: # the exit code
+    "Print the table of runs."
+    from grpo_nb.ui.runs.commands import runs_command
+    return runs_command(given)
 
+def _view(given) -> int: # the exit code
+    "Write runs as a page, and open it."
+    from grpo_nb.ui.runs.commands import view_command
+    return view_command(given)
+
+def _export(given) -> int: # the exit code
+    "Write runs as files, or send them to trackio."
+    from grpo_nb.ui.runs.commands import export_command
+    return export_command(given)
+
+# %% ../../nbs/app/04_cli.ipynb #01625de5
 def main(argv=None, # the arguments; None: those of the process
          ) -> int: # the exit code
     "The command `grpo-nb`."
-    given = parser().parse_args(argv)
-    return given.run(given)
+    given = _parsed(parser(), argv)
+    try: return given.run(given)
+    except BrokenPipeError:
+        sys.stderr.close() # Python would complain at its end of what could not be written
+        return 0

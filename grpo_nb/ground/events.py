@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed',
-           'RunStopped', 'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'CheckpointSaved',
-           'Finding', 'Bus', 'weakly', 'say']
+           'RunStopped', 'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'Measured',
+           'CheckpointSaved', 'Finding', 'Bus', 'weakly', 'say']
 
 # %% ../../nbs/ground/03_events.ipynb #7d6d7430
 import contextvars
@@ -93,7 +93,7 @@ def short(value) -> str:
     if isinstance(value, dict): return ", ".join(f"{k} {short(v)}" for k, v in value.items())
     return str(value)
 
-# %% ../../nbs/ground/03_events.ipynb #92b63157
+# %% ../../nbs/ground/03_events.ipynb #edb7d64d
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
     "A sentence for the user."
@@ -111,6 +111,16 @@ class SettingChanged(Event):
         "The change as one short line."
         return in_words(self.name, self.old, self.new)
 
+@dataclass(frozen=True, kw_only=True)
+class Measured(Event):
+    "Questions that are in no training data were answered, with the weights as they are."
+    correct: int # right answers
+    n: int # questions
+    name: str = "held-out" # what was measured
+    right: list|None = None # which were right, in the order of the questions; None: not known
+    questions: str = "" # the same letters for the same questions
+
+# %% ../../nbs/ground/03_events.ipynb #f82db59a
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     "A checkpoint was written, from which a run can go on."

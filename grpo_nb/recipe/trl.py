@@ -20,7 +20,7 @@ from ..ground.check import known_arguments, nearest, one_of, read_text
 from ..ground.events import say
 from .code import Unreadable, _choice, _name, call, from_code, loader_of
 from .value import USUAL, Choice, Recipe, config_fields, library, segments
-from ..run.inputs import machine_precision
+from ..models.device import machine_precision
 from ..trainers.config import FIELDS, hints_of, next_rows, world_size
 
 # %% ../../nbs/recipe/03_trl.ipynb #179fb528

@@ -336,7 +336,7 @@ def recipe_of(model, # a loaded model, a name, or a dict of from_pretrained's ar
               definitions:str="", # source of the rewards that are your own
               ) -> Recipe:
     "The recipe behind the arguments of a run; the fields that GRPORun sets in a dict are in it."
-    from grpo_nb.run.inputs import check_rewards
+    from grpo_nb.tasks.rewards import check_rewards
     loaded, adapter = model_settings(model)
     functions, weights = check_rewards(rewards) if rewards else ([], None)
     given = changes_of(config) if hasattr(config, "to_dict") else {**GRPO_RUN, **(config or {})}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'RESERVED', 'SURVIVE', 'THEIRS', 'check_model', 'why_not_prompt', 'spread_rows', 'check_prompts',
-           'check_dataset', 'first_prompt', 'check_tokenizer', 'check_template', 'check_rewards',
-           'check_reward_columns', 'check_calls', 'machine_precision', 'make_config', 'check_weights', 'rows_needed',
-           'check_enough_rows', 'prompt_text', 'rendered', 'check_room', 'check_opened_tags', 'trainer_arguments',
-           'check_more', 'check_trainer_class', 'check_callbacks', 'check_run', 'check_together', 'check_reference']
+           'check_dataset', 'first_prompt', 'check_tokenizer', 'check_template', 'check_reward_columns', 'check_calls',
+           'make_config', 'check_weights', 'rows_needed', 'check_enough_rows', 'prompt_text', 'rendered', 'check_room',
+           'check_opened_tags', 'trainer_arguments', 'check_more', 'check_trainer_class', 'check_callbacks',
+           'check_run', 'check_together', 'check_reference']
 
 # %% ../../nbs/run/01_inputs.ipynb #99d5d44c
 import copy
@@ -16,12 +16,11 @@ import json
 import math
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from ..ground.check import flag, known_arguments, nearest, number
-from ..models.device import best_dtype
+from ..models.device import machine_precision
 from ..models.load import settings_of
 from ..ground.events import say
 from ..tasks.evaluate import within_limit
@@ -177,39 +176,6 @@ def check_template(tokenizer, # as for `check_tokenizer`
         if "tokenizer.chat_template took longer" in str(error): raise
     except Exception: pass # noqa: BLE001 what else a template raises it says itself, with the arguments of the run
 
-# %% ../../nbs/run/01_inputs.ipynb #69a63fe8
-def _reward(reward):
-    "The function behind one entry of `rewards`, or a reward model's name."
-    if isinstance(reward, str):
-        from grpo_nb.tasks.rewards import available, get
-        if reward not in available() and ("/" in reward or Path(reward).is_dir()): return reward
-        return get(reward)
-    if isinstance(reward, type) and (why := why_not_called(reward, [])): raise TypeError(f"rewards: {reward.__name__} {why}.")
-    if callable(reward): return reward
-    raise TypeError(f"rewards: {reward!r} is neither a function nor the name of one. "
-                    "Give functions, names from grpo_nb.tasks.rewards, or a dict of weights.")
-
-def _weight(reward, weight) -> float:
-    "One weight, as a finite float; a `TypeError`, as for everything else that `rewards` cannot be."
-    try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
-    except ValueError as error: raise TypeError(str(error)) from None
-
-# %% ../../nbs/run/01_inputs.ipynb #a087698a
-def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
-                  ) -> tuple: # (functions, their weights or None)
-    "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
-    weights = None
-    if isinstance(rewards, Mapping):
-        weights = [_weight(reward, weight) for reward, weight in rewards.items()]
-        rewards = list(rewards)
-    elif isinstance(rewards, str) or callable(rewards): rewards = [rewards]
-    elif not isinstance(rewards, (list, tuple)):
-        raise TypeError(f"rewards={rewards!r} is not a reward. Give a function, a name from grpo_nb.tasks.rewards, a list of "
-                        "these, or a dict {reward: weight}.")
-    if not rewards: raise ValueError("rewards is empty: give at least one.")
-    found = [_reward(r) for r in rewards]
-    return found, weights
-
 # %% ../../nbs/run/01_inputs.ipynb #cb70ac16
 SURVIVE = ("prompt", "image", "images") # the columns that remove_unused_columns leaves to a trainer that samples
 
@@ -250,14 +216,7 @@ def check_calls(functions, columns) -> None:
         if why and why_not_called(function, columns, RESERVED):
             raise ValueError(f"rewards: {name_of(function)!r} {why}.")
 
-# %% ../../nbs/run/01_inputs.ipynb #1e3724b3
-def machine_precision() -> dict: # `bf16` and `fp16`, and `use_cpu` where there is nothing else
-    "The precision fields of a config for the machine at hand: bf16 on Ampere and later, fp16 on older GPUs, fp32 elsewhere."
-    dtype = best_dtype()
-    found = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    if not torch.accelerator.is_available(): found["use_cpu"] = True
-    return found
-
+# %% ../../nbs/run/01_inputs.ipynb #f0be714d
 def _fields(config_class) -> set:
     "The names that `config_class` takes."
     parameters = inspect.signature(config_class).parameters.values()
@@ -410,8 +369,8 @@ def check_callbacks(callbacks) -> None:
         if callable(getattr(callback, "on_init_end", None)): continue
         raise TypeError(f"callbacks[{i}]={_short(callback)} is no transformers.TrainerCallback.")
 
-# %% ../../nbs/run/01_inputs.ipynb #31703ac7
-def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, more) -> None: # arguments of `GRPORun`
+# %% ../../nbs/run/01_inputs.ipynb #f8c60e31
+def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, more): # arguments of `GRPORun`; -> the trainer class
     "Raise for arguments of a run that need nothing else to be looked at."
     if trainer_class is None: from trl import GRPOTrainer as trainer_class
     check_trainer_class(trainer_class)
@@ -420,6 +379,7 @@ def check_run(run_class, trainer_class, callbacks, reward_timeout, progress, mor
     check_callbacks(callbacks)
     if reward_timeout not in (None, math.inf): number("reward_timeout", reward_timeout, above=0)
     flag("progress", progress)
+    return trainer_class
 
 # %% ../../nbs/run/01_inputs.ipynb #6d67d1a0
 def _is_trls(trainer_class, method) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE_SECONDS', 'final_text', 'exact_answer', 'evaluation_mode', 'within_limit', 'as_dict', 'prompt_ids',
-           'rendering_of', 'greedy', 'accuracy', 'reward_arguments', 'call_reward', 'as_completions']
+           'rendering_of', 'greedy', 'graded', 'accuracy', 'reward_arguments', 'call_reward', 'as_completions']
 
 # %% ../../nbs/tasks/02_evaluate.ipynb #e159a157
 import asyncio
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from ..ground.check import nearest, whole
 from ..ground.limit import TimedOut, Worker
+from ..models.bar import progress
 from .answers import after_thinking, tagged
 
 # %% ../../nbs/tasks/02_evaluate.ipynb #be9cae5a
@@ -105,7 +106,7 @@ def _greedy_config(model, tokenizer, max_new_tokens): # -> a `transformers.Gener
     return GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
                             eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True)
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #a20aa337
+# %% ../../nbs/tasks/02_evaluate.ipynb #3158ea80
 def greedy(model, # a causal language model that can `generate`
            tokenizer, # its tokenizer; padding side and settings are not touched
            prompts:list, # strings or lists of chat messages
@@ -121,23 +122,22 @@ def greedy(model, # a causal language model that can `generate`
     config = _greedy_config(model, tokenizer, max_new_tokens)
     rows, found = prompt_ids(tokenizer, prompts, **rendering), []
     with evaluation_mode(model), torch.no_grad():
-        for i in range(0, len(rows), batch_size):
+        for i in progress(range(0, len(rows), batch_size), "answering"):
             ids, mask = _pad_left(rows[i:i + batch_size], config.pad_token_id, model.device)
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             found += tokenizer.batch_decode(made[:, ids.shape[1]:], skip_special_tokens=True)
     return found
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #28c81285
-def accuracy(model, # a causal language model that can `generate`
-             tokenizer, # its tokenizer
-             dataset, # `datasets.Dataset` with `prompt` and the columns that the reward wants
-             reward=exact_answer, # a reward function in TRL's signature
-             max_new_tokens:int=64, # at most this many tokens a completion
-             batch_size:int=64, # prompts at a time
-             return_completions:bool=False, # also return the completions
-             **rendering, # of `prompt_ids`: chat_template_kwargs, tools, chat_template
-             ): # share of right answers, 0 to 1; with `return_completions` the pair (share, list of strings)
-    "Share of greedy completions whose reward is at least 1; raises `ValueError` where the data set has no `prompt` or no row."
+# %% ../../nbs/tasks/02_evaluate.ipynb #0ed0a2d2
+def graded(model, # a causal language model that can `generate`
+           tokenizer, # its tokenizer
+           dataset, # `datasets.Dataset` with `prompt` and the columns that the reward wants
+           reward=exact_answer, # a reward function in TRL's signature
+           max_new_tokens:int=64, # at most this many tokens a completion
+           batch_size:int=64, # prompts at a time
+           **rendering, # of `prompt_ids`: chat_template_kwargs, tools, chat_template
+           ) -> tuple: # (list of True, False or, where the reward gives no number, None; list of strings)
+    "Which greedy completions have a reward of at least 1; raises `ValueError` where the data set has no `prompt` or no row."
     if not callable(getattr(model, "generate", None)): raise TypeError(f"model={model!r} is not a loaded model.")
     if not callable(reward): raise TypeError(f"reward={reward!r} is no function.")
     if not hasattr(dataset, "column_names"): raise TypeError(f"dataset={str(dataset)[:60]} is not a datasets.Dataset.")
@@ -148,7 +148,20 @@ def accuracy(model, # a causal language model that can `generate`
     rows = {name: list(dataset[name]) for name in columns}
     prompts = rows.pop("prompt")
     texts = greedy(model, tokenizer, prompts, max_new_tokens, batch_size, **rendering)
-    share = _share_right(reward, prompts, texts, rows)
+    return _right(reward, prompts, texts, rows), texts
+
+# %% ../../nbs/tasks/02_evaluate.ipynb #1dafca45
+def accuracy(model, tokenizer, dataset, # as for `graded`
+             reward=exact_answer, # a reward function in TRL's signature
+             max_new_tokens:int=64, # at most this many tokens a completion
+             batch_size:int=64, # prompts at a time
+             return_completions:bool=False, # also return the completions
+             **rendering, # of `prompt_ids`: chat_template_kwargs, tools, chat_template
+             ): # share of right answers, 0 to 1; with `return_completions` the pair (share, list of strings)
+    "Share of greedy completions whose reward is at least 1, of those that it scores; raises as `graded`."
+    right, texts = graded(model, tokenizer, dataset, reward, max_new_tokens, batch_size, **rendering)
+    known = [r for r in right if r is not None]
+    share = sum(known) / len(known)
     return (share, texts) if return_completions else share
 
 # %% ../../nbs/tasks/02_evaluate.ipynb #b135602a
@@ -196,12 +209,12 @@ def _taken(reward, given:dict) -> dict: # a measurement is no trainer: it does n
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return given
     return {k: v for k, v in given.items() if k in parameters or k not in ("trainer_state", "log_extra", "log_metric")}
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #81dfd5ac
-def _share_right(reward, prompts, texts, columns) -> float: # raises `ValueError` where nothing is scored
-    "The share of completions whose reward is at least 1."
+# %% ../../nbs/tasks/02_evaluate.ipynb #98e3366d
+def _right(reward, prompts, texts, columns) -> list: # of bool or None; raises `ValueError` where nothing is scored
+    "Which completions have a reward of at least 1."
     given = reward_arguments(prompts, as_completions(prompts, texts), columns)
     scores = call_reward(reward, _taken(reward, given))
     if len(scores) != len(texts): raise ValueError(f"reward returned {len(scores)} values for {len(texts)} completions.")
-    scores = [s for s in scores if s is not None]
-    if not scores: raise ValueError("reward returned None for every completion: there is no accuracy to report.")
-    return sum(s >= 1 for s in scores) / len(scores)
+    if all(s is None for s in scores):
+        raise ValueError("reward returned None for every completion: there is no accuracy to report.")
+    return [None if s is None else bool(s >= 1) for s in scores]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['text_of', 'Reward', 'reward', 'correctness', 'numeric_answer', 'math_verify', 'format_tags', 'tag_count', 'regex',
-           'soft_overlong', 'length_target', 'repetition_penalty', 'available', 'get', 'weighted']
+           'soft_overlong', 'length_target', 'repetition_penalty', 'available', 'get', 'weighted', 'check_rewards']
 
 # %% ../../nbs/tasks/04_rewards.ipynb #15fb0440
 import asyncio
@@ -15,13 +15,14 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from pathlib import Path
 
 from fastcore.basics import patch
 
 from .answers import after_thinking, find_number, marked
 from ..ground.check import flag, known_arguments, nearest, number, one_of, some_text, whole
 from ..ground.events import say
-from .guard import guard, is_async, is_model, name_of
+from .guard import guard, is_async, is_model, name_of, why_not_called
 
 # %% ../../nbs/tasks/04_rewards.ipynb #46448278
 def text_of(completion, # a string, or a list of chat messages
@@ -384,3 +385,35 @@ async def _side_by_side(pairs, call): # -> a list for each part
     finally:
         for task in waiting.values(): task.cancel()
     return [done[i] for i in range(len(pairs))]
+
+# %% ../../nbs/tasks/04_rewards.ipynb #018f199a
+def _given(reward):
+    "The function behind one entry of `rewards`, or a reward model's name."
+    if isinstance(reward, str):
+        if reward not in available() and ("/" in reward or Path(reward).is_dir()): return reward
+        return get(reward)
+    if isinstance(reward, type) and (why := why_not_called(reward, [])): raise TypeError(f"rewards: {reward.__name__} {why}.")
+    if callable(reward): return reward
+    raise TypeError(f"rewards: {reward!r} is neither a function nor the name of one. "
+                    "Give functions, names from grpo_nb.tasks.rewards, or a dict of weights.")
+
+def _weight_of(reward, weight) -> float:
+    "One weight, as a finite float; a `TypeError`, as for everything else that `rewards` cannot be."
+    try: return number(f"rewards: the weight of {getattr(reward, '__name__', reward)!r}", weight)
+    except ValueError as error: raise TypeError(str(error)) from None
+
+# %% ../../nbs/tasks/04_rewards.ipynb #c02ada92
+def check_rewards(rewards, # a function, a name, a list of these, or a dict of these to weights
+                  ) -> tuple: # (functions, their weights or None)
+    "The reward functions behind `rewards`; raises for anything that is none, and for an empty list."
+    weights = None
+    if isinstance(rewards, Mapping):
+        weights = [_weight_of(reward, weight) for reward, weight in rewards.items()]
+        rewards = list(rewards)
+    elif isinstance(rewards, str) or callable(rewards): rewards = [rewards]
+    elif not isinstance(rewards, (list, tuple)):
+        raise TypeError(f"rewards={rewards!r} is not a reward. Give a function, a name from grpo_nb.tasks.rewards, a list of "
+                        "these, or a dict {reward: weight}.")
+    if not rewards: raise ValueError("rewards is empty: give at least one.")
+    found = [_given(r) for r in rewards]
+    return found, weights

@@ -17,13 +17,13 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ...ground.check import nearest, number, some_text, whole
-from ...ground.text import written
+from ...ground.text import plain, written
 from ...tasks.guard import name_of
-from ...run.inputs import check_rewards
-from ..completions.archive import read
+from ...tasks.rewards import check_rewards
+from ...record.archive import read
 from . import probes, scoring
 from .probes import answer_column, make_probes, pick_rows
-from ..completions.records import Store, as_text
+from ...record.store import Store, as_text
 from ..parts.cards import style, visible
 from ..parts.view import View
 
@@ -94,7 +94,7 @@ def _answer_column(self:RewardLab, answer): # a name, or None
         raise ValueError(f"dataset has no column 'prompt'; it has {there}.")
     return answer_column(first, answer)
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #1a32389d
+# %% ../../../nbs/ui/lab/03_lab.ipynb #a7de6763
 @patch
 def attach(self:RewardLab,
            source, # a GRPORun or a bus, a `CompletionBrowser`, a `Store`, a file or a folder
@@ -106,6 +106,7 @@ def attach(self:RewardLab,
     else:
         self.store = Store(steps=40, latest=20)
         self.store.attach(source)
+    if self._form: self._offer()
     return self
 
 # %% ../../../nbs/ui/lab/03_lab.ipynb #b7d73f8d
@@ -334,35 +335,49 @@ def text(self:RewardLab) -> str:
 
 def _empty(said): return f'{style()}<div class="gnb gnb-empty">{visible(said)}</div>' # HTML
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #f45a3106
-_SOURCES = {"typed in": "typed", "the latest of the run or file": "source", "the right answers of the data set": "gold"}
+# %% ../../../nbs/ui/lab/03_lab.ipynb #d3734739
+@patch
+def _sources(self:RewardLab) -> list: # (label, its name)
+    "What can be scored here: only what there is."
+    source = plain(str(getattr(self.store, "source", None) or "the run"))[:40]
+    said = "a file or folder" if self.store is None else f"the latest of {source}, or a file"
+    gold = [("the right answers of the data set", "gold")] if self.dataset is not None and self.answer else []
+    return [("what is typed in", "typed"), (said, "source"), *gold]
 
+@patch
+def _offer(self:RewardLab):
+    "Bring the choice of sources up to what there is."
+    box, chosen = self._form["source"], self._form["source"].value
+    if list(box.options) == (options := self._sources()): return
+    box.options = options
+    box.value = chosen if chosen in [name for _, name in options] else "typed"
 
+# %% ../../../nbs/ui/lab/03_lab.ipynb #52f1e932
 @patch
 def _make(self:RewardLab):
     "The widgets, made once."
     import ipywidgets as w
-    f = self._form = {**_inputs(w), **_buttons(w)}
+    f = self._form = {**_inputs(w, self._sources()), **_buttons(w)}
     for name in ("source", "row"): f[name].observe(lambda _: self._turn(), "value")
     f["score"].on_click(lambda _: self._click(self._score_form))
     f["probe"].on_click(lambda _: self._click(self.probe))
     rows = []
     for names in ("source", "row", "path"), ("score", "probe"):
         rows.append(w.HBox([f[name] for name in names], layout=dict(flex_flow="row wrap", width="auto", overflow="visible")))
-    if self.store is not None: f["source"].value = "source"
+    if self.store is not None and len(self.store): f["source"].value = "source"
     self._turn()
     self._show(self.report if self.scores is None else self.scores)
     return w.VBox([rows[0], f["prompt"], f["typed"], rows[1], f["body"]], layout=dict(width="100%"))
 
-# %% ../../../nbs/ui/lab/03_lab.ipynb #bb7d96ba
-def _inputs(w): # name -> widget
-    "Where completions come from."
-    wide, small = dict(width="auto", flex="1 1 260px", min_width="0"), dict(description_width="34px")
+# %% ../../../nbs/ui/lab/03_lab.ipynb #0bb88790
+def _inputs(w, sources): # name -> widget
+    "Where completions come from; each has its name before it, which is also how a screen reader calls it."
+    wide, small = dict(width="auto", flex="1 1 260px", min_width="0"), dict(description_width="initial")
     file = "a .parquet or .jsonl file, or a folder (empty: the run)"
     return dict(
-        source=w.Dropdown(options=list(_SOURCES.items()), layout=dict(wide)),
+        source=w.Dropdown(options=sources, description="score", layout=dict(wide), style=small),
         row=w.BoundedIntText(value=0, min=0, max=10**9, description="row", layout=dict(width="130px"), style=small),
-        path=w.Text(placeholder=file, continuous_update=False, layout=dict(wide)),
+        path=w.Text(placeholder=file, description="file", continuous_update=False, layout=dict(wide), style=small),
         prompt=w.HTML(layout=dict(width="auto")),
         typed=w.Textarea(placeholder="completions; a line --- between two of them", layout=dict(width="auto", height="110px")))
 

@@ -17,7 +17,7 @@ from ...tasks.answers import marked
 from ...ground.check import nearest
 from ...ground.text import encodable, written
 from ..parts.cards import style, visible
-from ..completions.records import as_text
+from ...record.store import as_text
 from .scoring import score, table
 from ..parts.svg import number
 

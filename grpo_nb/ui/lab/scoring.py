@@ -16,7 +16,7 @@ from ...ground.text import encodable, error_text, written
 from ...tasks.evaluate import call_reward, reward_arguments
 from ...tasks.guard import RewardError, guard, is_model, name_of
 from ..parts.cards import _plain, folded, style, visible
-from ..completions.records import as_text
+from ...record.store import as_text
 from ..parts.svg import number
 
 # %% ../../../nbs/ui/lab/01_scoring.ipynb #ad26bcd2

@@ -1,0 +1,1 @@
+"""Runs that were, beside each other: the list, overlays, a report."""
