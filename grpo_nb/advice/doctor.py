@@ -35,6 +35,7 @@ from ..recipe.value import changes_of, check_config, config_fields
 from ..run import inputs
 from ..tasks.evaluate import call_reward, reward_arguments
 from ..tasks.guard import RewardError, guard, is_model, names_of, shorten
+from ..tasks.rewards import check_rewards
 from ..trainers.rehearsal import close, columns_kept, is_ours, prompt_ids_of, rehearsal, sampled
 
 _all_ = ["Finding", "Report", "DoctorError", "Learning", "Watcher", "watch"] # the doctor's public names in one place
@@ -151,7 +152,7 @@ def _prepare(model, tokenizer, rewards, dataset, config) -> tuple: # (Case, list
     findings, wrong = [], (TypeError, ValueError)
     settings, asked = _read(findings, "config", TypeError, _read_config(None), _read_config, config)
     data = _read(findings, "dataset", wrong, None, inputs.check_dataset, dataset)
-    functions, weights = _read(findings, "rewards", wrong, ([], None), inputs.check_rewards, rewards)
+    functions, weights = _read(findings, "rewards", wrong, ([], None), check_rewards, rewards)
     if weights is None: weights = settings.reward_weights
     rows = _spread(data, 256) if data is not None else []
     return Case(model, tokenizer, functions, weights, data, settings, rows, device=_device(model), asked=asked), findings
