@@ -173,7 +173,7 @@ def test_tokenizer(world):
     broken = copy.deepcopy(world.tokenizer)
     broken.chat_template = "{{ raise_exception('no') }}"
     report = doctor(world.model, broken, chance_reward, world.task.train, GOOD)
-    assert report["chat_template"].severity == "error" and any("chat_template" in u for u in report.unreached)
+    assert report["chat_template"].severity == "error" and any("the chat template" in u for u in report.unreached)
     broken.eos_token = None
     assert doctor(world.model, broken, chance_reward, world.task.train, GOOD)["tokenizer"].severity == "error"
 
