@@ -22,7 +22,7 @@ FLOORS = {
     "step": 3,
     "trainers": 4,
     "recipe": 5, "record": 5, "run": 5, "advice": 5,
-    "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/studio": 6,
+    "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/runs": 6, "ui/studio": 6,
     "app": 7,
 }
 # on one floor, and know nothing of each other

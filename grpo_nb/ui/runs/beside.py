@@ -58,8 +58,8 @@ def heads(records, colours=()) -> str: # <th> elements
 # %% ../../../nbs/ui/runs/02_beside.ipynb #c649eed5
 def accuracies_html(records, colours=()) -> str: # HTML without scripts
     "Held-out accuracies, first and last, with their 95 % intervals as bars."
-    rows = [(r, m, dot) for r, dot in zip(records, [*colours, *[""] * len(records)]) for m in _ends(r)]
-    if not rows: return '<div class="gnb-note">It was not measured in these runs: the studio measures it where it is given held_out=.</div>'
+    rows = [(r, m, dot) for r, dot in zip(records, list(colours) or [""] * len(records)) for m in _ends(r)]
+    if not rows: return '<div class="gnb-note">Not measured in these runs; the studio does where it is given held_out=.</div>'
     def head(r, dot): return f'<th scope="row" class="gnb-left">{_dot(dot)}{visible(told(r, "name", "?"))}</th>'
     return _table("".join(f'<tr>{head(r, dot)}<td>step {m["step"]:,}</td><td>{percent(m)}</td><td>{_bar(m)}</td>'
                           f'<td class="gnb-left gnb-muted">{interval_text(m)}</td></tr>' for r, m, dot in rows))

@@ -12,16 +12,14 @@ import tempfile
 import webbrowser
 from pathlib import Path
 
-from ...ground.check import nearest
-from ...record.runs import runs
+from ...record.runs import Runs, runs
 from .report import metrics_csv, metrics_png, report
-from .table import fits, in_order, row_of, share_of, table_text, told
+from .table import fits, row_of, share_of, told
 
 # %% ../../../nbs/ui/runs/05_commands.ipynb #ca96c583
 def _wrong(command, error) -> int: # the exit code
     "Say what was asked wrongly."
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"grpo-nb {command}: {said}", file=sys.stderr)
+    print(f"grpo-nb {command}: {error}", file=sys.stderr)
     return 2
 
 def found(name:str, # of a run, or its folder
@@ -29,22 +27,20 @@ def found(name:str, # of a run, or its folder
           ): # a record; raises `KeyError` for a name that is none
     "A run by its name or its folder."
     if Path(name).is_dir() and len(here := runs(name)) == 1: return here[0]
-    known = runs(folder)
-    match = [r for r in known if told(r, "name") == name]
-    if match: return match[0]
-    names = [str(told(r, "name", "?")) for r in known]
-    more = f" There are {len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}." if names else " There is none."
-    raise KeyError(f"no run in {str(folder)!r} is named {name!r}.{nearest(name, names)}{more}")
+    return runs(folder)[name]
 
 # %% ../../../nbs/ui/runs/05_commands.ipynb #d1a97478
 def runs_command(given) -> int: # the exit code; `given`: folder, find, sort, json
     "`grpo-nb runs`: the list."
-    try: rows = in_order([row for r in runs(given.folder) if fits(row := row_of(r), given.find)], given.sort)
+    try:
+        known = runs(given.folder)
+        kept = Runs([r for r in known if fits(row_of(r), given.find)], known.folder).sort(given.sort)
     except (OSError, ValueError) as error: return _wrong("runs", error)
-    if not given.json: print(table_text(rows))
-    for row in rows if given.json else ():
+    if not given.json: print(kept)
+    for record in kept if given.json else ():
+        row = row_of(record)
         held = {name: share_of(getattr(row, name)) for name in ("before", "after")}
-        print(json.dumps({**vars(row), **held}, default=str))
+        print(json.dumps({**vars(row), **held, "folder": str(record.folder)}, default=str))
     return 0
 
 def view_command(given) -> int: # the exit code; `given`: runs, folder, output, no_open
