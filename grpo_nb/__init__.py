@@ -26,7 +26,8 @@ _public = {
 __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
-_beside = {name: "grpo_nb.advice.memory" for name in ("PatchFastRL", "GRPORun")}
+# for; what is said of two runs is made where findings are
+_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.advice.compare"}
 
 
 def __getattr__(name):

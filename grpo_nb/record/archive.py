@@ -103,9 +103,15 @@ def _rewards_of(row, columns) -> dict: # name -> value
     named = {c.removeprefix("rewards/"): row.get(c) for c in columns}
     return {**named, **row["rewards"]} if isinstance(row.get("rewards"), Mapping) else named
 
-# %% ../../nbs/record/02_archive.ipynb #9b717bb0
+# %% ../../nbs/record/02_archive.ipynb #da1e693c
+def _latest_time(part) -> list: # of rows
+    "The rows of a step that a run did twice, the second time alone: it went back to a checkpoint, and its files only grow."
+    first = [i for i, row in enumerate(part) if row.get("group") == 0 and row.get("sample") == 0]
+    return part[first[-1]:] if len(first) > 1 else part
+
 def _groups_of_step(step, part, found, rewards, weights, size) -> list: # of Group
     "The groups of one step; `part`: its rows."
+    part = _latest_time(part)
     def column(name): return [r.get(found[name]) if found[name] else None for r in part]
     scored = [_rewards_of(r, rewards) for r in part]
     named = {name: [s.get(name) for s in scored] for name in dict.fromkeys(n for s in scored for n in s)}
@@ -116,13 +122,7 @@ def _groups_of_step(step, part, found, rewards, weights, size) -> list: # of Gro
                          entropies=column("entropies"))
     if marked:
         for g in groups: g.prompt = g.prompt[1]
-    if not weights: _keep_totals(groups, part)
     return groups
-
-def _keep_totals(groups, part):
-    "A total that was written down holds: it was made with the weights of that step."
-    for sample, row in zip((s for g in groups for s in g.samples), part):
-        if (total := _number(row.get("total"))) is not None: sample.total = total
 
 # %% ../../nbs/record/02_archive.ipynb #76e90630
 def groups_of_rows(table:list, # of dict, one for each completion
