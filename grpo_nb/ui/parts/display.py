@@ -27,7 +27,7 @@ def frontend() -> str: # "widget", "static" or "text"
     content = (shell.kernel.get_parent() or {}).get("content") or {}
     return "widget" if content.get("allow_stdin", False) else "static"
 
-# %% ../../../nbs/ui/parts/03_display.ipynb #6b3cfb8a
+# %% ../../../nbs/ui/parts/03_display.ipynb #c0215639
 _BEHIND_WIDGET = '.jp-OutputArea-child:has(.gnb-view)+.jp-OutputArea-child:has(.gnb-copy){display:none}'
 _BEFORE_COPY = ('.jp-OutputArea-child:has(>.jupyter-widgets):not(:has(.gnb-view))'
                 ':has(+.jp-OutputArea-child .gnb-copy){display:none}')
@@ -42,7 +42,8 @@ def copy_of(view, # with `static_html`
 
 def bundle_of(view) -> dict: # MIME type -> what is shown
     "A view without its widget, as Jupyter takes it."
-    return {"text/html": copy_of(view), "text/plain": view.text()}
+    pictures = getattr(view, "pictures", dict)() # for code hosts, which clean HTML until only its words are left
+    return {"text/html": copy_of(view), **pictures, "text/plain": view.text()}
 
 # %% ../../../nbs/ui/parts/03_display.ipynb #aebfc510
 def _show_widget(view) -> bool: # False: it could not be made

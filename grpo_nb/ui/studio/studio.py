@@ -216,7 +216,9 @@ def close(self:Studio) -> None:
 def _draw(self:Studio):
     "Charts for the run, in the place of those before."
     which = "all" if self._which == "all" else ("reward", "kl", "length")
+    options = None if self.charts is None else self.charts.options # smoothing and axes, as the page has them
     self.charts = LiveCharts(which, mode="widget" if self._widget is not None else "static", interval=0.34)
+    if options: self.charts.options = options
     if self.run is not None: self.charts.attach(self.run)
     if self._widget is not None: self._charts_at.children = [self.charts.widget]
 
@@ -323,10 +325,9 @@ def _run_page(self:Studio):
 
 @patch
 def _resize(self:Studio, which):
-    "Show the main charts, or all."
+    "Show the main charts, or all; their rows, marks, zoom and smoothing stay."
     self._which = which
-    if self.charts is not None: self.charts.close()
-    self._draw()
+    if self.charts is not None: self.charts.choose("all" if which == "all" else ("reward", "kl", "length"))
 
 # %% ../../../nbs/ui/studio/03_studio.ipynb #3f1cb780
 @patch
