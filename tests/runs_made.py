@@ -4,10 +4,14 @@
 """
 import json
 import math
+import os
 import random
+import socket
 from pathlib import Path
 
-from grpo_nb.record.files import append, this_process, write_json
+import psutil
+
+from grpo_nb.record.files import append, write_json
 
 HOSTILE = [
     "</script><script>window.owned = 1</script>", "<img src=x onerror='window.owned = 1'>", "\x1b[31mred\x1b[0m \x00\x07",
@@ -16,11 +20,12 @@ HOSTILE = [
 
 
 def make_run(folder, name, *, steps=40, total=None, state="finished", seed=0, correct=None, n=100, settings=None, rise=0.6,
-             started=1.79e9, completions=(), tags=(), note="", error=None, weights=None, metrics=None, here=False):
-    "A run's folder; returns its path. `here`: this process is its writer, so a running one is not taken for killed."
+             started=1.79e9, completions=(), tags=(), note="", error=None, weights=None, metrics=None, alive=False):
+    "A run's folder; returns its path. `alive`: its writer, another process, lives."
     path, rng = Path(folder, name), random.Random(seed)
     path.mkdir(parents=True)
-    process = this_process() if here else dict(pid=1, began=0.0, host="elsewhere")
+    parent = psutil.Process(os.getppid())
+    process = dict(pid=parent.pid, began=parent.create_time(), host=socket.gethostname()) if alive else dict(pid=1, began=0.0, host="-")
     rewards = {f"reward.{k}": v for k, v in (weights or {"correctness": 1.0}).items()}
     ended = None if state in ("running", "paused") else started + steps
     write_json(path / "run.json", dict(

@@ -78,8 +78,8 @@ def test_only_settings_that_differ(kept):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("sad-red-crow", "The run failed after step 7 of 40: NameError: name 'answers' is not defined. Too early to say"),
-    ("new-oak-lynx", "The run was killed after step 12 of 40. Too early"), ("late-moon-owl", "better beyond chance"),
+    ("sad-red-crow", "The run failed: NameError: name 'answers' is not defined"),
+    ("new-oak-lynx", "The process was killed at step 12. Too early"), ("late-moon-owl", "better beyond chance"),
 ])
 def test_the_verdict_says_how_a_run_ended(kept, name, words): assert words in verdict_of(runs(kept)[name])
 
@@ -105,7 +105,7 @@ def test_the_page_draws_and_compares_what_is_ticked(kept):
 
 
 def test_a_run_that_goes_on_is_followed_by_its_new_lines(tmp_path):
-    path = make_run(tmp_path, "now", steps=30, total=60, state="running", here=True)
+    path = make_run(tmp_path, "now", steps=30, total=60, state="running", alive=True)
     page = RunsPage(tmp_path, interval=0.05)
     page.widget
     page.tick("now")
@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_is_followed_by_its_new_lines(tmp_path):
 
 
 def test_the_timer_ends_with_the_page(tmp_path):
-    make_run(tmp_path, "now", steps=3, total=60, state="running", here=True)
+    make_run(tmp_path, "now", steps=3, total=60, state="running", alive=True)
     page = RunsPage(tmp_path, interval=0.05)
     page.widget
     page.close()
@@ -165,7 +165,7 @@ def test_tags_and_notes_are_kept(tmp_path):
 
 def test_deleting_asks_and_spares_what_goes_on_and_what_others_wrote(tmp_path):
     for name in ("a", "b"): make_run(tmp_path, name)
-    make_run(tmp_path, "now", state="running", here=True)
+    make_run(tmp_path, "now", state="running", alive=True)
     (tmp_path / "a" / "checkpoint-40").mkdir()
     page = RunsPage(tmp_path)
     page.widget

@@ -120,6 +120,7 @@ def _tick(self:RunsPage):
     self._renew_copy()
     self._later()
 
+# %% ../../../nbs/ui/runs/04_page.ipynb #36c9b79e
 @patch
 def _sign(self:RunsPage, *_):
     "Somebody has the page open."
