@@ -25,7 +25,8 @@ def make_run(folder, name, *, steps=40, total=None, state="finished", seed=0, co
     path, rng = Path(folder, name), random.Random(seed)
     path.mkdir(parents=True)
     parent = psutil.Process(os.getppid())
-    process = dict(pid=parent.pid, began=parent.create_time(), host=socket.gethostname()) if alive else dict(pid=1, began=0.0, host="-")
+    living = dict(pid=parent.pid, began=parent.create_time(), host=socket.gethostname())
+    process = living if alive else dict(pid=1, began=0.0, host="-")
     rewards = {f"reward.{k}": v for k, v in (weights or {"correctness": 1.0}).items()}
     ended = None if state in ("running", "paused") else started + steps
     write_json(path / "run.json", dict(

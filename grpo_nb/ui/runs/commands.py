@@ -12,6 +12,7 @@ import tempfile
 import webbrowser
 from pathlib import Path
 
+import grpo_nb.record.export # noqa: F401 a record's way to trackio
 from ...record.runs import Runs, runs
 from .report import metrics_csv, metrics_png, report
 from .table import fits, row_of, share_of, told
@@ -72,7 +73,6 @@ def export_command(given) -> int: # the exit code; `given`: runs, folder, csv, h
             makers[kind](chosen, path := _file(given, kind, chosen))
             print(path.resolve())
         for record in chosen if given.trackio is not None else ():
-            from grpo_nb.record.trackio import to_trackio
-            print(to_trackio(record, given.trackio))
-    except (KeyError, OSError, ValueError, ImportError) as error: return _wrong("export", error)
+            print(f"{record.to_trackio(given.trackio)} is in the project {given.trackio} of trackio")
+    except (KeyError, OSError, ValueError, ImportError, RuntimeError) as error: return _wrong("export", error)
     return 0

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from ...ground.check import number
 from ...ground.text import plain
+from ...record.record import Record
 from ...record.runs import Runs, runs
 from ..charts.chart import look
 from ..charts.charts import LiveCharts
@@ -24,6 +25,7 @@ from ..parts.cards import visible
 from ..parts.save import STATIC, save_buttons
 from ..parts.view import Later, View, css
 from .beside import beside_html, verdict_of
+from . import report as reports
 from .report import charts_of, colours_of, metrics_csv, metrics_png, report_html
 from .table import (HEADS, HINTS, SORTS, cells, in_order, interval_text, row_of, table_html, told, weights_of,
                                    words_of)
@@ -356,3 +358,38 @@ def static_html(self:RunsPage) -> str: # HTML without scripts
 def text(self:RunsPage) -> str:
     "The list for a terminal."
     return repr(Runs(self.records.values(), "." if self.folder is None else str(self.folder)))
+
+# %% ../../../nbs/ui/runs/04_page.ipynb #882adc74
+@patch
+def charts(self:Record,
+           which="main", # "main", "all", or as `LiveCharts` takes it
+           ) -> LiveCharts:
+    "The charts of the run; of one that goes on they follow it."
+    return LiveCharts(("reward", "kl", "length") if which == "main" else which).attach(self)
+
+@patch
+def browser(self:Record, **more) -> CompletionBrowser: # `more`: of CompletionBrowser, such as tokenizer
+    "The completions of the run."
+    return CompletionBrowser(self.completions, **{"weights": weights_of(self), **more})
+
+@patch
+def report(self:Record, path, title:str="", **more) -> Path: # `more`: of `report_html`
+    "The run as one HTML page."
+    return reports.report([self], path, title, **more)
+
+# %% ../../../nbs/ui/runs/04_page.ipynb #5ddc6ee7
+@patch
+def charts(self:Runs, which="main") -> LiveCharts: # as of a record
+    "The charts of all these runs, drawn over each other."
+    if not len(self): raise ValueError("charts(): there are no runs to draw.")
+    return LiveCharts(("reward", "kl", "length") if which == "main" else which).attach(*self)
+
+@patch
+def report(self:Runs, path, title:str="", **more) -> Path: # `more`: of `report_html`
+    "These runs as one HTML page."
+    return reports.report(self, path, title, **more)
+
+@patch
+def page(self:Runs, **more) -> RunsPage: # `more`: of RunsPage
+    "The page Runs of this folder."
+    return RunsPage(self, **more)
