@@ -292,13 +292,16 @@ def test_wrong_names_are_one_line(kept, capsys, argv, words):
 
 
 def test_commands_about_runs_load_no_model(kept, monkeypatch):
-    "A list is read without TRL and without data sets."
+    "A list is there at once: it loads neither torch nor TRL, so a record knows the file of rewards by its name alone."
     import subprocess
     import sys
     code = ("import sys; from grpo_nb.app.cli import main\n"
-            f"main(['runs', {str(kept)!r}])\nprint([m for m in ('trl', 'datasets') if m in sys.modules])")
+            f"main(['runs', {str(kept)!r}])\nprint([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+    from grpo_nb.recipe.trl import MODULE
+    from grpo_nb.record.record import OWN
+    assert f"{MODULE}.py" in OWN
 
 
 def test_an_empty_page_says_so(tmp_path):

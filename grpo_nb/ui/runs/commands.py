@@ -12,9 +12,7 @@ import tempfile
 import webbrowser
 from pathlib import Path
 
-import grpo_nb.record.export # noqa: F401 a record's way to trackio
 from ...record.runs import Runs, runs
-from .report import metrics_csv, metrics_png, report
 from .table import fits, row_of, share_of, told
 
 # %% ../../../nbs/ui/runs/05_commands.ipynb #ca96c583
@@ -46,6 +44,7 @@ def runs_command(given) -> int: # the exit code; `given`: folder, find, sort, js
 
 def view_command(given) -> int: # the exit code; `given`: runs, folder, output, no_open
     "`grpo-nb view`: a page that opens."
+    from grpo_nb.ui.runs.report import report
     try:
         chosen = [found(name, given.folder) for name in given.runs]
         path = Path(given.output) if given.output else Path(tempfile.mkdtemp(prefix="grpo_nb_"), "runs.html")
@@ -64,6 +63,8 @@ def _file(given, kind, chosen) -> Path:
 
 def export_command(given) -> int: # the exit code; `given`: runs, folder, csv, html, png, trackio
     "`grpo-nb export`: files, or a project of trackio."
+    import grpo_nb.record.export # noqa: F401 a record's way to trackio
+    from grpo_nb.ui.runs.report import metrics_csv, metrics_png, report
     makers = dict(csv=metrics_csv, html=report, png=metrics_png)
     asked = [kind for kind in makers if getattr(given, kind) is not None]
     try:
