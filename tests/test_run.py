@@ -400,6 +400,21 @@ def test_an_interrupt_of_an_idle_kernel_ends_the_run(kernel):
     assert kernel.run("", "run.state") == "stopped"
 
 
+def test_an_interrupt_ends_a_run_that_another_thread_has_started(kernel):
+    "A click on a button arrives in a subshell, a thread of its own."
+    kernel.run("""
+        import threading
+        run = make(2000)
+        thread = threading.Thread(target=run.start, kwargs=dict(background=True))
+        thread.start()
+        thread.join()""")
+    time.sleep(0.5)
+    kernel.manager.interrupt_kernel()
+    kernel.until("stopped")
+    kernel.manager.interrupt_kernel()
+    assert kernel.run("", "run.state") == "stopped"
+
+
 def test_an_interrupt_while_a_kernel_samples(kernel):
     kernel.run("""
         run = make(2000)

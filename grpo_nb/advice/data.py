@@ -13,13 +13,14 @@ from statistics import mean, pstdev
 
 import torch
 
-from ..ground.text import error_text, plain
+from ..ground.text import cut, error_text, plain, source_of, trace_of
 from .finding import Finding, found, rule, words
 from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
 from ..run import inputs
-from ..tasks.evaluate import as_dict, within_limit
-from ..tasks.guard import RewardError, name_of, names_of
+from ..tasks.evaluate import as_dict, call_reward, reward_arguments, within_limit
+from ..tasks.guard import RewardError, guard, is_model, name_of, names_of
+from ..tasks.rewards import text_of
 from ..trainers.rehearsal import columns_kept
 
 # %% ../../nbs/advice/04_data.ipynb #7830e367
@@ -406,7 +407,7 @@ def _zero_spread(c):
     elif flat >= 0.5 * n: yield found("zero_spread", "warning", **seen)
     else: yield found("zero_spread.few", "good", **seen)
 
-# %% ../../nbs/advice/04_data.ipynb #23c69518
+# %% ../../nbs/advice/04_data.ipynb #309aa248
 words("""
 reward
     {name} ranges from {low:g} to {high:g}, mean {mean:.3g}.
@@ -418,6 +419,17 @@ reward.none
 reward.constant
     {name} was {low:g} for all {n} completions: it tells none from another.
     → Score an answer that you know to be right, and one that is wrong, with it.
+
+""")
+
+# %% ../../nbs/advice/04_data.ipynb #b6674d08
+words("""
+reward.messages
+    {name} was {low:g} for all {n} completions because it takes them for text: for the right answer as text it gives
+    {text:g}, and {chat:g} for the same as chat messages. The data's prompts are chat messages, so each completion is a list of
+    messages.
+    → Let it look at the text: `from grpo_nb.tasks.rewards import text_of`, then text_of(completion) in place of
+    completion; with TRL alone completion[0]["content"].
 
 reward.large
     {name} reaches {largest:g}; with scale_rewards='none' the gradient has that size.
@@ -438,7 +450,7 @@ def _values(c) -> dict: # reward's name to its numbers, None left out
     names = dict.fromkeys(name for g in c.groups for name in g.scores)
     return {name: [v for g in c.groups for v in _known(g.scores.get(name, ()))] for name in names}
 
-# %% ../../nbs/advice/04_data.ipynb #06b23eee
+# %% ../../nbs/advice/04_data.ipynb #a5fb8c5f
 def _about_reward(name:str, values:list): # yields Finding
     "What one reward's numbers say."
     if not values:
@@ -453,10 +465,36 @@ def _about_reward(name:str, values:list): # yields Finding
 @rule("completions")
 def _reward(c):
     "The range of each reward function."
+    functions = dict(zip(names_of(c.functions), c.functions))
     for name, values in _values(c).items():
-        for one in _about_reward(name, values): yield replace(one, rule=f"reward:{name}")
+        flat = len(set(values)) == 1
+        pair = _taken_for_text(c, functions.get(name)) if flat else None
+        told = [_messages(name, values, *pair)] if pair else _about_reward(name, values)
+        for one in told: yield replace(one, rule=f"reward:{name}")
 
-# %% ../../nbs/advice/04_data.ipynb #5dd9b5a4
+# %% ../../nbs/advice/04_data.ipynb #1cd1fb2b
+def _messages(name, values, text, chat) -> Finding:
+    "A reward that takes messages for text."
+    return found("reward.messages", "error", name=name, low=values[0], n=len(values), text=text, chat=chat)
+
+def _taken_for_text(c, function): # (value of a text, value of the same as messages), or None
+    "What a reward gives where an answer is text, and where it is messages, if that differs."
+    group = next((g for g in c.groups if g.completions and isinstance(g.completions[0], list)), None)
+    if group is None or function is None or is_model(function): return None
+    answers = [str(v) for n, v in (group.row or {}).items() if n != "prompt" and isinstance(v, (str, int, float))]
+    for text in [*answers, *group.texts[:2]][:6]:
+        try: pair = [_asked_once(c, group, function, one) for one in (text, [{"role": "assistant", "content": text}])]
+        except Exception: continue # noqa: BLE001 a reward that raises for one of them has not told them apart
+        if None not in pair and pair[0] != pair[1] and pair[0] != 0: return tuple(pair)
+    return None
+
+def _asked_once(c, group, function, completion) -> float|None:
+    "A reward's value of one completion."
+    columns = {name: [group.row[name]] for name in columns_kept(c.trainer, group.row)}
+    given = reward_arguments([group.prompt], [completion], columns, None, c.trainer.state)
+    return call_reward(guard(function, timeout=2.0), given)[0]
+
+# %% ../../nbs/advice/04_data.ipynb #8489c637
 @rule("completions")
 def _reward_scales(c):
     "Rewards of so different size that one of them counts for nothing."
@@ -470,5 +508,12 @@ def _reward_scales(c):
 
 def reward_failed(error:RewardError) -> Finding:
     "A reward that raised, or returned what is no number."
-    said = plain(error)
-    return found("reward_error", "error", said=said if len(said) <= 600 else f"{said[:400]} ... {said[-200:]}")
+    said, cause = plain(str(error).partition("\n  completion: ")[0]), error.__cause__
+    text = "" if error.completion is None else _text_of(error.completion)
+    if text: said += f"; the completion: {cut(plain(text), 120)}"
+    return found("reward_error", "error", said=cut(said, 600), completion=text, source=source_of(cause) if cause else "",
+                 trace=trace_of(cause) if cause else "")
+
+def _text_of(completion) -> str:
+    "A completion's text, be it a string or chat messages."
+    return text_of(completion) if isinstance(completion, (str, list)) else str(completion)

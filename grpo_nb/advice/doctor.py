@@ -24,7 +24,7 @@ from . import memory
 from .data import Case, Sampled, lacks, reward_failed, setup_of_case
 from .finding import RULES, DoctorError, Finding, Report, found, rules_about, words
 from .live import Learning, Watcher, watch
-from .settings import Setup, about_settings
+from .settings import Setup, about_settings, context_of
 from ..ground.check import RETIRED, nearest, number, some_text, whole
 from ..ground.text import error_text
 from ..models.device import target_device
@@ -34,6 +34,7 @@ from ..recipe.code import FILES, loader_of
 from ..recipe.trl import as_typed
 from ..recipe.value import changes_of, check_config, config_fields
 from ..run import inputs
+from ..run.control import set_max_completion_length
 from ..tasks.evaluate import call_reward, reward_arguments
 from ..tasks.guard import RewardError, guard, is_model, names_of, shorten
 from ..tasks.rewards import check_rewards
@@ -272,17 +273,48 @@ def _sampled(case, prompts, until, clock, unreached) -> list: # of Finding
     unreached += _otherwise(case)
     said = list(failed)
     for rule in rules_about("completions") if case.groups else (): said += _attempt(rule.name, rule, case)
-    return [f for f in said if not (failed and f.rule in ("zero_spread", "zero_because_cut_off"))]
+    told = failed or any("chat" in f.evidence for f in said) # the cause of rewards that are all alike
+    return [f for f in said if not (told and f.rule in ("zero_spread", "zero_because_cut_off"))]
 
-# %% ../../nbs/advice/06_doctor.ipynb #5f058936
-STOPPING = {"model", "tokenizer", "chat_template", "dataset", "rewards", "num_generations", "context", "prompt"}
+# %% ../../nbs/advice/06_doctor.ipynb #56fa9e82
+STOPPING = {"model": "the model", "tokenizer": "the tokenizer", "chat_template": "the chat template", "dataset": "the data set",
+            "rewards": "the rewards", "prompt": "the prompt"} # rule: what it is about
 
+# %% ../../nbs/advice/06_doctor.ipynb #98cf701c
+def _fitting(case) -> dict: # field -> value, where the settings' own cannot be
+    "A length that fits beside the longest prompt, and a group of at least two."
+    c, room = case.config, context_of(case.model)
+    most = room - max(case.lengths or [0]) if room else None
+    out = {"num_generations": 2} if c.num_generations < 2 else {}
+    if most is not None and (c.max_completion_length or 0) > most: out["max_completion_length"] = most
+    return out
+
+@contextmanager
+def _as_it_fits(case, unreached):
+    "Inside, completions are sampled with what fits; it is said."
+    fits, c = _fitting(case), case.config
+    own = {name: getattr(c, name) for name in fits}
+    for name, value in fits.items(): unreached.append(f"completions with {name}={own[name]}: the doctor sampled with {value}")
+    try:
+        _sample_with(case, fits)
+        yield
+    finally: _sample_with(case, own)
+
+def _sample_with(case, values):
+    "Set length and group of the examined settings and of the stand-in for the trainer."
+    for name, value in values.items():
+        setattr(case.config, name, value)
+        if name == "max_completion_length": set_max_completion_length(case.trainer, value)
+        else: case.trainer.num_generations = case.trainer.num_generations_eval = value
+
+# %% ../../nbs/advice/06_doctor.ipynb #960c7d8b
 def _why_not_sampled(case, findings, prompts, late) -> str: # empty where it can be
     "Why no completions can be looked at."
     if not prompts: return "prompts=0"
-    why = [f.rule for f in findings if f.severity == "error" and f.rule in STOPPING]
-    if isinstance(case.model, torch.nn.Module): why = [rule for rule in why if rule != "model"]
-    if why: return f"{', '.join(why)} must be right before anything can be sampled"
+    why = dict.fromkeys(f.rule for f in findings if f.severity == "error" and f.rule in STOPPING)
+    if isinstance(case.model, torch.nn.Module): why.pop("model", None)
+    if why: return f"{' and '.join(STOPPING[rule] for rule in why)} must be right before anything can be sampled"
+    if _fitting(case).get("max_completion_length", 1) < 1: return "the longest prompt leaves no room for a completion"
     if case.trainer is None: return "there is nothing to sample from"
     return "the time was up before the first one" if late else ""
 
@@ -291,10 +323,11 @@ def _samples(case) -> list: # as Report.samples
     return [dict(prompt=g.prompt, completions=g.texts, rewards=g.scores, lengths=g.lengths, cut_off=[not e for e in g.ended])
             for g in case.groups]
 
-# %% ../../nbs/advice/06_doctor.ipynb #bfab946d
+# %% ../../nbs/advice/06_doctor.ipynb #2e92b0c6
 def _looked(case, prompts, until, clock, unreached) -> list: # of Finding
     "What completions show, or why there are none."
-    try: return _sampled(case, prompts, until, clock, unreached)
+    try:
+        with _as_it_fits(case, unreached): return _sampled(case, prompts, until, clock, unreached)
     except Exception as error: # noqa: BLE001 whatever it is, it is reported, and what was found before it stays
         if is_ours(error, case.trainer):
             unreached.append(f"completions: {type(case.trainer).__name__} reads what only a trainer has ({error})")

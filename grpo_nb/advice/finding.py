@@ -168,7 +168,7 @@ COLOURS = {"error": "var(--jp-error-color1, #d64545)", "warning": "var(--jp-warn
 def finding_html(f:Finding) -> str:
     "One finding, with a stripe in the colour of its severity."
     change = shown(", ".join(f"{name}={value!r}" for name, value in f.change.items()))
-    parts = [f'<b style="color:{COLOURS[f.severity]}">{f.severity}</b> <span style="opacity:.7">{shown(f.rule)}</span>',
+    parts = [f'<b style="color:{COLOURS[f.severity]}" title="{shown(f.rule)}">{f.severity}</b>',
              f"<div>{shown(f.message)}</div>"]
     if f.fix: parts.append(f'<div style="opacity:.85;margin-top:2px">→ {shown(f.fix)}</div>')
     if change: parts.append(f'<div style="margin-top:2px"><code>{change}</code></div>')

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 
 from .finding import found, rule, rules_about, shown, words
 from ..ground.chance import wilson
-from ..ground.events import CompletionsLogged, Measured, RunStarted, StepLogged
+from ..ground.events import CompletionsLogged, Measured, RunFailed, RunStarted, StepLogged
+from ..ground.text import plain
 
 # %% ../../nbs/advice/05_live.ipynb #3b9d90e5
 class Series:
@@ -277,7 +278,7 @@ def _rewards_disagree(s):
     if worst is None or known[worst] >= -0.5: return
     yield found("rewards_disagree", "warning", one=worst[0], other=worst[1], n=len(s.pairs[worst]), r=known[worst])
 
-# %% ../../nbs/advice/05_live.ipynb #7a1e9a86
+# %% ../../nbs/advice/05_live.ipynb #60a18e7e
 @dataclass(frozen=True)
 class Accuracy:
     "One measurement on held-out prompts."
@@ -295,7 +296,7 @@ class Accuracy:
 @dataclass(frozen=True)
 class Learning:
     "Whether the run is learning."
-    answer: str # "yes", "no", "worse" or "too early"
+    answer: str # "yes", "no", "worse", "too early" or "failed"
     text: str # the same in a few plain sentences
     trend: Trend|None = None # of the reward
     accuracy: tuple = () # of Accuracy, in their order
@@ -304,7 +305,7 @@ class Learning:
     __repr__ = __str__
     def _repr_html_(self): return f'<p style="max-width:62em;color:var(--jp-content-font-color1, inherit)">{shown(self.text)}</p>'
 
-# %% ../../nbs/advice/05_live.ipynb #8d53743c
+# %% ../../nbs/advice/05_live.ipynb #4a187402
 class Watcher:
     "Listens to a run and says what goes wrong; `verdict` answers whether it is learning."
     def __init__(self,
@@ -321,7 +322,8 @@ class Watcher:
         self.rewards, self.bad, self.large, self.step = Thinned(), set(), set(), 0
         self.pairs, self._series = {}, {}
         self._on, self._quiet = {}, {} # by a rule's name: whether it holds, and for how many checks it has not
-        self._end = events.subscribe(self._heard, StepLogged, CompletionsLogged, RunStarted)
+        self.failed = "" # what a run failed with, in a line
+        self._end = events.subscribe(self._heard, StepLogged, CompletionsLogged, RunStarted, RunFailed)
 
     def stop(self) -> None:
         "End the watch."
@@ -343,12 +345,14 @@ def active(self:Watcher) -> list: # names
     "The rules that hold now."
     return [name for name, on in self._on.items() if on]
 
-# %% ../../nbs/advice/05_live.ipynb #c09cd7c5
+# %% ../../nbs/advice/05_live.ipynb #0956eb12
 @patch
 def _heard(self:Watcher, event):
     self.step = max(self.step, event.step)
     if isinstance(event, StepLogged): self._logged(event.metrics)
     elif isinstance(event, CompletionsLogged): self._completed(event.rewards)
+    elif isinstance(event, RunFailed): self.failed = plain(event.error.partition("\n  completion: ")[0]).rstrip(".")
+    elif isinstance(event, RunStarted): self.failed = ""
     else: return
     for one in self.rules: self._check(one)
 
@@ -410,7 +414,7 @@ def _questions(dataset) -> str:
     "A few letters that stand for the questions: two measurements with the same ones can be compared question by question."
     return sha256(repr(list(dataset["prompt"])).encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
-# %% ../../nbs/advice/05_live.ipynb #69359b99
+# %% ../../nbs/advice/05_live.ipynb #a69ec473
 def _held_out(measured) -> tuple: # -> (sentence, "yes", "worse" or None)
     "What the held-out measurements say."
     if not measured: return "", None
@@ -427,17 +431,28 @@ def _by_reward(t, logs) -> tuple: # -> (answer, sentence)
     numbers = f"the mean reward went from {t.before:.3g} to {t.after:.3g} ({change}) in {logs} logs"
     if t.sure and t.z > 0 and logs >= 20: return "yes", f"Yes, it is learning: {numbers}."
     if t.sure and logs >= 20: return "worse", f"No, it is getting worse: {numbers}."
+    if abs(t.z) > 2: # the interval that is printed leaves out 0, and a window this short may misjudge it
+        how = "learning" if t.z > 0 else "getting worse"
+        return "too early", f"Probably {how}, and not beyond doubt yet: {numbers}."
     if logs < 60: return "too early", f"Too early to say: {numbers}, which may be noise."
     return "no", f"No, not so far: {numbers}, which is no more than noise."
 
-# %% ../../nbs/advice/05_live.ipynb #26bf8993
+# %% ../../nbs/advice/05_live.ipynb #7301a311
 GAMED = " The reward rises and the held-out accuracy does not follow: look for a reward that is being gamed."
 
+@patch
+def _failure(self:Watcher, t, measured, logs, said) -> Learning:
+    "The verdict on a run that failed."
+    before = f" Until then {_by_reward(t, logs)[1][0].lower()}{_by_reward(t, logs)[1][1:]}" if t is not None else ""
+    return Learning("failed", f"The run failed in step {self.step + 1}: {self.failed}.{before}{said}", t, measured)
+
+# %% ../../nbs/advice/05_live.ipynb #2d8d21b1
 @patch
 def verdict(self:Watcher) -> Learning:
     "Is it learning? From the reward's trend, and from held-out accuracy where it was measured."
     t, measured, logs = trend(self.rewards.values), tuple(self.accuracy), self.rewards.logs
     said, held = _held_out(measured)
+    if self.failed: return self._failure(t, measured, logs, said)
     if t is None:
         text = f"Too early to say: {logs} logs of the reward, and a trend needs at least 20.{said}"
         return Learning(held or "too early", text, None, measured)
@@ -447,8 +462,14 @@ def verdict(self:Watcher) -> Learning:
         text = f"{'Yes' if held == 'yes' else 'No'}, by the held-out accuracy. The reward alone: {text[0].lower()}{text[1:]}"
         answer = held
     if "not_finite" in self.active: answer, text = "worse", f"No: a metric is not a finite number any more. {text}"
-    more = [name for name in self.active if name not in ("reward_flat", "not_finite")]
-    return Learning(answer, text + said + (f" Findings that hold now: {', '.join(more)}." if more else ""), t, measured)
+    return Learning(answer, text + said + self._holding(), t, measured)
+
+@patch
+def _holding(self:Watcher) -> str: # empty where nothing does
+    "What was found and holds now, in the sentences of the findings."
+    latest = {f.rule: f.message for f in self.findings}
+    said = [latest[name] for name in self.active if name in latest and name not in ("reward_flat", "not_finite")]
+    return "".join(f" {message[0].upper()}{message[1:]}" for message in said)
 
 # %% ../../nbs/advice/05_live.ipynb #e7346d73
 def _earlier(trainer) -> list: # of StepLogged

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ODD', 'OURS', 'name_of_type', 'text_of', 'joins', 'written', 'plain', 'encodable', 'cut', 'message_of', 'error_text',
-           'is_users', 'place_of', 'put']
+           'clock_text', 'is_users', 'place_of', 'source_of', 'trace_of', 'put']
 
-# %% ../../nbs/ground/02_text.ipynb #36504456
+# %% ../../nbs/ground/02_text.ipynb #39bedc79
+import linecache
 import re
 import sys
 import traceback
@@ -77,7 +78,15 @@ def error_text(error:BaseException, # any exception
     said = message_of(error, width)
     return written(name_of_type(error)) + (f": {said}" if said else "")
 
-# %% ../../nbs/ground/02_text.ipynb #d1bbfd8e
+# %% ../../nbs/ground/02_text.ipynb #fa77e8fe
+def clock_text(seconds:float # 0 or more
+               ) -> str: # "0:07", "2:10", "1:02:10"
+    "A time as a clock shows it."
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+# %% ../../nbs/ground/02_text.ipynb #a16338d9
 _PARTS = "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"
 OURS = str(Path(__file__).resolve().parent.parent) if "__file__" in globals() else "grpo_nb" # the package's folder
 
@@ -93,7 +102,29 @@ def place_of(error:BaseException # an exception that was raised
     frames = [(c.co_filename, line, c.co_qualname.rpartition("<locals>.")[2]) for c, line in walked if c.co_name not in _PARTS]
     if not frames: return ""
     file, line, name = next((f for f in reversed(frames) if is_users(f[0])), frames[-1])
-    return written(f"{file}:{line} in {name}")
+    return written(f"{_shown_file(file)}:{line} in {name}")
+
+# %% ../../nbs/ground/02_text.ipynb #2ba5514f
+def _shown_file(file:str) -> str: # "cell In[3]" for a notebook's
+    "The file as its reader knows it: a cell by its number, not by the temporary name that it is compiled under."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    try: kind, name = shell.compile.format_code_name(file) or ("", "")
+    except Exception: return file # noqa: BLE001 no shell, one without the method, or a foreign one
+    return f"{kind.lower()} {name}" if kind == "Cell" else file
+
+def source_of(error:BaseException, # any exception
+              ) -> str: # empty where no line is known
+    "The line of somebody's own code at which an exception was raised."
+    walked = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in walked if is_users(file)]
+    return written(linecache.getline(*own[-1]).strip()) if own else ""
+
+def trace_of(error:BaseException, # any exception
+             ) -> str: # empty where it has no traceback
+    "An exception's traceback, safe to show."
+    if error.__traceback__ is None: return ""
+    try: return written("".join(traceback.format_exception(error, chain=False)))
+    except Exception: return "" # noqa: BLE001 the text of an exception is somebody else's code
 
 # %% ../../nbs/ground/02_text.ipynb #942d5407
 def put(line:str # what is to be printed

@@ -64,7 +64,15 @@ def _leave_idle_place(handler):
     "Ignore interrupts again, unless another handler has taken the place."
     if signal.getsignal(signal.SIGINT) is handler: signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../../nbs/run/04_kernel.ipynb #2bd5c98f
+# %% ../../nbs/run/04_kernel.ipynb #fafd8757
+def _main_loop(kernel): # an asyncio loop; None where there is none
+    "The loop in which the kernel's main thread handles its messages, from whatever thread."
+    if threading.current_thread() is threading.main_thread():
+        try: return asyncio.get_running_loop()
+        except RuntimeError: pass
+    return getattr(getattr(kernel, "io_loop", None), "asyncio_loop", None)
+
+# %% ../../nbs/run/04_kernel.ipynb #307fe5eb
 def on_kernel_interrupt(request, # called without arguments, in the main thread; it may only set a flag
                         ): # a function without arguments that ends the watch; any thread may call it
     "Call `request` whenever the kernel is interrupted, in a cell or between two; without a kernel nothing is watched."
@@ -74,11 +82,8 @@ def on_kernel_interrupt(request, # called without arguments, in the main thread;
         "Pass on the interrupt that ended a cell."
         if isinstance(result.error_in_exec, KeyboardInterrupt): request()
     shell.events.register("post_run_cell", after_cell)
-    handler, loop = _IdleHandler(request), None
-    if threading.current_thread() is threading.main_thread():
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: loop = None
-    if loop is not None: loop.call_soon(_take_idle_place, loop, handler)
+    handler, loop = _IdleHandler(request), _main_loop(shell.kernel)
+    if loop is not None: loop.call_soon_threadsafe(_take_idle_place, loop, handler)
     def end():
         "End the watch."
         if after_cell in shell.events.callbacks["post_run_cell"]: shell.events.unregister("post_run_cell", after_cell)

@@ -30,7 +30,7 @@ from ..ground.limit import Left
 from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, RunFailed, RunFinished, RunPaused, RunResumed,
                                    RunStarted, RunStopped, StepLogged, say)
 from ..ground.holders import let_go, take
-from ..ground.text import error_text, is_users, place_of, put
+from ..ground.text import clock_text, error_text, is_users, place_of, put
 from ..models.finite import NotFinite
 from ..models.modes import Snapshot
 from ..models.room import clear, collect
@@ -44,7 +44,7 @@ from .folder import Folder
 from .inputs import (check_dataset, check_model, check_reference, check_run, check_template, check_together,
                                 check_tokenizer, first_prompt, make_config)
 from .kernel import accelerators_state, first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
-from .measure import StepMeter
+from .measure import StepMeter, Stopwatch, seconds_left
 from .owner import base_of, check_model_free, own
 from .recorded import Recorded
 from .turns import Turn, held, left, turns
@@ -167,6 +167,7 @@ def _reset(self:GRPORun, name, record):
     self.checkpoint = None # the folder of the latest checkpoint of this run
     self._stop, self._pause = None, False # what asked for the end, and whether to wait after the step
     self._save_asked, self._save_at_stop, self._log_due = False, False, False
+    self._watch = Stopwatch()
     self._now, self._trains_in = False, None # whether to leave a reward in the middle; the thread that trains
     self._thread, self._failure, self._failed, self._ended = None, None, "", threading.Event()
     self._scored = None # whether a reward gave a number to a completion; None: nothing was logged yet
@@ -248,6 +249,7 @@ def _between_steps(self:GRPORun, control):
     if wishes["pause"] and not wishes["stop"]:
         mine, modes = Randomness(), Snapshot(self.trainer.model) # whoever tries the model meanwhile leaves no trace in the run
         self.state = "paused"
+        self._watch.rest()
         self._emit(RunPaused)
         while wishes["pause"] and not wishes["stop"]:
             with nullcontext() if self._together else left(self._turn): self._wake.wait(0.1)
@@ -257,6 +259,7 @@ def _between_steps(self:GRPORun, control):
         modes.restore()
         mine.restore()
         self.state = "running"
+        self._watch.go()
         if not wishes["stop"]: self._emit(RunResumed)
     if wishes["stop"]:
         self._stop = wishes["stop"]
@@ -339,10 +342,11 @@ def _log(self:GRPORun, trainer, log, *args, **kwargs):
         self._report(f"the completions of step {self.step} could not be written to {file}{in_words(error, file, 0)}. "
                      "The run goes on without them.")
 
-# %% ../../nbs/run/10_run.ipynb #b20af3b5
+# %% ../../nbs/run/10_run.ipynb #13ebe410
 @patch
 def _end(self:GRPORun, state, kind, **fields):
     "Enter a final state and report it."
+    self._watch.rest()
     self.state = state
     self._emit(kind, **fields)
 
@@ -642,7 +646,7 @@ def _way_on(self:GRPORun) -> str:
 @patch(as_prop=True)
 def _save_strategy(self:GRPORun) -> str: return str(getattr(self.trainer.args.save_strategy, "value", "no"))
 
-# %% ../../nbs/run/10_run.ipynb #68d9e596
+# %% ../../nbs/run/10_run.ipynb #74475d96
 @patch
 def start(self:GRPORun,
           resume=False, # True: from the last checkpoint in `output_dir`; or a checkpoint's path
@@ -655,7 +659,7 @@ def start(self:GRPORun,
         self._check_startable(resume)
         checkpoint = self._take(resume)
         self.state, self._stop, self._pause, self._failure = "running", None, False, None
-        self._started, self._meter.since = monotonic(), None
+        self._started, self._meter.since, self._watch = monotonic(), None, Stopwatch().go()
         self._save_asked = self._save_at_stop = self._now = False
         self._ended.clear()
     if checkpoint: self._forget_unfinished()
@@ -774,14 +778,39 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../../nbs/run/10_run.ipynb #ecb09762
+# %% ../../nbs/run/10_run.ipynb #fcc10c97
+@patch(as_prop=True)
+def elapsed(self:GRPORun) -> float: # seconds
+    "The time of training since the last start, without pauses."
+    return self._watch.seconds
+
+@patch(as_prop=True)
+def left(self:GRPORun) -> float|None: # seconds; None before the first step and once the run has ended
+    "The time that the remaining steps will take, at the pace so far."
+    if self.state not in ("running", "paused") or not self.total_steps: return None
+    return seconds_left(self.elapsed, self.step - self._began_at, self.total_steps - self.step)
+
+@patch(as_prop=True)
+def error(self:GRPORun) -> BaseException|None:
+    "What the run failed with."
+    return self._failure[0] if self._failure else None
+
+# %% ../../nbs/run/10_run.ipynb #2886861d
+@patch
+def _times(self:GRPORun) -> str: # ", 2:10 gone, about 14:05 left"
+    "The run's times in words; empty before the start."
+    if self.state == "ready": return ""
+    return f", {clock_text(self.elapsed)} gone" + (f", about {clock_text(self.left)} left" if self.left is not None else "")
+
 @patch
 def __repr__(self:GRPORun):
-    steps = f", step {self.step} of {self.total_steps}" if self.total_steps else ""
+    steps = f", step {self.step:,} of {self.total_steps:,}{self._times()}" if self.total_steps else ""
     reward = next((log["reward"] for log in reversed(list(self.trainer.state.log_history)) if "reward" in log), None)
     error = f", {type(self._failure[0]).__name__}" if self._failure else ""
     waiting = f", {self.waiting}" if self.waiting else ""
     return f"GRPO run: {self.state}{steps}{waiting}{error}" + (f", reward {reward:.3f}" if reward is not None else "")
 
 @patch
-def _repr_html_(self:GRPORun): return f"<p>{html.escape(repr(self))}</p>"
+def _repr_html_(self:GRPORun):
+    bar = f'<progress max="{self.total_steps}" value="{self.step}" aria-label="steps"></progress> ' if self.total_steps else ""
+    return f"<p>{bar}{html.escape(repr(self))}</p>"

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from ..ground.check import nearest, whole
 from ..ground.limit import TimedOut, Worker
+from ..models.bar import progress
 from .answers import after_thinking, tagged
 
 # %% ../../nbs/tasks/02_evaluate.ipynb #be9cae5a
@@ -105,7 +106,7 @@ def _greedy_config(model, tokenizer, max_new_tokens): # -> a `transformers.Gener
     return GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
                             eos_token_id=sorted(stop), pad_token_id=pad, use_cache=True)
 
-# %% ../../nbs/tasks/02_evaluate.ipynb #a20aa337
+# %% ../../nbs/tasks/02_evaluate.ipynb #3158ea80
 def greedy(model, # a causal language model that can `generate`
            tokenizer, # its tokenizer; padding side and settings are not touched
            prompts:list, # strings or lists of chat messages
@@ -121,7 +122,7 @@ def greedy(model, # a causal language model that can `generate`
     config = _greedy_config(model, tokenizer, max_new_tokens)
     rows, found = prompt_ids(tokenizer, prompts, **rendering), []
     with evaluation_mode(model), torch.no_grad():
-        for i in range(0, len(rows), batch_size):
+        for i in progress(range(0, len(rows), batch_size), "answering"):
             ids, mask = _pad_left(rows[i:i + batch_size], config.pad_token_id, model.device)
             made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             found += tokenizer.batch_decode(made[:, ids.shape[1]:], skip_special_tokens=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ground.check import flag, known_arguments, number, whole
+from ..models.bar import progress
 from .evaluate import accuracy
 
 # %% ../../nbs/tasks/05_tiny.ipynb #2b3fb675
@@ -117,7 +118,7 @@ class WarmStarted:
     seconds: float # wall time of all, measurement included
     losses: tuple # one number a step: mean cross-entropy in nats a token
 
-# %% ../../nbs/tasks/05_tiny.ipynb #6ddc52fb
+# %% ../../nbs/tasks/05_tiny.ipynb #3fa79e12
 def _warm_up(model, tokenizer, warm, task, steps, batch_size, learning_rate, seed, on_step): # -> list of losses
     "Train `model` on the task's mixture of right answers and mistakes; it is in evaluation mode afterwards."
     import torch
@@ -125,7 +126,7 @@ def _warm_up(model, tokenizer, warm, task, steps, batch_size, learning_rate, see
     excluded = {prompt[-1]["content"] for prompt in task.test["prompt"]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    for step in range(steps):
+    for step in progress(steps, "making the tiny model"):
         for group in optimizer.param_groups: group["lr"] = learning_rate * max(_rate(step, steps), 0.01)
         with torch.enable_grad(): # whatever the caller has switched off
             loss = _loss(model, _example_rows(warm, chance, excluded, batch_size, tokenizer), tokenizer.pad_token_id)

@@ -27,12 +27,13 @@ from .boxes import bar, column, entries, problem_html, put, says_html, set_class
 from .rewards import RewardPanel
 from ..parts.cards import visible
 from ..parts.fields import GROUPS, read_value, setting_of, settings, write_value
-from ..parts.view import Later, View, css
+from ..parts.page import Page, on, on_value
+from ..parts.view import Later, css
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #a4978113
+# %% ../../../nbs/ui/panels/03_panels.ipynb #d5a97439
 _all_ = ["RewardPanel"]
 
-class HyperparameterPanel(View):
+class HyperparameterPanel(Page):
     "The settings of a run, to be read and changed."
     def __init__(self,
                  model=None, # a loaded model, whose loading and adapter are fixed, a name, or a dict of from_pretrained's arguments
@@ -48,15 +49,18 @@ class HyperparameterPanel(View):
         self.tokenizer, self.rows = tokenizer, None if isinstance(dataset, dict) else dataset
         self.rewards = rewards if isinstance(rewards, RewardPanel) else RewardPanel(rewards, self.rows)
         self._base = self._first(model, config, lora, dataset if isinstance(dataset, dict) else None)
+        self.opened = dict(self._base.config) # the configuration that it opened with
         self.advice, self.cost, self.cost_note, self._prompt = [], None, "", None
         self._boxes, self._broken = {}, {} # by setting: its widgets; what is wrong with what was typed there
         self._pages, self._quiet, self._listeners = {}, False, []
         self._later = Later(lambda: self._look(), failed=self._failed)
         self.rewards.on_change(lambda _: self._changed())
 
-    def on_change(self, listener): self._listeners.append(listener)
+# %% ../../../nbs/ui/panels/03_panels.ipynb #ac56ac16
+@patch
+def on_change(self:HyperparameterPanel, listener): self._listeners.append(listener)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #e705a3e3
+
 @patch
 def _first(self:HyperparameterPanel, model, config, lora, source): # a Recipe without rewards
     "The settings that the panel opens with."
@@ -158,7 +162,18 @@ def _changed(self:HyperparameterPanel):
     if self._boxes: self._sync()
     if self._widget is not None: self._later()
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #dfa82bd8
+# %% ../../../nbs/ui/panels/03_panels.ipynb #77230b7a
+@patch
+def take_from(self:HyperparameterPanel, other) -> dict: # name -> value: what was taken
+    "Take what was changed by hand in another panel, where both opened with the same; for a cell that is run again."
+    theirs, taken = other._base.config, {}
+    for name in dict.fromkeys([*theirs, *other.opened]):
+        same = other.opened.get(name) == self.opened.get(name)
+        if same and theirs.get(name) != other.opened.get(name): taken[name] = theirs.get(name)
+    if taken: self.set(**taken)
+    return taken
+
+# %% ../../../nbs/ui/panels/03_panels.ipynb #5625dc45
 @patch
 def code(self:HyperparameterPanel) -> str:
     "The program that runs these settings with grpo_nb."
@@ -354,7 +369,7 @@ def _advice(a) -> str:
     would = f" Would work: {', '.join(f'{k}={v!r}' for k, v in a.change.items())}." if a.change else ""
     return f"{a.message}{' → ' if a.fix else ''}{a.fix}{would}"
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #d023d6f2
+# %% ../../../nbs/ui/panels/03_panels.ipynb #24af7149
 ADVICE = 6 # pieces of advice that are shown at a time
 
 
@@ -364,15 +379,23 @@ def _make(self:HyperparameterPanel):
     import ipywidgets as w
     self._advice, self._cost, self._page = [self._advice_row(i) for i in range(ADVICE)], w.HTML(), column()
     groups = [*GROUPS, *(["Other"] if self._others() else []), "As text"]
-    self._tabs = w.ToggleButtons(options=groups, style=dict(button_width="auto"))
-    self._tabs.observe(lambda change: self._turn(change["new"]), "value")
-    rows = [row for row, _, _ in self._advice]
-    made = column(w.HTML(css()), self._cost, *rows, bar(self._tabs), self._page, classes=["gnb-panel"])
-    self._turn(groups[0])
+    first = next(group for group in groups if not self._is_fixed(group))
+    self._tabs = w.ToggleButtons(options=groups, value=first, style=dict(button_width="auto"))
+    self._tabs.observe(on_value(self._turn), "value")
+    rows, tabs = [row for row, _, _ in self._advice], bar(self._tabs, classes=["gnb-bar-row", "gnb-tabs"])
+    self._page.add_class("gnb-group")
+    made = column(w.HTML(css()), self._cost, *rows, tabs, self._page, classes=["gnb-panel"])
+    self._turn(first)
     self._later()
     return made
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #0b9eb16b
+
+@patch
+def _is_fixed(self:HyperparameterPanel, group) -> bool:
+    "Whether nothing of a group can be changed."
+    return group in GROUPS and all(self.why_not_change(s.name) for s in GROUPS[group])
+
+# %% ../../../nbs/ui/panels/03_panels.ipynb #c8a14ab6
 @patch
 def _advice_row(self:HyperparameterPanel, i): # (row, sentence, button)
     "The place of one piece of advice."
@@ -380,7 +403,7 @@ def _advice_row(self:HyperparameterPanel, i): # (row, sentence, button)
     said, button = w.HTML(), w.Button(description="")
     row = bar(said, button, classes=["gnb-advice"])
     row.layout.display = "none"
-    button.on_click(lambda _: self._take(i))
+    button.on_click(on(self._take, i))
     return row, said, button
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #386dcced
@@ -399,7 +422,7 @@ def _group_page(self:HyperparameterPanel, group):
     for s in self._members(group): rows.append(self._setting_row(s))
     return column(*rows)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #cc42d6c0
+# %% ../../../nbs/ui/panels/03_panels.ipynb #84ff52b7
 @patch
 def _setting_row(self:HyperparameterPanel, s):
     "The row of a setting: its box and its sentence."
@@ -419,19 +442,25 @@ def _box(self:HyperparameterPanel, s):
     if choices: box = w.Dropdown(options=entries(choices), **look)
     else: box = w.Text(continuous_update=False, placeholder="open" if s.default is None else "", **look)
     box.disabled = bool(self.why_not_change(s.name))
-    box.observe(lambda change: self._typed(s.name, change["new"]), "value")
+    box.observe(on_value(self._typed, s.name), "value")
     return box
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #0ce676bb
+# %% ../../../nbs/ui/panels/03_panels.ipynb #b3cce8ec
 @patch
 def _adapter_row(self:HyperparameterPanel):
     "The row that turns the adapter on and off."
     import ipywidgets as w
     self._adapter = w.Dropdown(description="adapter", options=[("on", True), ("off: train all weights", False)],
                                style=dict(description_width="200px"), layout=dict(width="auto"))
-    self._adapter.observe(lambda change: None if self._quiet else self.adapt(change["new"]), "value")
+    self._adapter.observe(on_value(self._adapter_chosen), "value")
     said = "Train a low-rank adapter (LoRA) on the weights, or the weights themselves."
     return bar(self._adapter, w.HTML(says_html(said)), classes=["gnb-row"])
+
+
+@patch
+def _adapter_chosen(self:HyperparameterPanel, wanted):
+    "Somebody turned the adapter on or off."
+    if not self._quiet: self.adapt(wanted)
 
 
 @patch
@@ -516,7 +545,7 @@ def _show_advice(self:HyperparameterPanel, i):
     button.layout.display = "" if a.change else "none"
     for severity in ("error", "warning", "info"): set_class(row, f"gnb-{severity}", severity == a.severity)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #4ac23ff3
+# %% ../../../nbs/ui/panels/03_panels.ipynb #629c9ae2
 TEXTS = {"grpo_nb": "code", "plain TRL script": "script", "YAML for trl grpo": "yaml"}
 
 
@@ -528,8 +557,8 @@ def _text_page(self:HyperparameterPanel):
     self._text, self._module = (w.Textarea(layout=dict(width="auto", height=height)) for height in ("380px", "150px"))
     self._read = w.Button(description="read back", tooltip="take up the settings of this text; it is read, not run")
     self._said, self._between = w.HTML(), w.HTML(says_html("grpo_rewards.py, beside the YAML file:"))
-    self._kind.observe(lambda _: self._print(), "value")
-    self._read.on_click(lambda _: self._read_back())
+    self._kind.observe(on(self._print), "value")
+    self._read.on_click(on(self._read_back))
     return column(bar(self._kind, self._read, self._said), self._text, self._between, self._module)
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #42bd2cea

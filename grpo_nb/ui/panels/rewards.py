@@ -23,10 +23,11 @@ from ...tasks.rewards import Reward
 from .boxes import bar, column, entries, problem_html, put, set_class
 from ..parts.cards import visible
 from ..parts.fields import read_value, write_value
-from ..parts.view import View, css
+from ..parts.page import Page, on_value
+from ..parts.view import css
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #0f1a3d51
-class RewardPanel(View):
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #26bf27f3
+class RewardPanel(Page):
     "Rewards to choose from, and those that were chosen."
     def __init__(self,
                  rewards=None, # as GRPORun takes them: these are on; None: the library, `correctness` on where there is an answer
@@ -39,6 +40,7 @@ class RewardPanel(View):
         functions, weights = check_rewards(rewards) if rewards else ([], None)
         self._put_given(functions, weights or [1.0] * len(functions))
         self._put_library()
+        self.opened = self.values # what it opened with
 
     def on_change(self, listener): self._listeners.append(listener)
 
@@ -151,7 +153,7 @@ def _check(self:RewardPanel, function):
         if self.columns is not None and column not in self.columns:
             raise ValueError(f"it needs the column {column!r}; the data set has {', '.join(map(repr, self.columns))}.")
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #8a2b13fa
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #bf23b20e
 @patch
 def choices(self:RewardPanel) -> tuple: # of Choice
     "The rewards that are on, as a recipe has them."
@@ -168,7 +170,28 @@ def _choice(self:RewardPanel, name):
                          f"Give it as {name}(...) in a variable of its own.")
     return found
 
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #f78c6e01
+@patch
+def take_from(self:RewardPanel, other) -> list: # of names
+    "Take what was chosen by hand in another panel, where both opened with the same; for a cell that is run again."
+    taken = [n for n, s in other.state.items() if n in self.state and s != other.opened.get(n)
+             and self.opened.get(n) == other.opened.get(n)]
+    for name in taken: self.state[name] = {**other.state[name], "options": dict(other.state[name]["options"])}
+    if taken: self._changed()
+    return taken
 
+
+@patch
+def mend(self:RewardPanel,
+         newest, # gives the function that a function's name stands for now
+         ) -> list: # of names
+    "Put rewards that were defined anew in the place of the old ones."
+    mended = [n for n, f in self.functions.items() if newest(f) is not f]
+    for name in mended: self.functions[name] = newest(self.functions[name])
+    if mended: self._changed()
+    return mended
+
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #4e640df5
 @patch
 def own_source(self:RewardPanel) -> str:
     "The source of the own rewards that are on."
@@ -272,7 +295,7 @@ def _remake(self:RewardPanel):
     self._body.children = [part for r in self._rows.values() for part in (r["row"], r["more"])]
     self._sync()
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #e4f2e959
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #c5d4171d
 @patch
 def _row(self:RewardPanel, name):
     "The widgets of one reward."
@@ -280,12 +303,12 @@ def _row(self:RewardPanel, name):
     on, note = w.Checkbox(description=name, indent=False), w.HTML()
     weight = w.Text(description="weight", continuous_update=False, style=dict(description_width="46px"))
     inputs = {option: self._option_box(name, option) for option in self.options_of(name) if option != "name"}
-    on.observe(lambda change: self._typed(name, "on", change["new"]), "value")
-    weight.observe(lambda change: self._typed(name, "weight", change["new"]), "value")
+    on.observe(on_value(self._typed, name, "on"), "value")
+    weight.observe(on_value(self._typed, name, "weight"), "value")
     row, more = bar(on, weight, note, classes=["gnb-reward"]), bar(*inputs.values(), classes=["gnb-options"])
     return dict(row=row, more=more, on=on, weight=weight, note=note, inputs=inputs)
 
-# %% ../../../nbs/ui/panels/02_rewards.ipynb #55215aa7
+# %% ../../../nbs/ui/panels/02_rewards.ipynb #8278b5b7
 CHOICES = {"unit": ("tokens", "words", "characters"), "percent": ("unit", "fraction")} # options with a few values
 
 
@@ -301,7 +324,7 @@ def _option_box(self:RewardPanel, name, option):
     if values:
         box = w.Dropdown(options=entries([*values, *([default] if default not in values else [])]), **look)
     else: box = w.Text(continuous_update=False, placeholder="needed" if needed else "", **look)
-    box.observe(lambda change: self._typed(name, option, change["new"]), "value")
+    box.observe(on_value(self._typed, name, option), "value")
     return box
 
 

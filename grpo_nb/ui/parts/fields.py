@@ -95,7 +95,7 @@ _steps = _rows(
     ("optim", "The optimiser.",
      ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")))
 
-# %% ../../../nbs/ui/parts/05_fields.ipynb #f91c45f2
+# %% ../../../nbs/ui/parts/05_fields.ipynb #001407bc
 _running = _rows(
     ("bf16", "Compute in bfloat16; left open, grpo_nb decides by the device.", (None, *on_off)),
     ("fp16", "Compute in float16, for GPUs without bfloat16.", on_off),
@@ -104,7 +104,9 @@ _running = _rows(
     ("logging_steps", "Steps between two logs, and two points of the charts."),
     ("save_strategy", "When checkpoints are written.", ("steps", "epoch", "no")),
     ("save_steps", "Steps between two checkpoints."),
-    ("output_dir", "The folder of checkpoints and logs."))
+    ("output_dir", "The folder of checkpoints and logs."),
+    ("report_to", "A tracker that gets the metrics beside the charts; its package must be there.",
+     ("none", "trackio", "wandb", "tensorboard")))
 
 GROUPS["Optimisation"] = _steps + _running
 

@@ -111,8 +111,12 @@ function luminance(colour) {
 }
 function contrast(a, b) { const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y); return (high + 0.05) / (low + 0.05); }
 // Towards the ink until it can be seen well; what was logged is the same colour towards the paper, as long as it can be seen at all.
-function strong(colour, ink, paper) { let part = 0; while (part < 1 && contrast(mixed(colour, ink, part), paper) < 4.5) part += 0.05; return mixed(colour, ink, Math.min(part, 1)); }
-function soft(colour, paper) { let part = 0.8; while (part > 0 && contrast(mixed(colour, paper, part), paper) < 3.1) part -= 0.05; return mixed(colour, paper, Math.max(part, 0)); }
+const known = new Map(); // a colour is asked for with every draw
+function once(key, work) { if (!known.has(key)) known.set(key, work()); return known.get(key); }
+function strong(colour, ink, paper) { return once(`${colour}${ink}${paper}`, () => strengthened(colour, ink, paper)); }
+function soft(colour, paper) { return once(`${colour}${paper}`, () => softened(colour, paper)); }
+function strengthened(colour, ink, paper) { let part = 0; while (part < 1 && contrast(mixed(colour, ink, part), paper) < 4.5) part += 0.05; return mixed(colour, ink, Math.min(part, 1)); }
+function softened(colour, paper) { let part = 0.8; while (part > 0 && contrast(mixed(colour, paper, part), paper) < 3.1) part -= 0.05; return mixed(colour, paper, Math.max(part, 0)); }
 function within(v, [least, most], centre) {
   if (least !== null && least !== undefined) v = Math.max(v, Math.min(least, centre));
   if (most !== null && most !== undefined) v = Math.min(v, Math.max(most, centre));
@@ -167,6 +171,7 @@ class Card {
   get smooth() { return this.view.options.smooth > 0 && !this.spec.raw; }
   get limits() { return this.spec.reward ? this.view.store.said.possible : [this.spec.least, this.spec.most]; }
   get raw() { return this.view.options.raw ?? !this.several; } // among several runs what was logged hides what is compared
+  get limit() { return Math.max(300, LIMIT / (1 + this.view.store.runs.length)); } // points of a line: more lines, fewer points of each
   get several() { return this.view.store.runs.length > 1; }
 
   enlarge() {
@@ -325,13 +330,13 @@ class Card {
     this.plot.hidden = this.unit.hidden = this.along.hidden = !any; this.empty.hidden = any;
     if (!any) { this.legend.replaceChildren(); this.flags.replaceChildren(); this.empty.textContent = logged ? "nothing above 0, which a log scale needs" : store.length ? this.spec.empty : store.said.waiting; this.generation = -1; return; }
     this.unit.textContent = [this.spec.unit, this.log ? "log scale" : ""].filter(Boolean).join(", "); this.along.textContent = WORDS[options.x];
-    if (!this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out yet: the resize observer calls again
+    if (!Plotly || !this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out yet: the resize observer calls again
     const drawn = p => this.log ? i => { const v = p.of(i); return v > 0 ? v : null; } : p.of; // an average of both signs has gaps
     const limits = `${this.limits}`, marked = store.runs[0].marks.length;
-    if (force || this.generation !== store.generation || this.points > LIMIT || limits !== this.limited || parts.length !== this.parts) {
+    if (force || this.generation !== store.generation || this.points > 2 * this.limit || limits !== this.limited || parts.length !== this.parts) {
       this.labels();
       const data = parts.map(p => {
-        const kept = points(p.x, p.y, 0, this.log, LIMIT / 2), { bold, band, ...style } = p.style;
+        const kept = points(p.x, p.y, 0, this.log, this.limit), { bold, band, ...style } = p.style;
         return { type: "scatter", ...style, x: kept.map(i => p.x[i]), y: kept.map(drawn(p)) };
       });
       this.points = Math.max(0, ...data.map(d => d.x.length)); this.drawn = rows; this.low = Infinity; this.high = -Infinity;
@@ -345,7 +350,7 @@ class Card {
       if (this.single) { this.generation = -1; return this.draw(true); } // a single point had a marker
       const x = [], y = [], which = [];
       parts.forEach((p, t) => {
-        const fresh = points(p.x, p.y, this.drawn[p.s.run], this.log, LIMIT / 2);
+        const fresh = points(p.x, p.y, this.drawn[p.s.run], this.log, this.limit);
         if (fresh.length) { x.push(fresh.map(i => p.x[i])); y.push(fresh.map(drawn(p))); which.push(t); }
       });
       this.points += Math.max(0, ...x.map(v => v.length)); this.drawn = rows;
@@ -510,7 +515,7 @@ class View {
     this.bar = make("div", "bar"); this.step = make("span", "step"); this.state = make("span", "state"); this.state.setAttribute("role", "status");
     this.runs = make("div", "runs"); this.grid = make("div", "grid");
     this.bar.append(this.step, this.state, this.across(), this.strength(), this.toggle("raw", "as logged"), this.toggle("log", "log scale"), ...(this.live ? [this.more()] : []), this.files());
-    this.root.append(this.bar, this.runs, this.grid); el.append(this.root);
+    this.root.append(this.bar, this.runs, this.grid); el.append(this.root); this.later();
     this.listener = () => this.later(); store.listeners.add(this.listener);
     this.sizes = new ResizeObserver(() => this.arrange()); this.sizes.observe(this.root);
     this.themes = new MutationObserver(() => { if (this.theme()) this.later(true); });
@@ -638,8 +643,9 @@ class View {
       const same = states.length === runs.length && new Set(states.map(([, s]) => s)).size === 1;
       const state = same ? states[0][1] : states.map(([name, s]) => `${name} ${s}`).join(", ");
       if (this.state.textContent !== state) this.state.textContent = state;
-      this.offer(); this.order(); if (this.ink) this.legend();
-      if (this.Plotly) for (const card of this.cards) await card.draw(force);
+      this.offer(); this.order(); if (this.ink) this.legend(); // what waits says so before plotly is unpacked
+      if (!this.ink) this.theme();
+      for (const card of this.cards) await card.draw(force);
     } catch (error) { console.error("grpo_nb charts:", error); }
     this.timer = undefined; this.took = performance.now() - this.last;
     if (this.force || this.cards.some(card => card.behind)) this.later(this.force);

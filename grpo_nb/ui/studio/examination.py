@@ -16,13 +16,15 @@ from ...ground.text import error_text
 from ...advice.doctor import doctor
 from ...ground.text import written
 from ..panels.boxes import bar, column, problem_html, says_html, set_class
-from ..parts.cards import visible
+from ..parts.cards import folded, visible
 from ..parts.fields import write_value
-from ..parts.view import View, css
+from ..parts.page import Page, on
+from ..parts.view import css
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #c1588a49
-class Examination(View):
+# %% ../../../nbs/ui/studio/02_examination.ipynb #5b434f6f
+class Examination(Page):
     "The doctor's report, with buttons."
+    in_code = "doctor(model, tokenizer, rewards, dataset, config)"
     def __init__(self,
                  case, # called without arguments: model, tokenizer, rewards, dataset and config, as `doctor` takes them
                  apply, # called with a finding's change, a dict of settings
@@ -90,7 +92,7 @@ def _make(self:Examination):
     "The widgets, made once."
     import ipywidgets as w
     self._button, self._head = w.Button(description="Examine", button_style="primary", layout=dict(width="110px")), w.HTML()
-    self._button.on_click(lambda _: self._click())
+    self._button.on_click(on(self._click))
     self._rows = [self._row(i) for i in range(ROWS)]
     rows, self._foot = [row for row, _, _ in self._rows], w.HTML()
     made = column(w.HTML(css()), bar(self._button, self._head), *rows, self._foot, classes=["gnb-panel"])
@@ -105,7 +107,7 @@ def _row(self:Examination, i): # (row, sentence, button)
     said, fix = w.HTML(), w.Button()
     row = bar(said, fix, classes=["gnb-advice"])
     row.layout.display = "none"
-    fix.on_click(lambda _: self._fix(i))
+    fix.on_click(on(self._fix, i))
     return row, said, fix
 
 # %% ../../../nbs/ui/studio/02_examination.ipynb #23a1a66c
@@ -155,13 +157,23 @@ def _said(self:Examination): # text
     if self.report is not None: return str(self.report).splitlines()[0].removeprefix("doctor: ")
     return "samples from a few prompts and looks at rewards, tokens, data and settings; up to two minutes"
 
-# %% ../../../nbs/ui/studio/02_examination.ipynb #4b5e81e6
+# %% ../../../nbs/ui/studio/02_examination.ipynb #d6a2d666
+def _details(evidence) -> str: # HTML
+    "What a finding has to show beside its sentence: a line of source, a completion, a traceback."
+    parts = [f'<pre class="gnb-trace">{visible(evidence["source"])}</pre>'] if evidence.get("source") else []
+    if len(evidence.get("completion", "")) > 120: parts += [says_html("the completion:"), folded(evidence["completion"], head=300)]
+    if evidence.get("trace"):
+        trace = f'<pre class="gnb-trace">{visible(evidence["trace"])}</pre>'
+        parts.append(f"<details><summary>traceback</summary>{trace}</details>")
+    return "".join(parts)
+
+
 @patch
 def _show(self:Examination, i, found):
     "Fill the row of one finding."
     row, said, fix = self._rows[i]
     remedy = f'<div class="gnb-says">→ {visible(found.fix)}</div>' if found.fix else ""
-    said.value = f"<b>{escape(found.severity)}</b> {says_html(found.rule)}<div>{visible(found.message)}</div>{remedy}"
+    said.value = f"<b>{escape(found.severity)}</b><div>{visible(found.message)}</div>{_details(found.evidence)}{remedy}"
     wanted = ", ".join(f"{k}={write_value(v) or 'open'}" for k, v in (found.change or {}).items())
     fix.description = "done" if i in self._applied else f"set {wanted}"
     fix.disabled, fix.layout.display = i in self._applied, "" if found.change else "none"
