@@ -281,7 +281,7 @@ def _buttons(self:RunsPage, w) -> dict: # name to widget
     for name in ("yes", "no"): found[name].layout.display = "none"
     return found
 
-# %% ../../../nbs/ui/runs/04_page.ipynb #b7a0b641
+# %% ../../../nbs/ui/runs/04_page.ipynb #00561cfd
 @patch
 def _boxes(self:RunsPage, w) -> dict: # name to widget
     "What is written and shown."
@@ -292,7 +292,8 @@ def _boxes(self:RunsPage, w) -> dict: # name to widget
                  whose=w.Dropdown(options=[("none", "")], description="completions of", layout=dict(width="340px"), style=small))
     for name in ("tags", "note"): found[name].observe(self._edit, "value")
     found["whose"].observe(self._whose, "value")
-    return found | {name: w.HTML(layout=dict(width="auto", overflow="visible")) for name in ("asked", "said", "beside")}
+    return found | {name: w.HTML(layout=dict(width="auto", min_width="0", overflow="visible"))
+                    for name in ("asked", "said", "beside")}
 
 # %% ../../../nbs/ui/runs/04_page.ipynb #e24c6a45
 @patch

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from ... import __version__
 from ...ground.check import flag, one_of, whole
 from ...ground.text import encodable, plain
-from ..charts.chart import look
+from ..charts.chart import chosen, look, series
 from ..charts.charts import LiveCharts
 from ..completions.completions import CompletionBrowser
 from ..parts.cards import folded, visible
@@ -29,8 +29,9 @@ from .table import row_of, table_html, told, weights_of
 def charts_of(records, # out of `runs()`
               which="all", # as `LiveCharts` takes it
               ) -> LiveCharts:
-    "The charts of runs, drawn over each other."
-    return LiveCharts(which, mode="static").attach(*records)
+    "The charts of runs that have something to show, drawn over each other; a metric of the user's own has one as well."
+    names = list(dict.fromkeys(name for r in records for row in told(r, "logs", []) for name in row["metrics"]))
+    return LiveCharts([c for c in chosen(which) if series(c, names)], mode="static").attach(*records)
 
 def colours_of(records) -> list: # CSS colours
     "The colour that each run has in its charts; none where there is only one."
