@@ -62,6 +62,7 @@ def prompts_and_filters_choose(page):
     choose(page, "beside", "step 2")
     assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"]
     assert page.locator(".gnb-view del").all_inner_texts() == ["word2"]
+    choose(page, "beside", "no comparison")
     choose(page, "prompt", "all prompts")
     for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
         choose(page, "show", show)
