@@ -2518,6 +2518,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'grpo_nb/record/record.py'),
                                        'grpo_nb.record.record.Record.name': ('record/record.html#record.name', 'grpo_nb/record/record.py'),
                                        'grpo_nb.record.record.Record.note': ('record/record.html#record.note', 'grpo_nb/record/record.py'),
+                                       'grpo_nb.record.record.Record.output_dirs': ( 'record/record.html#record.output_dirs',
+                                                                                     'grpo_nb/record/record.py'),
                                        'grpo_nb.record.record.Record.patches': ( 'record/record.html#record.patches',
                                                                                  'grpo_nb/record/record.py'),
                                        'grpo_nb.record.record.Record.rename': ( 'record/record.html#record.rename',

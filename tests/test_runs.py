@@ -169,6 +169,8 @@ def test_every_state(tmp_path, end, state):
     gc.collect()
     if state in ("paused", "running"): # as if this process had been killed
         for path in tmp_path.glob(f"runs/*/{RUN}"): write_json(path, note | {"began": 1.0})
+        until = time.time() + 20
+        while runs(tmp_path)[0].state != "killed" and time.time() < until: gc.collect() or time.sleep(0.05) # its threads end
         assert runs(tmp_path)[0].state == "killed"
     if state == "failed": assert runs(tmp_path)[0].error == "ValueError: no"
 
@@ -382,7 +384,13 @@ def test_checkpoints_of_a_recorded_run_are_no_run_of_their_own(tmp_path):
         (place := tmp_path / name).mkdir()
         (place / "trainer_state.json").write_text(json.dumps(dict(global_step=1, log_history=[])))
         (place / "grpo_nb_run.json").write_text(json.dumps({"run": run}))
+    (tmp_path / "trainer_state.json").write_text(json.dumps(dict(global_step=1, log_history=[])))
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions" / "completions_00001.parquet").write_bytes(b"") # of log_completions=True
     assert runs(tmp_path).names == ["ours"]
+    (place := tmp_path / "checkpoint-9").mkdir()
+    (place / "trainer_state.json").write_text(json.dumps(dict(global_step=9, log_history=[])))
+    assert len(runs(tmp_path)) == 2, "one that bears no run's id was made by TRL alone"
 
 
 # is B better than A?
@@ -553,6 +561,19 @@ def test_a_run_goes_on_in_its_own_folder(parts, tmp_path, said):
     assert [log["step"] for log in record.logs] == [1, 2, 3, 4] == [log["step"] for log in again.logs]
     assert [m["text"] for m in record.marks if m["kind"] == "start"] == ["started", "goes on from step 2"]
     assert len(record.completions.groups(3)) == 1
+
+
+def test_a_run_that_was_stopped_goes_on_in_one_process(parts, tmp_path):
+    run = run_of(parts, tmp_path, dict(max_steps=4, save_strategy="steps", save_steps=1), name="one")
+    stopped = []
+    run.events.subscribe(lambda e: stopped.append(run.stop()) if e.step == 2 and not stopped else None, StepLogged)
+    run.start(background=False)
+    assert run.record.state == "stopped" and run.record.step == 2
+    run.start(resume=True, background=False)
+    (record,) = runs(tmp_path)
+    assert record.state == "finished" and [log["step"] for log in record.logs] == [1, 2, 3, 4] == record.completions.steps
+    ends = [m["kind"] for m in record.marks if m["kind"] in ("start", "stopped", "finished")]
+    assert ends == ["start", "stopped", "start", "finished"]
 
 
 def test_a_run_is_kept_where_it_is_asked_to_be_or_nowhere(parts, tmp_path):

@@ -26,11 +26,16 @@ def states_in(folder) -> list: # of paths, the latest first
     found = [p for p in (folder / STATE, *folder.glob(f"checkpoint-*/{STATE}")) if p.is_file()]
     return sorted(found, key=lambda p: (p.stat().st_mtime, str(p)), reverse=True)
 
-def is_foreign(folder, ours=()) -> bool: # ours: ids of runs that have a record
+def is_foreign(folder,
+               ours=(), # ids of runs that have a record
+               used:bool=False, # one of these has the folder for its output_dir
+               ) -> bool:
     "Whether a folder holds a run that was made without a record."
-    states = [p for p in states_in(folder) if read_json(p.parent / NOTE).get("run") not in ours]
-    if states: return not Path(folder).name.startswith("checkpoint-")
-    return bool(list(Path(folder, "completions").glob("completions_*.parquet")))
+    folder = Path(folder)
+    states = [p for p in states_in(folder) if not (used and p.parent == folder)]
+    if any(read_json(p.parent / NOTE).get("run") not in ours for p in states):
+        return not folder.name.startswith("checkpoint-")
+    return not used and any(folder.glob("completions/completions_*.parquet"))
 
 # %% ../../nbs/record/07_foreign.ipynb #e240fad7
 class Foreign(Record):

@@ -95,6 +95,14 @@ def error(self:Record) -> str: # empty where it did not fail
     "What ended a run that failed."
     return str(self._note.get("error") or "")
 
+# %% ../../nbs/record/06_record.ipynb #b1a8ab20
+@patch
+def output_dirs(self:Record) -> list: # of paths
+    "Where its checkpoints may be: as the run was told, and, where the folder was moved since, above the folder of runs."
+    told = self._of("output_dir", str)
+    above = self.folder.parent.parent if self.folder.parent.name == "runs" else None
+    return [Path(path) for path in (told, above) if path]
+
 # %% ../../nbs/record/06_record.ipynb #e116d04c
 ENDED = "stopped", "finished", "failed"
 

@@ -23,7 +23,7 @@ from .foreign import Foreign, is_foreign
 from .record import Record
 from .writer import RUN
 
-# %% ../../nbs/record/09_runs.ipynb #fe2e3ee8
+# %% ../../nbs/record/09_runs.ipynb #2b0a773e
 DEEP, MOST = 4, 5000 # folders below the one that is asked for; folders to look into
 _PASSED = {"node_modules", "site-packages", "completions", "__pycache__"}
 
@@ -41,8 +41,9 @@ def found_in(folder) -> list: # of Record
     "The runs in a folder, itself among them."
     places = list(walked(folder))
     own = [Record(place) for place, files in places if RUN in files]
-    ids = {r.id for r in own}
-    return own + [Foreign(place) for place, files in places if RUN not in files and is_foreign(place, ids)]
+    ids, used = {r.id for r in own}, {path.resolve() for r in own for path in r.output_dirs()}
+    others = [place for place, files in places if RUN not in files and is_foreign(place, ids, place.resolve() in used)]
+    return own + [Foreign(place) for place in others]
 
 # %% ../../nbs/record/09_runs.ipynb #006fb533
 def of_id(folder, id:str): # -> a path, or None

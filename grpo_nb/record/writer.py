@@ -9,7 +9,7 @@ __all__ = ['RUN', 'NOTES', 'METRICS', 'MARKS', 'FINDINGS', 'HELD_OUT', 'GROW', '
 import threading
 import time
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from fastcore.basics import patch
 
@@ -40,7 +40,7 @@ class Writer:
                  ):
         self.folder, self.note, self.failures = None, {}, 0
         self._early, self._spill, self._completions = [], None, completions
-        self._lock, self._stop, self._ends, self._beats, self._goes_on = threading.RLock(), threading.Event(), [], None, False
+        self._lock, self._stop, self._ends, self._goes_on = threading.RLock(), threading.Event(), [], False
 
     def attach(self, bus) -> None: # a `ground.events.Bus`
         "Listen, from now on."
@@ -107,12 +107,13 @@ def _ready(self:Writer):
     if self._completions and self._spill is None:
         self._spill = Spill(self.folder / COMPLETIONS / "completions.jsonl", self._completions)
     self._stop = threading.Event()
-    self._beats = threading.Thread(target=_beat, args=(self._stop, self), name="grpo_nb record", daemon=True)
-    self._beats.start()
+    threading.Thread(target=_beat, args=(self._stop, ref(self)), name="grpo_nb record", daemon=True).start()
 
-def _beat(stop, writer):
+def _beat(stop, writer): # a weak reference: signs keep nothing alive
     "Give signs until the end."
-    while not stop.wait(BEAT): writer._save()
+    while not stop.wait(BEAT) and (found := writer()) is not None:
+        found._save()
+        del found
 
 # %% ../../nbs/record/05_writer.ipynb #b895a117
 _HANDLERS = {} # event type: function of (writer, event)
