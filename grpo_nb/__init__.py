@@ -26,8 +26,8 @@ _public = {
 __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
-# for; what is said of two runs is made where findings are
-_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.advice.compare"}
+# for; what shows a run is made where views are
+_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.ui.runs.page"}
 
 
 def __getattr__(name):

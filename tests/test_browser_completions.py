@@ -29,9 +29,9 @@ for step in range(1, 6): log(step)"""
 CARDS = "els => els.length"
 
 
-def choose(page, which, value):
-    "Choose an entry of the which-th drop-down of the browser, by its label."
-    page.locator(".gnb-view select").nth(which).select_option(label=value)
+def choose(page, name, value):
+    "Choose an entry of one of the browser's drop-downs, by its name and the entry's label."
+    page.locator(".gnb-view").get_by_label(name, exact=True).select_option(label=value)
     page.wait_for_timeout(500)
 
 
@@ -57,21 +57,22 @@ def a_long_text_opens(page):
 
 def prompts_and_filters_choose(page):
     "One prompt, another step beside it, and each filter."
-    choose(page, 0, "2 · prompt B")
+    choose(page, "prompt", "2 · prompt B")
     assert page.locator(".gnb-view .gnb-card").count() == 4
-    choose(page, 3, "compare with 2")
+    choose(page, "beside", "step 2")
     assert page.locator(".gnb-view ins").all_inner_texts() == ["word6"]
     assert page.locator(".gnb-view del").all_inner_texts() == ["word2"]
-    choose(page, 0, "all prompts")
+    choose(page, "beside", "no comparison")
+    choose(page, "prompt", "all prompts")
     for show, cards in {"zero spread": 4, "cut off": 1, "duplicates": 2}.items():
-        choose(page, 1, show)
+        choose(page, "show", show)
         assert page.locator(".gnb-view .gnb-card").count() == cards, show
-    choose(page, 1, "best")
+    choose(page, "show", "best")
     assert page.locator(".gnb-view .gnb-card .gnb-head b").first.inner_text() == "1"
 
 
-def search_and_slider_work(page):
-    "A search marks what it finds; the slider goes to an earlier step; what is not known is said."
+def search_and_steps_work(page):
+    "A search marks what it finds; a button goes to an earlier step; what is not known is said; a click saves."
     search = page.locator(".gnb-view input[type=text]")
     search.fill("ISOLATED")
     search.press("Enter")
@@ -79,15 +80,16 @@ def search_and_slider_work(page):
     assert page.locator(".gnb-view .gnb-card").count() == 1 and page.locator(".gnb-view mark").first.inner_text() == "isolated"
     search.fill("")
     search.press("Enter")
-    choose(page, 1, "whole groups")
-    handle = page.locator(".gnb-view .noUi-handle")
-    handle.focus()
-    for _ in range(3): handle.press("ArrowLeft")
-    page.wait_for_timeout(600)
+    choose(page, "show", "whole groups")
+    for _ in range(3):
+        page.get_by_role("button", name="‹").click()
+        page.wait_for_timeout(400)
     assert page.locator(".gnb-view .gnb-title .gnb-muted").first.inner_text() == "step 3"
-    choose(page, 2, "token log-probs")
+    choose(page, "as", "token log-probs")
     notes = page.locator(".gnb-view .gnb-note")
     assert "not known" in notes.nth(1).inner_text() + notes.nth(2).inner_text()
+    with page.expect_download() as saved: page.get_by_role("button", name="Save CSV").click()
+    assert "word3 end" in open(saved.value.path(), encoding="utf-8").read()
 
 
 def a_copy_stays(folder):
@@ -116,7 +118,7 @@ def test_hostile_completions_are_only_text(tmp_path):
         a_long_text_opens(page)
         assert not page.locator(".gnb-copy").first.is_visible(), "the copy is hidden while the widget is there"
         prompts_and_filters_choose(page)
-        search_and_slider_work(page)
+        search_and_steps_work(page)
         lab.save(page)
         assert errors == [] and page.evaluate("window.owned") is None
     a_copy_stays(tmp_path)

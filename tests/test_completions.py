@@ -1,5 +1,7 @@
 """Records, archive, cards and browser of completions: bounds, TRL's files, escaping, filters, failures that do not reach a run."""
+import csv
 import html
+import io
 import json
 import re
 import threading
@@ -439,3 +441,67 @@ def test_json_of_the_widget_is_valid():
     browser.widget
     json.dumps(browser._form["body"].value).encode("utf-8")
     json.dumps([o for o, _ in browser._form["prompt"].options], ensure_ascii=False).encode("utf-8")
+
+
+# ---- weights, spread, other runs, files -----------------------------------------------------------------------------------
+
+def flat(advantage, total=1.2): return Group(1, 0, "p", [Sample(t, {"a": 1.0, "b": 1.0}, advantage, total) for t in "xy"])
+
+
+@pytest.mark.parametrize("weights, shown", [
+    ({"a": 1.0, "b": 0.2}, "× 0.2"), ({"a": 1.0, "b": 0.3}, None), ({}, None), (None, None), ({"b": 0.2}, "× 0.2"),
+])
+def test_a_card_shows_the_weights_that_make_its_total(weights, shown):
+    html_ = card(flat(0.0), 0, weights=weights)
+    assert (shown in html_) if shown else ("×" not in html_)
+
+
+@pytest.mark.parametrize("advantage, total, shown, chip", [
+    (0.00119, 1.2, "A 0<", True), (-0.00119, 1.2, "A 0<", True), (0.0076, 100.0, "A 0<", True), (0.7, 1.2, "A +0.7<", False),
+])
+def test_a_group_without_spread_has_no_advantage_but_rounding(advantage, total, shown, chip):
+    page = group_html(flat(advantage, total), [card(flat(advantage, total), 0)])
+    assert shown in page and ("zero spread" in page) == chip
+
+
+def test_totals_that_were_written_down_hold(tmp_path):
+    store = Store()
+    store.add(make_groups(1, ["p"] * 2, ["x", "y"], {"a": [1.0, 0.0], "b": [1.0, 0.0]}, weights={"b": 0.2}))
+    again = read(store.to_jsonl(tmp_path / "c.jsonl"))
+    assert [s.total for s in again.groups(1)[0].samples] == [1.2, 0.0]
+    asked = read(tmp_path / "c.jsonl", weights={"b": 0.5})
+    assert asked.groups(1)[0].samples[0].total == 1.5
+
+
+def test_another_run_and_other_steps_are_beside_without_a_prompt_being_chosen(tmp_path):
+    browser, other = CompletionBrowser(Bus()), CompletionBrowser(Bus())
+    for step in (1, 2): browser.store.add_event(event(step))
+    for step in (2, 7): other.store.add_event(event(step, prompts=("b", "c")))
+    browser.beside("a <b>run</b>", other)
+    browser.widget
+    form = browser._form
+    assert [v for _, v in form["compare"].options] == [-1, 1, ("a <b>run</b>", 2), ("a <b>run</b>", 7)]
+    form["compare"].value = ("a <b>run</b>", 7)
+    body = form["body"].value
+    assert "compared with step 7 of a &lt;b&gt;run&lt;/b&gt;" in body and "does not have this prompt" in body
+    assert "<ins>2</ins>" in body
+    form["later"].click()
+    form["earlier"].click()
+    assert form["step"].value == 1 and form["earlier"].disabled and not form["later"].disabled and browser.failures == 0
+    with pytest.raises(ValueError, match="compare='nope'"): browser.page(compare=("nope", 1))
+    with pytest.raises(FileNotFoundError): browser.beside("x", tmp_path / "nope")
+
+
+def test_what_a_click_saves():
+    from grpo_nb.ui.parts.save import answer_to
+    browser = CompletionBrowser(Bus())
+    assert answer_to(browser, "csv") == (dict(said="there are no completions yet"), None)
+    n = len(HOSTILE)
+    browser.store.add(make_groups(1, ["p"] * (n + 2), [*HOSTILE, "=1+1", "-5"], {"r": [1.0] * (n + 2)}))
+    said_, data = answer_to(browser, "csv")
+    rows_ = list(csv.reader(io.StringIO(data.decode())))
+    assert said_["file"] == "completions.csv" and len(rows_) == n + 3 and [r[4] for r in rows_[-2:]] == ["'=1+1", "-5"]
+    assert "=1+1" in browser.to_csv() and "'=1+1" not in browser.to_csv()
+    said_, data = answer_to(browser, "jsonl")
+    assert said_["type"] == "application/octet-stream" and data.count(b"\n") == n + 2
+    assert answer_to(None, "csv")[1] is None

@@ -20,8 +20,8 @@ from ..ground.text import plain, written
 from ..record.record import Record
 from ..record.runs import Runs
 
-# %% ../../nbs/advice/07_compare.ipynb #ef814736
-ENDS = {"failed": "The run failed: {error}", "killed": "The process was killed at step {step}."}
+# %% ../../nbs/advice/07_compare.ipynb #f6f27a98
+ENDS = {"failed": "The run failed: {error}.", "killed": "The process was killed at step {step}."}
 
 @patch
 def verdict(self:Record) -> Learning:
@@ -31,7 +31,7 @@ def verdict(self:Record) -> Learning:
     watcher.accuracy = [Accuracy(row["step"], row["correct"], row["n"]) for row in self.held_out]
     found = watcher.verdict()
     if self.state not in ENDS: return found
-    end = ENDS[self.state].format(error=self.error or "it does not say why", step=self.step)
+    end = ENDS[self.state].format(error=(self.error or "it does not say why").rstrip("."), step=self.step)
     return Learning("failed" if self.state == "failed" else found.answer, f"{end} {found.text}", found.trend, found.accuracy)
 
 # %% ../../nbs/advice/07_compare.ipynb #804afa6e

@@ -96,7 +96,8 @@ def _add_runs(commands):
     runs = commands.add_parser("runs", help="list the runs below a folder, with what became of them", allow_abbrev=False)
     runs.add_argument("folder", nargs="?", default=".", help="where to look (default: here)")
     runs.add_argument("--find", default="", metavar="TEXT", help="only runs whose name, state, tags, note or settings hold this")
-    runs.add_argument("--sort", default="started", help="a column of the table (default: %(default)s, the newest first)")
+    runs.add_argument("--sort", default="started", metavar="BY",
+                      help="name, state, step, held_out, a metric or a setting (default: %(default)s)")
     runs.add_argument("--json", action="store_true", help="a line of JSON for each")
     runs.set_defaults(run=_runs, its=runs)
 

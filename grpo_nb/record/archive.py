@@ -122,7 +122,13 @@ def _groups_of_step(step, part, found, rewards, weights, size) -> list: # of Gro
                          entropies=column("entropies"))
     if marked:
         for g in groups: g.prompt = g.prompt[1]
+    if not weights: _keep_totals(groups, part)
     return groups
+
+def _keep_totals(groups, part):
+    "A total that was written down holds: it was made with the weights of that step."
+    for sample, row in zip((s for g in groups for s in g.samples), part):
+        if (total := _number(row.get("total"))) is not None: sample.total = total
 
 # %% ../../nbs/record/02_archive.ipynb #76e90630
 def groups_of_rows(table:list, # of dict, one for each completion

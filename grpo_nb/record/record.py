@@ -22,7 +22,6 @@ from .archive import read as read_completions
 from .files import Lines, check_name, gives_signs, read_json, tail, this_process, write_json
 from .store import Store
 from .writer import COMPLETIONS, FINDINGS, GROW, HELD_OUT, MARKS, METRICS, NOTES, RUN, written_here
-from ..recipe.trl import MODULE
 
 # %% ../../nbs/record/06_record.ipynb #a4fbcd93
 def is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) # NaN too
@@ -271,8 +270,8 @@ def rename(self:Record, name:str) -> Record: # the record itself
     self._noted(name=name)
     return self
 
-# %% ../../nbs/record/06_record.ipynb #9c130357
-OWN = (*GROW, NOTES, "patches.json", "settings.yaml", f"{MODULE}.py", f"{COMPLETIONS}/*.jsonl", ".*.part",
+# %% ../../nbs/record/06_record.ipynb #0e462d2f
+OWN = (*GROW, NOTES, "patches.json", "settings.yaml", "grpo_rewards.py", f"{COMPLETIONS}/*.jsonl", ".*.part",
        RUN) # last: while it is there the run is listed
 
 @patch

@@ -12,7 +12,7 @@ import io
 import weakref
 from pathlib import Path
 
-from ...ground.text import encodable, error_text
+from ...ground.text import encodable, error_text, message_of
 
 # %% ../../../nbs/ui/parts/06_save.ipynb #0082af5d
 def is_computed(text:str # what a cell holds
@@ -61,14 +61,14 @@ def _widget_class():
             self.send(answer, [data] if data is not None else [])
     return SaveButtons
 
-# %% ../../../nbs/ui/parts/06_save.ipynb #18fd1a1a
+# %% ../../../nbs/ui/parts/06_save.ipynb #713c2e63
 def answer_to(owner, # with `file_of(name) -> (a file's name, text or bytes)`; None where it is gone
               name): # (the message, the bytes or None)
     "What the page is sent when somebody clicks."
     if owner is None: return dict(said="what this showed is gone"), None
     try: file, data = owner.file_of(name)
     except Exception as error: # noqa: BLE001 said in the page, where somebody waits for a file
-        return dict(said=error_text(error, 300)), None
+        return dict(said=message_of(error, 300) or error_text(error)), None
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     kinds = {"html": "text/html", "csv": "text/csv", "svg": "image/svg+xml", "png": "image/png"}
     kind = kinds.get(file.rpartition(".")[2], "application/octet-stream")

@@ -6,12 +6,11 @@
 __all__ = ['OWN', 'all_settings', 'differing', 'settings_html', 'heads', 'accuracies_html', 'sentences', 'beside_html',
            'verdict_of']
 
-# %% ../../../nbs/ui/runs/02_beside.ipynb #d4b77bea
+# %% ../../../nbs/ui/runs/02_beside.ipynb #11a75351
 from html import escape
 
-from ...advice.live import Accuracy, watch
-from ...ground.events import Bus, StepLogged
-from ...ground.text import plain
+from ...advice.compare import better
+from ...ground.text import error_text, plain
 from ..parts.cards import visible
 from ..parts.fields import write_value
 from .table import interval_text, measured, percent, told
@@ -58,8 +57,8 @@ def heads(records, colours=()) -> str: # <th> elements
 # %% ../../../nbs/ui/runs/02_beside.ipynb #c649eed5
 def accuracies_html(records, colours=()) -> str: # HTML without scripts
     "Held-out accuracies, first and last, with their 95 % intervals as bars."
-    rows = [(r, m, dot) for r, dot in zip(records, [*colours, *[""] * len(records)]) for m in _ends(r)]
-    if not rows: return '<div class="gnb-note">It was not measured in these runs: the studio measures it where it is given held_out=.</div>'
+    rows = [(r, m, dot) for r, dot in zip(records, list(colours) or [""] * len(records)) for m in _ends(r)]
+    if not rows: return '<div class="gnb-note">Not measured in these runs; the studio does where it is given held_out=.</div>'
     def head(r, dot): return f'<th scope="row" class="gnb-left">{_dot(dot)}{visible(told(r, "name", "?"))}</th>'
     return _table("".join(f'<tr>{head(r, dot)}<td>step {m["step"]:,}</td><td>{percent(m)}</td><td>{_bar(m)}</td>'
                           f'<td class="gnb-left gnb-muted">{interval_text(m)}</td></tr>' for r, m, dot in rows))
@@ -82,8 +81,11 @@ def _bar(m) -> str: # SVG
 def sentences(records # out of `runs()`; the first is what the others are compared with
               ) -> list: # of sentences
     "Whether each run is better than the first."
-    from grpo_nb.record.compare import better
-    return [str(better(records[0], other)) for other in records[1:]]
+    return [_sentence(records[0], other) for other in records[1:]]
+
+def _sentence(a, b) -> str:
+    try: return str(better(a, b))
+    except Exception as error: return f"That cannot be said: {error_text(error)}" # noqa: BLE001 a folder that goes away
 
 def beside_html(records, colours=()) -> str: # HTML without scripts
     "Everything about runs beside each other: the sentence, accuracies, settings that differ."
@@ -92,20 +94,12 @@ def beside_html(records, colours=()) -> str: # HTML without scripts
             f'<h4 class="gnb-h">Settings that differ</h4>{settings_html(records, colours)}' if len(records) > 1
             else f'<h4 class="gnb-h">Held-out accuracy</h4>{accuracies_html(records, colours)}')
 
-# %% ../../../nbs/ui/runs/02_beside.ipynb #22b70d2c
-_ENDS = {"failed": "The run failed", "killed": "The run was killed", "stopped": "The run was stopped", "running": "The run goes on",
-         "paused": "The run is paused"}
-
+# %% ../../../nbs/ui/runs/02_beside.ipynb #7646f0ff
 def verdict_of(record # out of `runs()`
                ) -> str:
-    "Whether a run learnt, in a few sentences; how it ended goes first where it did not end by itself."
-    bus = Bus()
-    watcher = watch(bus)
-    for row in told(record, "logs", []): bus.emit(StepLogged(step=row["step"], metrics=row["metrics"]))
-    watcher.accuracy.extend(Accuracy(m["step"], m["correct"], m["n"]) for m in measured(record))
-    said, state, error = str(watcher.verdict()), told(record, "state", ""), told(record, "error", "")
-    watcher.stop()
-    if state not in _ENDS: return said
+    "Whether a run learnt, in a few sentences."
+    try: said = str(record.verdict())
+    except Exception as error: return f"Nothing can be said: {error_text(error)}" # noqa: BLE001 a folder that goes away
+    if told(record, "state") not in ("running", "paused"): return said
     of = f" of {record.total_steps:,}" if told(record, "total_steps", 0) else ""
-    head = f"{_ENDS[state]} {'at' if state in ('running', 'paused') else 'after'} step {told(record, 'step', 0):,}{of}"
-    return f"{head}{': ' + plain(error[:300]) if error else ''}. {said}"
+    return f"The run {'goes on' if record.state == 'running' else 'is paused'} at step {told(record, 'step', 0):,}{of}. {said}"

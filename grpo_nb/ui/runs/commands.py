@@ -12,16 +12,13 @@ import tempfile
 import webbrowser
 from pathlib import Path
 
-from ...ground.check import nearest
-from ...record.runs import runs
-from .report import metrics_csv, metrics_png, report
-from .table import fits, in_order, row_of, share_of, table_text, told
+from ...record.runs import Runs, runs
+from .table import fits, row_of, share_of, told
 
 # %% ../../../nbs/ui/runs/05_commands.ipynb #ca96c583
 def _wrong(command, error) -> int: # the exit code
     "Say what was asked wrongly."
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"grpo-nb {command}: {said}", file=sys.stderr)
+    print(f"grpo-nb {command}: {error}", file=sys.stderr)
     return 2
 
 def found(name:str, # of a run, or its folder
@@ -29,26 +26,25 @@ def found(name:str, # of a run, or its folder
           ): # a record; raises `KeyError` for a name that is none
     "A run by its name or its folder."
     if Path(name).is_dir() and len(here := runs(name)) == 1: return here[0]
-    known = runs(folder)
-    match = [r for r in known if told(r, "name") == name]
-    if match: return match[0]
-    names = [str(told(r, "name", "?")) for r in known]
-    more = f" There are {len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}." if names else " There is none."
-    raise KeyError(f"no run in {str(folder)!r} is named {name!r}.{nearest(name, names)}{more}")
+    return runs(folder)[name]
 
 # %% ../../../nbs/ui/runs/05_commands.ipynb #d1a97478
 def runs_command(given) -> int: # the exit code; `given`: folder, find, sort, json
     "`grpo-nb runs`: the list."
-    try: rows = in_order([row for r in runs(given.folder) if fits(row := row_of(r), given.find)], given.sort)
+    try:
+        known = runs(given.folder)
+        kept = Runs([r for r in known if fits(row_of(r), given.find)], known.folder).sort(given.sort)
     except (OSError, ValueError) as error: return _wrong("runs", error)
-    if not given.json: print(table_text(rows))
-    for row in rows if given.json else ():
+    if not given.json: print(kept)
+    for record in kept if given.json else ():
+        row = row_of(record)
         held = {name: share_of(getattr(row, name)) for name in ("before", "after")}
-        print(json.dumps({**vars(row), **held}, default=str))
+        print(json.dumps({**vars(row), **held, "folder": str(record.folder)}, default=str))
     return 0
 
 def view_command(given) -> int: # the exit code; `given`: runs, folder, output, no_open
     "`grpo-nb view`: a page that opens."
+    from grpo_nb.ui.runs.report import report
     try:
         chosen = [found(name, given.folder) for name in given.runs]
         path = Path(given.output) if given.output else Path(tempfile.mkdtemp(prefix="grpo_nb_"), "runs.html")
@@ -67,6 +63,8 @@ def _file(given, kind, chosen) -> Path:
 
 def export_command(given) -> int: # the exit code; `given`: runs, folder, csv, html, png, trackio
     "`grpo-nb export`: files, or a project of trackio."
+    import grpo_nb.record.export # noqa: F401 a record's way to trackio
+    from grpo_nb.ui.runs.report import metrics_csv, metrics_png, report
     makers = dict(csv=metrics_csv, html=report, png=metrics_png)
     asked = [kind for kind in makers if getattr(given, kind) is not None]
     try:
@@ -76,7 +74,6 @@ def export_command(given) -> int: # the exit code; `given`: runs, folder, csv, h
             makers[kind](chosen, path := _file(given, kind, chosen))
             print(path.resolve())
         for record in chosen if given.trackio is not None else ():
-            from grpo_nb.record.trackio import to_trackio
-            print(to_trackio(record, given.trackio))
-    except (KeyError, OSError, ValueError, ImportError) as error: return _wrong("export", error)
+            print(f"{record.to_trackio(given.trackio)} is in the project {given.trackio} of trackio")
+    except (KeyError, OSError, ValueError, ImportError, RuntimeError) as error: return _wrong("export", error)
     return 0

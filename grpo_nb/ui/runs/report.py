@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from ... import __version__
 from ...ground.check import flag, one_of, whole
 from ...ground.text import encodable, plain
-from ..charts.chart import look
+from ..charts.chart import chosen, look, series
 from ..charts.charts import LiveCharts
 from ..completions.completions import CompletionBrowser
 from ..parts.cards import folded, visible
@@ -23,21 +23,22 @@ from ..parts.save import csv_text
 from ..parts.svg import page
 from ..parts.view import css
 from .beside import beside_html, verdict_of
-from .table import row_of, table_html, told
+from .table import row_of, table_html, told, weights_of
 
 # %% ../../../nbs/ui/runs/03_report.ipynb #d0d186fa
 def charts_of(records, # out of `runs()`
               which="all", # as `LiveCharts` takes it
               ) -> LiveCharts:
-    "The charts of runs, drawn over each other."
-    return LiveCharts(which, mode="static").attach(*records)
+    "The charts of runs that have something to show, drawn over each other; a metric of the user's own has one as well."
+    names = list(dict.fromkeys(name for r in records for row in told(r, "logs", []) for name in row["metrics"]))
+    return LiveCharts([c for c in chosen(which) if series(c, names)], mode="static").attach(*records)
 
 def colours_of(records) -> list: # CSS colours
     "The colour that each run has in its charts; none where there is only one."
     return [look(i)[0] for i in range(len(records))] if len(records) > 1 else []
 
 _GROW = ("<script>new ResizeObserver(() => { if (window.frameElement) window.frameElement.style.height = "
-         "document.documentElement.scrollHeight + 'px' }).observe(document.documentElement)</script>")
+         "document.body.getBoundingClientRect().bottom + 12 + 'px' }).observe(document.body)</script>")
 
 # %% ../../../nbs/ui/runs/03_report.ipynb #33dee831
 def _drawn(records, which, interactive, title) -> str: # HTML
@@ -65,7 +66,7 @@ def _written(record, picked, prompts) -> str: # HTML; empty where there is nothi
     "Completions of one run."
     groups = _groups(record, picked, prompts)
     if not groups: return ""
-    browser = CompletionBrowser(record.completions)
+    browser = CompletionBrowser(record.completions, weights=weights_of(record))
     cards = "".join(browser.page(step=step, prompt=prompt, cards=16, room=60_000) for step, prompt in groups)
     return f'<h3>{visible(told(record, "name", "?"))}</h3>{cards}'
 
@@ -120,9 +121,10 @@ def report_html(records, # out of `runs()`, one or several
     whole("prompts", prompts, least=0)
     title = title or ", ".join(str(told(r, "name", "?")) for r in records)
     wrote = "".join(_written(r, picked, prompts) for r in records)
-    parts = {"": f"{_verdicts(records)}{table_html([row_of(r) for r in records])}", "Charts": _drawn(records, charts, interactive, title),
-             "Comparison" if len(records) > 1 else "Measured": beside_html(records, colours_of(records)), "Completions": wrote,
-             "Settings": _settings(records)}
+    parts = {"": _verdicts(records) + table_html([row_of(r) for r in records]),
+             "Charts": _drawn(records, charts, interactive, title),
+             "Comparison" if len(records) > 1 else "Measured": beside_html(records, colours_of(records)),
+             "Completions": wrote, "Settings": _settings(records)}
     body = "".join((f"<h2>{head}</h2>" if head else "") + part for head, part in parts.items() if part)
     made = f"{time.strftime('%d %B %Y, %H:%M')}, grpo_nb {__version__}"
     return (f'<!doctype html><html lang="en">{_head(title, interactive)}<body><main class="gnb"><h1>{visible(plain(title))}</h1>'

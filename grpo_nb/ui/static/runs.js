@@ -91,6 +91,9 @@ function render({ model, el }) {
   const names = ["rows", "ticked", "sort", "colours"].map((name) => `change:${name}`);
   for (const name of names) model.on(name, draw);
   draw();
-  return () => { for (const name of names) model.off(name, draw); };
+  const sign = () => { if (el.isConnected && !document.hidden) model.send({ here: true }); };
+  const signs = setInterval(sign, 60000); // somebody looks: the kernel goes on looking too
+  document.addEventListener("visibilitychange", sign);
+  return () => { clearInterval(signs); document.removeEventListener("visibilitychange", sign); for (const name of names) model.off(name, draw); };
 }
 export default { render };
