@@ -24,8 +24,10 @@ _public = {
 }
 __all__ = list(_public)
 
-# What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
+# What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step; and
+# loaded models get `fast_generate`, whose engines stand higher than loading
 _beside = {name: "grpo_nb.advice.memory" for name in ("PatchFastRL", "GRPORun")}
+_beside["FastLanguageModel"] = "grpo_nb.engines.vllm.fast"
 
 
 def __getattr__(name):

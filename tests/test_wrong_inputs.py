@@ -285,9 +285,9 @@ AREAS["GRPOConfig"] = [
     ("config(max_tokens_per_pack='x')", "max_tokens_per_pack='x'", "whole"), ("config(engine='vlm')", "engine='vlm'", "'vllm'"),
     ("config(engine='hf', use_vllm=True)", "engine='hf'", "use_vllm=True"),
     ("config(num_generation=8)", "num_generation", "'num_generations'"),
-    ("config(max_prompt_length=3)", "max_prompt_length", "TRL 0.28", "dataset.filter"),
-    ("config(evaluation_strategy='no')", "eval_strategy"), ("config(warmup_ratio=0.1)", "warmup_ratio", "warmup_steps"),
-    ("config(no_cuda=True)", "no_cuda", "use_cpu"), ("config(use_liger_loss=True)", "use_liger_loss", "use_liger_kernel"),
+    ("config(max_prompt_length=0)", "max_prompt_length=0", "at least 1"), ("config(warmup_ratio=5)", "warmup_ratio=5", "at most 1"),
+    ("config(evaluation_strategy='sometimes')", "eval_strategy='sometimes'"), ("config(no_cuda='x')", "use_cpu='x'"),
+    ("config(vllm_dtype='half')", "vllm_dtype", "TRL 0.18"), ("config(use_liger_loss='x')", "use_liger_kernel='x'"),
     ("config(logging_dir='x')", "logging_dir", "transformers 5.15"),
 ]
 
@@ -330,7 +330,7 @@ AREAS["GRPORun(...)"] = [
     ("run(eval_dataset=[{'question': 'x'}])", "eval_dataset", "'prompt'"),
     ("run(eval_dataset=rows(None))", "eval_dataset", "None"), ("run(config=3)", "config=3", "GRPOConfig"),
     ("run(config='grpo.yaml')", "config='grpo.yaml'"), ("run(config={'num_generation': 4})", "'num_generations'"),
-    ("run(config={'max_prompt_length': 4})", "TRL 0.28"), ("run(num_iterations=0)", "num_iterations=0", "at least 1"),
+    ("run(config={'max_prompt_length': 0})", "max_prompt_length=0"), ("run(num_iterations=0)", "num_iterations=0", "at least 1"),
     ("run(temperature=0)", "temperature=0"), ("run(config=plain(temperature=0))", "temperature=0", "above 0"),
     ("run(config=plain(loss_type='gpro'))", "loss_type='gpro'"), ("run(reward_weights='x')", "reward_weights='x'", "list"),
     ("run(reward_weights=[1.0, 2.0])", "reward_weights=[1.0, 2.0]", "1 number"),
