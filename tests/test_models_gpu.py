@@ -1,6 +1,7 @@
 "Loading and adapters on a CUDA device."
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from test_models import adapter_gradients, bnb, write_model, written_out
 
 from grpo_nb.models.device import best_dtype, why_not_four_bit
@@ -84,13 +85,14 @@ def large(how, layers=4):
 
 
 def step(model, ids):
-    "Gradients of a step, and the bytes that stood between forward and backward."
+    "Gradients of a step, and the bytes that stood between forward and backward; without kernels that differ from themselves."
     model.zero_grad()
     torch.manual_seed(2)
-    before = torch.cuda.memory_allocated()
-    loss = model.train()(input_ids=ids, labels=ids).loss
-    held = torch.cuda.memory_allocated() - before
-    loss.backward()
+    with sdpa_kernel(SDPBackend.MATH): # the fast one adds up its gradients in any order
+        before = torch.cuda.memory_allocated()
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
     return [p.grad.clone() for p in model.parameters() if p.requires_grad], held
 
 
@@ -106,14 +108,14 @@ def test_checkpoints_on_the_host_have_the_same_bits(monkeypatch):
         return kept
     monkeypatch.setattr(host, "put", counted)
     plain, there = large(True), large("unsloth")
-    for around in range(3):
+    for around in range(20):
         if around: # as a trainer does around each sampling
             for m in (plain, there):
                 m.gradient_checkpointing_disable()
                 m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         (truth, held), (found, less) = step(plain, ids), step(there, ids)
-        assert all(map(torch.equal, truth, found)) and held - less > 3 * 4 * 1024 * 512 * 2 # all layers' but the last few
-    assert moved == [True] * 12
+        assert all(map(torch.equal, truth, found)) and held - less >= 3 * 4 * 1024 * 512 * 2 # all but one layer
+    assert moved.count(True) == 80
     plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert all(getattr(m, "_gradient_checkpointing_func", None) is None or m._gradient_checkpointing_func.func is checkpoint
                for m in plain.modules())
@@ -127,9 +129,9 @@ def test_two_graphs_and_a_second_backward():
         losses = []
         for i in ids:
             torch.manual_seed(2)
-            losses.append(model(input_ids=i, labels=i).loss)
+            with sdpa_kernel(SDPBackend.MATH): losses.append(model(input_ids=i, labels=i).loss)
         for k in order:
             model.zero_grad()
             for _ in range(2):
-                losses[k].backward(retain_graph=True)
+                with sdpa_kernel(SDPBackend.MATH): losses[k].backward(retain_graph=True)
             assert all(torch.equal(p.grad, 2 * g) for p, g in zip((p for p in model.parameters() if p.requires_grad), alone[k]))
