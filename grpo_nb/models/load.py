@@ -236,7 +236,7 @@ ASIDE = { # name: values that ask for nothing, and what any other comes to
     "float32_mixed_precision": ((True, None), "dtype='bfloat16' is what keeps trained weights in 16 bits"),
 }
 REFUSED = { # name: values that ask for nothing, and what to write instead
-    "load_in_fp8": ((False, None), "transformers' fp8 layers have no backward, so that no adapter on them could be trained, on any "
+    "load_in_fp8": ((False, None), "transformers does not train on its fp8 layers, so that no adapter on them would learn, on any "
                                    "card. load_in_8bit=True takes as much memory, load_in_4bit=True half of it"),
     "rope_scaling": ((None,), "the positions are those of the model's config.json; change them there"),
     "resize_model_vocab": ((None,), "the vocabulary is not enlarged, for the new rows would be random numbers"),
