@@ -2285,6 +2285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'grpo_nb.recipe.trl._model_lines': ('recipe/trl.html#_model_lines', 'grpo_nb/recipe/trl.py'),
                                     'grpo_nb.recipe.trl._of_library': ('recipe/trl.html#_of_library', 'grpo_nb/recipe/trl.py'),
                                     'grpo_nb.recipe.trl._of_the_form': ('recipe/trl.html#_of_the_form', 'grpo_nb/recipe/trl.py'),
+                                    'grpo_nb.recipe.trl._of_today': ('recipe/trl.html#_of_today', 'grpo_nb/recipe/trl.py'),
                                     'grpo_nb.recipe.trl._read_data': ('recipe/trl.html#_read_data', 'grpo_nb/recipe/trl.py'),
                                     'grpo_nb.recipe.trl._read_model': ('recipe/trl.html#_read_model', 'grpo_nb/recipe/trl.py'),
                                     'grpo_nb.recipe.trl._read_module': ('recipe/trl.html#_read_module', 'grpo_nb/recipe/trl.py'),

@@ -199,6 +199,16 @@ def test_what_is_not_exact_is_a_sentence(given, error, words, patched, tmp_path)
     assert words in str(raised.value)
 
 
+def test_a_run_and_a_recipe_take_them_too(heard):
+    from grpo_nb.recipe.trl import from_yaml
+    from grpo_nb.run.inputs import make_config
+    config = make_config({"warmup_ratio": 0.2, "evaluation_strategy": "no", "vllm_sampling_params": SamplingParams(top_k=5)})
+    assert (config.warmup_steps, config.eval_strategy, config.top_k) == (0.2, "no", 5) and "warmup_ratio=0.2 is read" in heard()
+    recipe = from_yaml("model_name_or_path: small\nreward_funcs: []\nwarmup_ratio: 0.3\noverwrite_output_dir: true\n")
+    assert recipe.config == {"warmup_steps": 0.3} and "warmup_ratio=0.3 is read as warmup_steps=0.3" in heard()
+    with pytest.raises(ValueError, match="at most 1"): from_yaml("model_name_or_path: small\nreward_funcs: []\nwarmup_ratio: 5\n")
+
+
 def test_other_trainers_take_theirs(tmp_path):
     PatchFastRL("sft")
     try:
