@@ -26,8 +26,9 @@ _public = {
 __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
-# for; what shows a run is made where views are
-_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.ui.runs.page"}
+# for; what shows a run is made where views are; and loaded models get `fast_generate`, whose engines stand higher than loading
+_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.ui.runs.page",
+           "FastLanguageModel": "grpo_nb.engines.vllm.fast"}
 
 
 def __getattr__(name):

@@ -383,7 +383,7 @@ def plain(folder, heard): return FastLanguageModel.from_pretrained(folder, load_
     ({"lora_alpha": 0}, ValueError, ["lora_alpha=0"]),
     ({"lora_dropout": 1}, ValueError, ["lora_dropout=1"]),
     ({"bias": "some"}, ValueError, ["bias='some'"]),
-    ({"use_gradient_checkpointing": "unsloth"}, ValueError, ["use_gradient_checkpointing='unsloth'", "'auto'"]),
+    ({"use_gradient_checkpointing": "unslot"}, ValueError, ["use_gradient_checkpointing='unslot'", "'unsloth'"]),
     ({"random_state": "x"}, ValueError, ["random_state='x'"]),
     ({"target_modules": ["q_prj"]}, ValueError, ["'q_prj'", "'q_proj'"]),
     ({"target_modules": "all_linear"}, ValueError, ["'all_linear'"]),

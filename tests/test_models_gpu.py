@@ -1,6 +1,7 @@
 "Loading and adapters on a CUDA device."
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from test_models import adapter_gradients, bnb, write_model, written_out
 
 from grpo_nb.models.device import best_dtype, why_not_four_bit
@@ -66,3 +67,71 @@ def test_stock_trainer(folder, tmp_path, four_bit):
     trainer = GRPOTrainer(model=model, reward_funcs=digits, args=config, train_dataset=dataset)
     trainer.train()
     assert any(row.get("grad_norm", 0) > 0 for row in trainer.state.log_history)
+
+
+# ---- checkpoints in the host's memory
+
+def large(how, layers=4):
+    "A model whose layers' inputs are large enough to be moved, with an adapter."
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
+                                         head_dim=64, num_attention_heads=8, num_key_value_heads=2)).to("cuda", torch.bfloat16)
+    model = FastLanguageModel.get_peft_model(model, r=8, lora_dropout=0.2, use_gradient_checkpointing=how)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad: p.data.normal_(std=0.1)
+    return model
+
+
+def step(model, ids):
+    "Gradients of a step, and the bytes that stood between forward and backward; without kernels that differ from themselves."
+    model.zero_grad()
+    torch.manual_seed(2)
+    with sdpa_kernel(SDPBackend.MATH): # the fast one adds up its gradients in any order
+        before = torch.cuda.memory_allocated()
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad], held
+
+
+def test_checkpoints_on_the_host_have_the_same_bits(monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    import grpo_nb.ops.layer.host as host
+    ids = torch.randint(0, 512, (4, 1024), device="cuda")
+    put, moved = host.put, []
+    def counted(tensor):
+        kept = put(tensor)
+        moved.append(isinstance(kept, host.Kept))
+        return kept
+    monkeypatch.setattr(host, "put", counted)
+    plain, there = large(True), large("unsloth")
+    for around in range(20):
+        if around: # as a trainer does around each sampling
+            for m in (plain, there):
+                m.gradient_checkpointing_disable()
+                m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (truth, held), (found, less) = step(plain, ids), step(there, ids)
+        assert all(map(torch.equal, truth, found)) and held - less >= 3 * 4 * 1024 * 512 * 2 # all but one layer
+    assert moved.count(True) == 80
+    plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(getattr(m, "_gradient_checkpointing_func", None) is None or m._gradient_checkpointing_func.func is checkpoint
+               for m in plain.modules())
+
+
+def test_two_graphs_and_a_second_backward():
+    "Several forwards before their backwards, in any order, and one graph twice."
+    model, ids = large("unsloth"), [torch.randint(0, 512, (2, 1024), device="cuda") for _ in range(3)]
+    alone = [step(model, i)[0] for i in ids]
+    for order in (0, 1, 2), (2, 1, 0), (1, 2, 0):
+        losses = []
+        for i in ids:
+            torch.manual_seed(2)
+            with sdpa_kernel(SDPBackend.MATH): losses.append(model(input_ids=i, labels=i).loss)
+        for k in order:
+            model.zero_grad()
+            for _ in range(2):
+                with sdpa_kernel(SDPBackend.MATH): losses[k].backward(retain_graph=True)
+            assert all(torch.equal(p.grad, 2 * g) for p, g in zip((p for p in model.parameters() if p.requires_grad), alone[k]))

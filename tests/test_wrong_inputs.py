@@ -189,7 +189,7 @@ AREAS["from_pretrained"] = [
     ("load(tokenizer_kwargs={'eos': 'x'})", "tokenizer_kwargs", "'eos'", "eos_token"),
     ("load(tokenizer_kwargs={'eos_token': '<|nope|>'})", "eos_token='<|nope|>'", "vocabulary"),
     ("load(tokenizer_kwargs={'pad_token': 3})", "pad_token=3", "token"),
-    ("load(max_seq_len=3)", "max_seq_len", "'max_seq_length'"), ("load(full_finetuning=True)", "full_finetuning", "takes"),
+    ("load(max_seq_len=3)", "max_seq_len", "'max_seq_length'"), ("load(full_finetuning='x')", "full_finetuning='x'", "True"),
 ]
 
 AREAS["get_peft_model, for_*"] = [
@@ -285,9 +285,9 @@ AREAS["GRPOConfig"] = [
     ("config(max_tokens_per_pack='x')", "max_tokens_per_pack='x'", "whole"), ("config(engine='vlm')", "engine='vlm'", "'vllm'"),
     ("config(engine='hf', use_vllm=True)", "engine='hf'", "use_vllm=True"),
     ("config(num_generation=8)", "num_generation", "'num_generations'"),
-    ("config(max_prompt_length=3)", "max_prompt_length", "TRL 0.28", "dataset.filter"),
-    ("config(evaluation_strategy='no')", "eval_strategy"), ("config(warmup_ratio=0.1)", "warmup_ratio", "warmup_steps"),
-    ("config(no_cuda=True)", "no_cuda", "use_cpu"), ("config(use_liger_loss=True)", "use_liger_loss", "use_liger_kernel"),
+    ("config(max_prompt_length=0)", "max_prompt_length=0", "at least 1"), ("config(warmup_ratio=5)", "warmup_ratio=5", "at most 1"),
+    ("config(evaluation_strategy='sometimes')", "eval_strategy='sometimes'"), ("config(no_cuda='x')", "no_cuda='x'", "contradict"),
+    ("config(vllm_dtype='half')", "vllm_dtype", "TRL 0.18"), ("config(use_liger_loss='x')", "use_liger_kernel='x'"),
     ("config(logging_dir='x')", "logging_dir", "transformers 5.15"),
 ]
 
@@ -330,7 +330,7 @@ AREAS["GRPORun(...)"] = [
     ("run(eval_dataset=[{'question': 'x'}])", "eval_dataset", "'prompt'"),
     ("run(eval_dataset=rows(None))", "eval_dataset", "None"), ("run(config=3)", "config=3", "GRPOConfig"),
     ("run(config='grpo.yaml')", "config='grpo.yaml'"), ("run(config={'num_generation': 4})", "'num_generations'"),
-    ("run(config={'max_prompt_length': 4})", "TRL 0.28"), ("run(num_iterations=0)", "num_iterations=0", "at least 1"),
+    ("run(config={'max_prompt_length': 0})", "max_prompt_length=0"), ("run(num_iterations=0)", "num_iterations=0", "at least 1"),
     ("run(temperature=0)", "temperature=0"), ("run(config=plain(temperature=0))", "temperature=0", "above 0"),
     ("run(config=plain(loss_type='gpro'))", "loss_type='gpro'"), ("run(reward_weights='x')", "reward_weights='x'", "list"),
     ("run(reward_weights=[1.0, 2.0])", "reward_weights=[1.0, 2.0]", "1 number"),
@@ -341,7 +341,7 @@ AREAS["GRPORun(...)"] = [
     ("run(trainer_class=int)", "trainer_class=<class 'int'>", "GRPOTrainer"), ("run(trainer_class='x')", "trainer_class='x'"),
     ("run(progress='x')", "progress='x'", "True or False"),
     ("GRPORun(model, tokenizer, right, task.train, beta=0.1)", "'beta'", "config={'beta'"),
-    ("run(train_dataset=task.train)", "train_dataset", "dataset="), ("run(max_prompt_length=3)", "TRL 0.28"),
+    ("run(train_dataset=task.train)", "train_dataset", "dataset="), ("run(vllm_dtype='half')", "TRL 0.18"),
 ]
 
 AREAS["methods, change(), mid-run"] = [
@@ -445,7 +445,7 @@ AREAS["doctor, memory.estimate"] = [
     ("doctor(model, tokenizer, right, task.train, small, second=3)", "second"), ("memory.estimate(3)", "model=3"),
     ("memory.estimate(None)", "model=None"), ("memory.estimate('./nope')", "./nope"),
     ("memory.estimate(model, {'num_generation': 4})", "'num_generations'"),
-    ("memory.estimate(model, {'max_prompt_length': 4})", "TRL 0.28"),
+    ("memory.estimate(model, {'vllm_dtype': 'half'})", "TRL 0.18"),
     ("memory.estimate(model, {'max_completion_length': 0})", "max_completion_length=0"),
     ("memory.estimate(model, {'max_completion_length': None})", "max_completion_length=None"),
     ("memory.estimate(model, {'step': 'x'})", "step='x'"), ("memory.estimate(model, device='T5')", "T5"),
@@ -497,7 +497,7 @@ AREAS["recipes"] = [
     ("from_yaml('learning_rate: fast')", "learning_rate='fast'", "number"),
     ("from_yaml('num_generations: -3')", "num_generations=-3", "at least 2"),
     ("from_yaml('lora_r: abc\\nuse_peft: true')", "r='abc'", "whole number"),
-    ("from_yaml('num_generation: 3')", "num_generation", "num_generations"), ("from_yaml('max_prompt_length: 3')", "TRL 0.28"),
+    ("from_yaml('num_generation: 3')", "num_generation", "num_generations"), ("from_yaml('vllm_dtype: half')", "TRL 0.18"),
     ("from_yaml('temperature: 0')", "temperature=0"), ("from_yaml('bf16: maybe')", "bf16='maybe'"),
     ("from_yaml('loss_type: gpro')", "loss_type='gpro'"), ("from_yaml('reward_funcs: [os.system]')", "os.system", "allow"),
     ("from_yaml('reward_funcs: [my_package.reward]')", "my_package.reward", "allow"),

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import yaml
 
 from ..models.device import best_dtype, why_not_four_bit, target_device
-from ..ground.check import known_arguments, nearest, one_of, read_text
+from ..ground.check import as_now, known_arguments, nearest, one_of, read_text
 from ..ground.events import say
 from .code import Unreadable, _choice, _name, call, from_code, loader_of
 from .value import USUAL, Choice, Recipe, config_fields, library, segments
@@ -321,7 +321,15 @@ def _check_names(given):
             gone = f" {error}" if "any more" in str(error) else nearest(name, [*config_fields(), *_formed, "model_name_or_path"])
         raise Unreadable(f"{name}: a recipe has no place for this.{gone} {HOLDS}")
 
-# %% ../../nbs/recipe/03_trl.ipynb #239eb777
+# %% ../../nbs/recipe/03_trl.ipynb #e7f2e721
+def _of_today(given:dict) -> dict:
+    "A file's settings under today's names; what is read in another way is said."
+    try: found, sentences = as_now(given, config_fields())
+    except ValueError as error: raise Unreadable(str(error)) from None
+    for sentence in sentences: say(sentence)
+    return found
+
+# %% ../../nbs/recipe/03_trl.ipynb #44d62974
 def from_yaml(text:str, # a file for `trl grpo --config`
               module:str="", # the text of the rewards' file, where it names one
               *, allow_imports:bool=False, # take rewards of other packages than trl.rewards, which a run would import
@@ -330,7 +338,7 @@ def from_yaml(text:str, # a file for `trl grpo --config`
     "Read a recipe off TRL's YAML; raises `Unreadable` for what a recipe cannot hold. Nothing is imported or run."
     given, kept = _lines_of(text), _comment(text, trust_remote_code)
     if given.get("trust_remote_code") and not trust_remote_code: _refuse_code(f"line {_line_of(text, 'trust_remote_code')}")
-    given = as_typed(given)
+    given = as_typed(_of_today(given))
     asked = _asked(given, kept)
     plain = {name: value for name, value in asked.items() if name not in _formed}
     given = {name: value for name, value in given.items() if name not in plain} | _without_nones(plain)

@@ -25,7 +25,7 @@ from ..models.load import settings_of
 from ..ground.events import say
 from ..tasks.evaluate import within_limit
 from ..tasks.guard import PASSED, is_model, name_of, why_not_called
-from ..trainers.config import check_theirs, values_of
+from ..trainers.config import check_theirs, modern, values_of
 
 # %% ../../nbs/run/01_inputs.ipynb #a72c0f0a
 def check_model(model, # a loaded model, with or without adapters
@@ -225,6 +225,7 @@ def _fields(config_class) -> set:
 
 def _from_dict(config, config_class):
     "A config from the fields in `config` and the defaults above."
+    config = modern(config_class, config, _fields(config_class))
     known_arguments(config_class.__name__, config, _fields(config_class))
     check_theirs(config_class, config)
     chosen = {} if {"bf16", "fp16", "use_cpu"} & set(config) else machine_precision()

@@ -7,7 +7,7 @@ __all__ = ['PATH', 'OPEN', 'TRLS_SHARE', 'why_not_ours', 'sampling_of', 'memory_
            'start', 'sync', 'generate_here', 'colocate_patches', 'choose', 'loaded_for_vllm', 'spread', 'init',
            'choice_patch']
 
-# %% ../../nbs/trainers/05_colocate.ipynb #2337f41b
+# %% ../../nbs/trainers/05_colocate.ipynb #ebd72964
 import os
 from contextlib import nullcontext
 from functools import cache
@@ -19,9 +19,9 @@ from ..engines.vllm.engine import VLLMEngine
 from ..engines.vllm.start import check_version
 from ..models.installed import fast_engine
 from ..ground.events import say
-from ..models.load import settings_of
+from ..models.load import settings_of, tokenizer_of
 from ..patch.core import Patch, Wrap
-from .config import world_size
+from .config import name_stops, world_size
 from .sampling import CONTINUOUS, groups, put_back
 from .state import vllm_engines
 
@@ -185,7 +185,7 @@ def spread(args) -> bool:
     asked = any(getattr(args, name, None) for name in ("fsdp", "deepspeed"))
     return bool(asked) or any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
-# %% ../../nbs/trainers/05_colocate.ipynb #beebe60e
+# %% ../../nbs/trainers/05_colocate.ipynb #ba289175
 def init(original): # of the trainer's `__init__`
     "TRL's constructor, after the engine was chosen."
     takes = signature(original)
@@ -193,6 +193,7 @@ def init(original): # of the trainer's `__init__`
     def __init__(self, *args, **kwargs):
         given = takes.bind(self, *args, **kwargs).arguments
         choose(given.get("args"), given.get("model"), world_size())
+        name_stops(given.get("args"), given.get("processing_class") or tokenizer_of(given.get("model")))
         original(self, *args, **kwargs)
     return __init__
 

@@ -57,7 +57,7 @@ PARTS = {
 }
 
 # %% ../../nbs/trainers/14_drift.ipynb #20dd934d
-LOOSE = ("fields", "settings", "own tokenizer", "short names", "choice of vLLM") # patches that hold whatever TRL computes
+LOOSE = ("fields", "settings", "own tokenizer", "short names", "choice of vLLM", "cut prompts") # hold whatever TRL computes
 OURS = {*LOOSE, "engine", "vLLM in this process", "inference mode", *(seam.patch for each in SEAMS.values() for seam in each)}
 
 

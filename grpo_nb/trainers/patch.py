@@ -22,7 +22,7 @@ from ..ground.holders import held as training
 from ..patch.core import Claim, Patch, PatchError, PatchSet, Inspection, Wrap, original_place, refusal
 from ..patch.undo import MISSING, describe
 from .colocate import choice_patch, colocate_patches
-from .config import EVERY, FIELDS, config_patches, precision, whole_groups
+from .config import EVERY, FIELDS, config_patches, precision, prompt_patch, whole_groups
 from .drift import compared_with, differences, in_words, moved, part_of
 from ..step.forward import uninstall_all
 from .grpo import complete_buffer
@@ -30,7 +30,7 @@ from .sampling import engine_patches
 from .seams import HOMES, INHERITED, SAMPLERS, TESTED, expected, has, has_module, home, trl_version
 from .state import known_trainers
 
-# %% ../../nbs/trainers/15_patch.ipynb #56b339f3
+# %% ../../nbs/trainers/15_patch.ipynb #6b90b3dc
 MODULES = {"grpo": "grpo", "rloo": "grpo", "dpo": "preference", "kto": "preference", "cpo": "preference", "orpo": "preference",
            "bco": "preference", "sft": "sft", "reward": "reward", "prm": "reward", "xpo": "xpo"}
 GROUPS = ("grpo", "rloo") # these sample groups, and weigh completions by an advantage
@@ -44,7 +44,8 @@ def patches_of(algorithm:str) -> tuple: # of Patch, the same ones each time; rai
     fields, rules = (tuple(FIELDS), (precision, whole_groups)) if algorithm in GROUPS else (EVERY, (precision,))
     found = *config_patches(where.config, where.versions, fields, rules), *trainer
     if algorithm not in GROUPS: return found
-    return *found, *engine_patches(where.trainer, where.versions), choice_patch(where.trainer, where.versions)
+    return (*found, *engine_patches(where.trainer, where.versions), choice_patch(where.trainer, where.versions),
+            prompt_patch(where.trainer, where.versions))
 
 # %% ../../nbs/trainers/15_patch.ipynb #3e33a8f1
 @cache
