@@ -18,6 +18,7 @@ _public = {
     "UnpatchFastRL": ("grpo_nb.trainers.patch", "UnpatchFastRL"),
     "GRPORun": ("grpo_nb.run.run", "GRPORun"),
     "rewards": ("grpo_nb.tasks.rewards", None),
+    "save": ("grpo_nb.models.save", None),
     "tasks": ("grpo_nb.tasks.library", None),
     "doctor": ("grpo_nb.advice.doctor", "doctor"),
     "studio": ("grpo_nb.ui.studio.studio", "studio"),
@@ -26,6 +27,7 @@ __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
 _beside = {name: "grpo_nb.advice.memory" for name in ("PatchFastRL", "GRPORun")}
+_beside["FastLanguageModel"] = "grpo_nb.models.save" # the ways out that a loaded model has as methods
 
 
 def __getattr__(name):
