@@ -42,7 +42,8 @@ def small(kind, tokenizer, dtype=torch.float32, **more):
         for p in model.parameters():
             if p.dim() > 1: p.normal_(0, 0.15)
             else: p.add_(0.1 * torch.randn_like(p))
-    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(**ends)
     return model
 
 
@@ -218,7 +219,7 @@ def test_a_tokenizer_that_reads_otherwise_is_found(tokenizer, tmp_path, monkeypa
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()], ids=["full", "interrupted"])
 @pytest.mark.parametrize("at", ["_shard", "write_tokenizer", "_put"])
 def test_nothing_half_written_stays(error, at, tokenizer, tmp_path, monkeypatch):
     place = tmp_path / "m"
@@ -390,3 +391,84 @@ def test_peak_memory_of_merging(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     size, more = map(float, done.stdout.split()[-2:])
     assert more < size / 3, (size, more)
+
+
+# ---- GGUF, where its package is
+
+GGUF = "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"
+QUICK_GGUF = ("llama", "q8_0"), ("gemma2", "bf16")
+
+
+def needs_gguf(): pytest.importorskip("gguf", reason="the extra gguf is not installed")
+
+
+@pytest.mark.parametrize("kind,name", [pytest.param(k, q, marks=[] if (k, q) in QUICK_GGUF else slow)
+                                       for k in GGUF for q in ("f32", "bf16", "q8_0", "q4_0")])
+def test_gguf_is_what_was_trained(kind, name, tokenizer, tmp_path):
+    needs_gguf()
+    one = good(save.gguf(adapted(small(kind, tokenizer)), tmp_path / "g", tokenizer, name, prompts=FEW))
+    if name == "f32": assert one.difference < 1e-4 and one.same == one.of
+    assert set(os.listdir(tmp_path / "g")) == {"Modelfile", "README.md", "export.json", f"g-{name.upper()}.gguf"}
+
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=1e4,
+              original_max_position_embeddings=32)
+VARIANTS = {"bias": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True), "no_groups": dict(num_key_value_heads=4),
+            "llama3": dict(rope_parameters=LLAMA3)}
+
+
+@pytest.mark.parametrize("variant", ["bias", *(pytest.param(v, marks=slow) for v in list(VARIANTS)[1:])])
+def test_gguf_of_llamas_variants(variant, tokenizer, tmp_path):
+    needs_gguf()
+    more = VARIANTS[variant]
+    model = adapted(small("llama", tokenizer, **more), bias="all" if "attention_bias" in more else "none")
+    one = good(save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW))
+    assert one.difference < 1e-4
+    from grpo_nb.models.gguf_read import field
+    file = tmp_path / "g/g-F32.gguf"
+    assert field(file, "tokenizer.chat_template") == tokenizer.chat_template and field(file, "tokenizer.ggml.pre") == "smollm"
+    assert field(file, "tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
+    import gguf
+    assert ("rope_freqs.weight" in [t.name for t in gguf.GGUFReader(file).tensors]) is (variant == "llama3")
+
+
+def test_a_list_of_quantisations_and_the_way_back(tokenizer, tmp_path):
+    needs_gguf()
+    model = adapted(small("qwen2", tokenizer))
+    saved = save.gguf(model, tmp_path / "g", tokenizer, ["F16", "q8_0", "fast_quantized"], prompts=FEW)
+    assert [p.method for p in saved.proofs] == ["F16", "Q8_0"] and saved.proofs[0].difference < saved.proofs[1].difference
+    assert "FROM ./g-F16.gguf" in (tmp_path / "g/Modelfile").read_text()
+    folder = save.from_gguf(tmp_path / "g/g-F16.gguf", tmp_path / "back", dtype="float32")
+    again, own = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False)
+    rows = proof.rows_for(tokenizer, FEW)
+    assert proof.apart(proof.log_probs(again, rows), proof.log_probs(model, rows)) < 0.1
+    with pytest.raises(ValueError, match="from_gguf"): FastLanguageModel.from_pretrained(str(tmp_path / "g/g-F16.gguf"))
+    with pytest.raises(ValueError, match="no GGUF file"): save.from_gguf(tmp_path / "g/Modelfile", tmp_path / "x")
+
+
+@pytest.mark.parametrize("name,words", [("q4_k_m", "llama-quantize"), ("quantized", "q4_k_m"), ("int4", "There are")])
+def test_quantisations_that_the_package_cannot_write(name, words, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=words): save.gguf(small("qwen2", tokenizer), tmp_path / "g", tokenizer, name)
+    assert not os.listdir(tmp_path)
+
+
+def test_models_that_cannot_be_proved_are_refused(tokenizer, tmp_path):
+    needs_gguf()
+    for kind, more, words in [("granite", {}, "cannot be read back"), ("gemma2", dict(query_pre_attn_scalar=3), "scaled otherwise"),
+                              ("llama", dict(hidden_act="gelu"), "gelu"),
+                              ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "dynamic")]:
+        with pytest.raises(ValueError, match=words): save.gguf(small(kind, tokenizer, **more), tmp_path / "g", tokenizer)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_gguf_that_is_off_is_not_left_behind(tokenizer, tmp_path, monkeypatch):
+    needs_gguf()
+    from grpo_nb.models import gguf as gguf_module
+    monkeypatch.setattr(gguf_module, "as_told", lambda family, config, name, weight: weight.float())
+    model = small("llama", tokenizer)
+    with pytest.raises(save.ExportError, match="nats away"): save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)
+    assert not os.listdir(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf_module, "_pour", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="disk is full"): save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)
+    assert not os.listdir(tmp_path)

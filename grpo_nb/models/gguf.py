@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTISERS', 'INSTALL', 'FAMILIES', 'why_not_quantiser', 'Family', 'why_not_family', 'why_not_gguf', 'splitter_of',
-           'why_not_told', 'tokens_of', 'tell_tokenizer', 'tell_settings', 'rope_factors', 'as_told', 'as_read',
-           'type_for', 'quantised', 'rounded', 'write_gguf', 'modelfile']
+           'why_not_told', 'tokens_of', 'tell_tokenizer', 'tell_settings', 'rope_factors', 'as_told', 'type_for',
+           'quantised', 'rounded', 'write_gguf', 'modelfile']
 
 # %% ../../nbs/models/25_gguf.ipynb #7aaf557d
 import json
@@ -220,7 +220,7 @@ def rope_factors(base) -> torch.Tensor|None: # (head_dim / 2,)
     scaled = next(m.inv_freq for m in base.modules() if hasattr(m, "inv_freq")).double().cpu()
     return (plain / scaled).float()
 
-# %% ../../nbs/models/25_gguf.ipynb #00b0ab65
+# %% ../../nbs/models/25_gguf.ipynb #47239dff
 def as_told(family:Family, config, name:str, weight): # as llama.cpp wants it
     "A weight in llama.cpp's order, float32."
     weight = weight.float()
@@ -229,15 +229,7 @@ def as_told(family:Family, config, name:str, weight): # as llama.cpp wants it
     heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
-
-def as_read(family:Family, config, name:str, weight): # the model's own
-    "The same weight, taken back into the model's order."
-    if family.plus_one and name.endswith("norm.weight"): return weight - 1
-    if not family.turned or not re.search(r"\.(q|k)_proj\.(weight|bias)$", name): return weight
-    heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-    return weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-# %% ../../nbs/models/25_gguf.ipynb #a5015b83
+# %% ../../nbs/models/25_gguf.ipynb #cd4cb27a
 def type_for(shape, wanted): # gguf's type of a tensor
     "The type of a tensor in a file that is mostly of another."
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType as Kind
@@ -252,16 +244,17 @@ def quantised(family, config, wanted, name, weight): # numpy bytes, and their ty
     kind = type_for(told.shape, wanted)
     return quantize(told, kind), kind
 
-
-def rounded(family, config, wanted, name, weight): # float32
-    "A weight as it is after the file has held it."
-    from gguf.quants import dequantize
+# %% ../../nbs/models/25_gguf.ipynb #22b6ec0f
+def rounded(family, wanted, name, weight): # float32
+    "A weight rounded as the file rounds it."
+    from gguf.quants import dequantize, quantize
     if not weight.is_floating_point(): return weight
-    data, kind = quantised(family, config, wanted, name, weight)
-    back = torch.from_numpy(dequantize(data, kind).copy()).reshape(weight.shape)
-    return as_read(family, config, name, back).to(weight.device)
+    if weight.dim() < 2: return (weight.float() + 1) - 1 if family.plus_one else weight.float()
+    plain = weight.float().cpu().contiguous().numpy()
+    kind = type_for(plain.shape, wanted)
+    return torch.from_numpy(dequantize(quantize(plain, kind), kind).copy()).reshape(weight.shape).to(weight.device)
 
-# %% ../../nbs/models/25_gguf.ipynb #1306f045
+# %% ../../nbs/models/25_gguf.ipynb #e238f2da
 def write_gguf(base, tokenizer, file:Path, name:str, # of QUANTISERS
                originals=None, called:str="model") -> Callable: # (name, weight) -> the weight as the file holds it
     "Write a model as GGUF."
@@ -280,7 +273,7 @@ def write_gguf(base, tokenizer, file:Path, name:str, # of QUANTISERS
         writer.write_ti_data_to_file()
         _pour(writer, weights, order, partial(quantised, family, config, wanted), rope_factors(base), file.name)
     finally: writer.close()
-    return partial(rounded, family, config, wanted)
+    return partial(rounded, family, wanted)
 
 # %% ../../nbs/models/25_gguf.ipynb #39a05a16
 def _tell(writer, base, tokenizer, called, file_type, shapes) -> None:
