@@ -51,6 +51,7 @@ def beside(folder): # yields the hidden folder
     new.chmod(0o777 & ~_umask())
     try:
         yield new
+        for file in new.rglob("*"): file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         _put(new, place)
     except OSError as error: raise _full(error, place) from error
     finally: shutil.rmtree(new, ignore_errors=True)
