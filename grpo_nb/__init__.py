@@ -18,6 +18,7 @@ _public = {
     "UnpatchFastRL": ("grpo_nb.trainers.patch", "UnpatchFastRL"),
     "GRPORun": ("grpo_nb.run.run", "GRPORun"),
     "rewards": ("grpo_nb.tasks.rewards", None),
+    "save": ("grpo_nb.models.save", None),
     "tasks": ("grpo_nb.tasks.library", None),
     "doctor": ("grpo_nb.advice.doctor", "doctor"),
     "runs": ("grpo_nb.record.runs", "runs"),
@@ -26,16 +27,16 @@ _public = {
 __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
-# for; what shows a run is made where views are; and loaded models get `fast_generate`, whose engines stand higher than loading
-_beside = {"PatchFastRL": "grpo_nb.advice.memory", "GRPORun": "grpo_nb.advice.memory", "runs": "grpo_nb.ui.runs.page",
-           "FastLanguageModel": "grpo_nb.engines.vllm.fast"}
+# for; what shows a run is made where views are; loaded models get `fast_generate`, whose engines stand higher, and the ways out
+_beside = {"PatchFastRL": ("advice.memory",), "GRPORun": ("advice.memory",), "runs": ("ui.runs.page",),
+           "FastLanguageModel": ("engines.vllm.fast", "models.save")}
 
 
 def __getattr__(name):
     if name not in _public: raise AttributeError(f"module 'grpo_nb' has no attribute {name!r}; it has {', '.join(__all__)}")
     module, attribute = _public[name]
     found = import_module(module)
-    if name in _beside: import_module(_beside[name])
+    for beside in _beside.get(name, ()): import_module(f"grpo_nb.{beside}")
     value = found if attribute is None else getattr(found, attribute)
     globals()[name] = value
     return value

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Example', 'WarmStart', 'Task', 'sort_digits', 'reverse_string', 'add_numbers', 'count_letters', 'evaluate_expression',
            'countdown_reward', 'countdown', 'available', 'get', 'reasoning_gym', 'same_final_number', 'gsm8k',
-           'accuracy', 'exact_answer', 'tiny_model']
+           'accuracy', 'exact_answer', 'small_model', 'tiny_model']
 
-# %% ../../nbs/tasks/06_library.ipynb #b0030f1d
+# %% ../../nbs/tasks/06_library.ipynb #67069bd7
 import ast
 import inspect
 import json
@@ -25,10 +25,11 @@ from typing import NamedTuple
 from .answers import same_number
 from ..ground.check import known_arguments, nearest, one_of, whole
 from .evaluate import accuracy, exact_answer, final_text
+from .small import small_model
 from .tiny import tiny_model
 
 #| export
-_all_ = ["accuracy", "exact_answer", "tiny_model"]
+_all_ = ["accuracy", "exact_answer", "small_model", "tiny_model"]
 
 # %% ../../nbs/tasks/06_library.ipynb #e83f79b7
 class Example(NamedTuple):
