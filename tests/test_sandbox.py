@@ -449,7 +449,7 @@ FORMS = [
     [[[2], 4], [[3], 9]], '[[[2], 4], [[3], 9]]', [{"args": [2], "expected": 4}, {"args": [], "kwargs": {"n": 3}, "expected": 9}],
     {"inputs": [[2], [3]], "outputs": [4, 9], "fn_name": "square"}, ["assert square(2) == 4", "assert square(3) == 9"],
     "assert square(2) == 4\nassert square(3) == 9",
-    "import math\ndef check(candidate):\n  for n in range(9): assert candidate(n) == n * n\n  assert math.isclose(candidate(.1), .01)",
+    "import math\ndef check(candidate):\n  assert all(candidate(n) == n * n for n in [9])\n  assert math.isclose(candidate(1), 1)",
     "for n in range(5):\n    assert square(n) == n ** 2",
     "def near(a, b): return abs(a - b) < 1e-6\nassert near(square(2), 4)\ntry: square('a')\nexcept TypeError: pass\nelse: assert 0",
     [{"args": [2], "expected": 4, "input": None, "output": None}],
@@ -535,6 +535,22 @@ def test_plain_data_comes_back_as_it_was():
         with pytest.raises(NotPlain): decode(data)
     nan = float("nan")
     assert same([(1, 2.0)], ([1, 2],)) and not same({1: 2}, {"1": 2}) and not same([1], 1) and not same(None, 0) and same(nan, nan)
+
+
+def test_the_task_of_small_functions():
+    "Every right solution is right; one that returns a constant, and one that does nothing, is not."
+    import grpo_nb
+    task = grpo_nb.tasks.small_functions(n_train=30, n_test=20)
+    columns = {name: task.test[name] for name in ("tests", "entry_point")}
+    assert task.reward(completions=[fenced(code) for code in task.test["answer"]], **columns) == [1] * 20
+    named = zip(columns["entry_point"], columns["tests"], strict=True)
+    constant = [fenced(f"def {name}(a): return {json.loads(tests)[0][1]!r}") for name, tests in named]
+    assert max(task.reward(completions=constant, **columns)) < 1 and max(task.reward(completions=["No."] * 20, **columns)) == 0
+    asked = [{p[0]["content"] for p in part["prompt"]} for part in (task.train, task.test)]
+    assert not asked[0] & asked[1] and len(task.train) == 30
+    assert grpo_nb.tasks.small_functions(n_train=30, n_test=20).train["tests"] == task.train["tests"]
+    for wrong in (dict(n_test=0), dict(n_test=10**6), dict(n_train=10**6), dict(seed="0")):
+        with pytest.raises(ValueError, match=next(iter(wrong))): grpo_nb.tasks.small_functions(**wrong)
 
 
 @pytest.mark.slow
