@@ -222,8 +222,8 @@ def test_hostile_code_comes_to_this(name, world):
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "time" not in HOSTILE[name][1]])
 def test_hostile_code_earns_nothing(name, world):
-    "Against a value, an assert and a `check`; the walls alone."
-    for tests in TESTS.values():
+    "Against a value and, with the walls alone, against a `check`, of which the judge reads the expected value."
+    for tests in (TESTS["a value"], TESTS["check"]):
         assert run_tests(written(HOSTILE[name][0], world), tests, "f", Limits(2, 64, 256), look=False).share == 0, name
 
 
@@ -242,6 +242,41 @@ def test_an_answer_that_the_code_writes_itself_earns_nothing_that_it_could_not_r
         assert share == 0 or name == "a value"
     guess = FORGE + "def f(n):\n    forge(DATA)\n    return 0".replace("DATA", FORGED[name].replace("9,", "7,"))
     assert run_tests(guess, TESTS[tests], "f", Limits(2), look=False).share == 0
+
+
+JUDGED = [
+    ("def abs(x): return 0\ndef f(n): return 0", "assert abs(f(3) - 9) < 1e-6"),
+    ("def all(x): return True\ndef sorted(x): return []\ndef f(n): return 0", "assert all(f(n) == n * n for n in range(1, 4))"),
+    ("def near(a, b): return True\ndef f(n): return 0", "def near(a, b): return abs(a - b) < 1e-6\nassert near(f(3), 9)"),
+    ("def isclose(a, b): return True\ndef f(n): return 0", "from math import isclose\nassert isclose(f(3), 9)"),
+    ("def math(): pass\ndef f(n): return 0", "import math\nassert math.isclose(f(3), 9)"),
+    ("def candidate(n): return 9\ndef f(n): return 0", "def check(candidate):\n    assert candidate(3) == 9"),
+    ("def check(f): return True\ndef f(n): return 0", "def check(candidate):\n    assert candidate(3) == 9\ncheck(f)"),
+    ("def f(n): raise StopIteration", "assert all(map(lambda n: f(n) == n * n, range(1, 4)))"),
+    ("def f(n): raise AssertionError", "assert f(3) == 9"), ("def f(n): raise SystemExit(0)", "assert f(3) == 9"),
+    ("import sys\nsys.exit(0)\ndef f(n): return 9", "assert f(3) == 9"), ("def f(n): yield 9", "assert list(f(3)) == [9]"),
+]
+
+
+@pytest.mark.parametrize("code, tests", JUDGED)
+def test_what_a_completion_defines_is_not_what_the_tests_mean(code, tests):
+    assert run_tests(code, tests, "f", Limits(10), look=False).share == 0
+
+
+def test_a_completion_that_dies_in_one_assert_is_asked_the_next():
+    code = M + "def f(n):\n    if n == 1: m('os')._exit(0)\n    return n"
+    assert run_tests(code, [f"assert f({n}) == {n}" for n in range(4)], "f", Limits(30), look=False).share == 3 / 4
+
+
+def test_reading_odd_text_takes_no_time():
+    began = time.monotonic()
+    fences = "```" + " " * 200000, "```\n" * 50000, "```py\n" + "def f(): pass\n" * 3000, "`" * 100000, "~~~ \t" * 30000
+    for text in (*fences, " " * 200000):
+        code_of(text)
+        why_not_run(text)
+    codes = "(" * 40000, "[{" * 80, "-" * 49000 + "1", "f'{" * 150, "lambda:" * 6000, "a if b else " * 3000, "x = " * 9000 + "1"
+    for code in codes: why_not_run(code)
+    assert time.monotonic() - began < 20
 
 
 def test_what_is_expected_is_nowhere_in_the_completions_process():
@@ -315,6 +350,11 @@ def test_a_machine_without_walls_refuses_and_says_what_to_accept(monkeypatch):
     with pytest.raises(RuntimeError, match="code_tests: this machine"): rewards.get("code_tests")
 
 
+def test_a_filter_that_the_kernel_refuses_is_found_before_anything_runs():
+    from grpo_nb.tasks.walls import filter_program, why_no_filter_set
+    assert why_no_filter_set(filter_program()) == "" and "refuses" in why_no_filter_set(filter_program()[:8])
+
+
 def test_a_machine_that_cannot_fork_says_so(monkeypatch):
     monkeypatch.delattr(os, "fork")
     with pytest.raises(SandboxError, match="cannot fork"): sandbox.Template()
@@ -386,9 +426,9 @@ def test_a_fork_of_this_process_has_its_own_template():
     f = create_locked_down_function("def f(n): return n")
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
-        try: os.write(write, str(create_locked_down_function("def g(n): return n + 1")(1)).encode())
+        try: os.write(write, str(create_locked_down_function("def g(n): return n + 1")(1) + f(40)).encode())
         finally: os._exit(0)
-    assert os.read(read, 10) == b"2" and os.waitpid(pid, 0)[1] == 0 and f(3) == 3
+    assert f(5) == 5 and os.read(read, 10) == b"42" and os.waitpid(pid, 0)[1] == 0 and f(3) == 3
     os.close(read)
     os.close(write)
 

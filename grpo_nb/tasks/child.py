@@ -19,7 +19,7 @@ import sys
 import traceback
 
 from .plain import NotPlain, decode, encode
-from .walls import filter_program, second_wall, set_filter, set_limits, size_now, why_no_filter
+from .walls import filter_program, second_wall, set_filter, set_limits, size_now, why_no_filter, why_no_filter_set
 
 # %% ../../nbs/tasks/10_child.ipynb #c8a2f7e7
 MODULES = (
@@ -81,7 +81,7 @@ class Printed(io.BytesIO):
         self.most = most
 
     def write(self, data):
-        if self.tell() + len(data) > self.most: raise TooMuch(f"printed more than {self.most} bytes")
+        if self.tell() + len(data) > self.most: raise TooMuch(f"printed more than {self.most >> 10} KB (output_kb)")
         return super().write(data)
 
 def lines(given:str, most:int) -> Printed: # what will be printed
@@ -127,7 +127,8 @@ class Work:
 def raised(name:str, message:str) -> Exception:
     "An exception of Python's own by its name."
     kind = getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)): return RuntimeError(f"{name}: {message}")
+    ends = "StopIteration", "StopAsyncIteration" # `all(map(...))` would take one for the end, and be true
+    if name in ends or not (isinstance(kind, type) and issubclass(kind, Exception)): return RuntimeError(f"{name}: {message}")
     try: return kind(message)
     except TypeError: return RuntimeError(f"{name}: {message}") # one that takes more than a message
 
@@ -150,7 +151,7 @@ def answer(work:Work, message:dict) -> bytes:
     try:
         value = getattr(work, wanted)(**message)
         found = encode({"value": value if wanted == "call" else None, "printed": printed.getvalue()})
-        if len(found) > work.most * 2 + 1000: raise TooMuch(f"returned more than {work.most} bytes")
+        if len(found) > work.most * 2 + 1000: raise TooMuch(f"returned more than {work.most >> 10} KB (output_kb)")
         return found
     except NotPlain as error: words = ["NotPlain", f"what it returned {error}", None]
     except BaseException as error: words = in_words(error) # noqa: BLE001 every end of the completion's code is told
@@ -214,6 +215,7 @@ def main(control:int, # the descriptor of the template's line
     try:
         load_modules(modules)
         why = "left out" if "filter" in without else why_no_filter()
+        why = why or why_no_filter_set(filter_program())
         program = None if why else filter_program()
         base = size_now()
         walls = {"filter": why} | ({} if "second" in without else second_wall(folder))

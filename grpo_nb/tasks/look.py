@@ -15,9 +15,9 @@ import warnings
 from .answers import after_thinking
 from .child import MODULES
 
-# %% ../../nbs/tasks/11_look.ipynb #5c730719
-LONGEST = 100_000 # characters of code that is read
-FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([^\n`]*)\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+# %% ../../nbs/tasks/11_look.ipynb #9a2f0569
+LONGEST = 50_000 # characters of code that is read
+FENCE = re.compile(r"^[ \t]*(?:```|~~~)([^\n`]*)\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 def parsed(code:str) -> ast.Module: # raises `SyntaxError`, and nothing else
     "The syntax tree of code that may be anything."
@@ -52,7 +52,7 @@ def code_of(text:str, # what the model wrote
 # %% ../../nbs/tasks/11_look.ipynb #5a594aae
 def main_function(tree:ast.Module) -> str|None: # None: there is none
     "The name of the function that a completion's code is about."
-    names = functions_of(tree)
+    names = dict.fromkeys(functions_of(tree))
     called = {inner.id for node in tree.body if isinstance(node, ast.FunctionDef) for inner in ast.walk(node)
               if isinstance(inner, ast.Name) and inner.id in names and inner.id != node.name}
     free = [name for name in names if name not in called]

@@ -64,8 +64,8 @@ WHOLE = _kinds([
     ("digit_sum(n)", "the sum of the digits of a whole number of at least 0 when it is written in base K",
      "total = 0\nwhile n: n, total = n // K, total + n % K\nreturn total", range(2, 10)),
     ("round_down(n)", "the largest multiple of K that is at most the whole number n", "n // K * K", range(2, 15)),
-    ("after_steps(n)", "what comes of the whole number n after K steps, each of which halves an even number, and triples an odd one "
-     "and adds 1",
+    ("after_steps(n)", "what comes of the whole number n after K steps, each of which halves an even number, and triples an odd "
+     "one and adds 1",
      "for _ in range(K): n = n // 2 if n % 2 == 0 else 3 * n + 1\nreturn n", range(1, 9)),
     ("sequence(n)", "the number at place n % 20, from 0, of the sequence that begins with 0 and K and goes on with the sum "
      "of the two before",

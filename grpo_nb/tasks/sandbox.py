@@ -61,7 +61,7 @@ class Limits:
     "What one completion's code may use."
     seconds: float = 5.0 # of one call, by the clock
     memory_mb: int = 256
-    output_kb: int = 1024 # printed by one call, and returned by one
+    output_kb: int = 4096 # printed by one call, and returned by one
 
     def __post_init__(self):
         number("seconds", self.seconds, above=0, most=3600)
@@ -146,7 +146,7 @@ def fork(self:Template, limits:Limits) -> "Room": # raises `Gone` where the temp
     with theirs, self.lock:
         self._tidy()
         self.numbers += 1
-        head = HEAD.pack(b"f", self.numbers, limits.memory_mb << 20, int(limits.seconds * 60) + 60, limits.output_kb << 10)
+        head = HEAD.pack(b"f", self.numbers, limits.memory_mb << 20, int(limits.seconds * 60) + 3600, limits.output_kb << 10)
         try: socket.send_fds(self.control, [head], [theirs.fileno()])
         except OSError as error: raise Gone(str(error)) from None
         return Room(self, ours, self.numbers, limits)
@@ -197,23 +197,32 @@ class Room:
                  line:socket.socket, # to it
                  number:int, # by which the template knows it
                  limits:Limits):
-        self.template, self.line, self.number, self.limits, self.printed, self.open = made, line, number, limits, "", True
+        self.template, self.line, self.number, self.limits, self.printed = made, line, number, limits, ""
+        self.owner = os.getpid()
         self._lost = weakref.finalize(self, _lose, line, made.over, number)
         self._lost.atexit = False
 
+    @property
+    def open(self) -> bool: # a fork of the process that made it has no part in it
+        return self._lost.alive and self.owner == os.getpid()
+
     def end(self) -> int|None: # as `os.waitpid` has it
         "End the process and whatever it has begun."
-        self.open = False
-        if not self._lost.detach(): return None
+        mine = self.open
+        self._lost.detach()
         self.line.close()
-        return self.template.end(self.number)
+        return self.template.end(self.number) if mine else None
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.end()
-
+# %% ../../nbs/tasks/12_sandbox.ipynb #c70e8419
 def _lose(line, over, number):
     line.close()
     over.append(number)
+
+@patch
+def __enter__(self:Room): return self
+
+@patch
+def __exit__(self:Room, *error): self.end()
 
 # %% ../../nbs/tasks/12_sandbox.ipynb #add46bc2
 @patch
@@ -262,7 +271,7 @@ def ask(self:Room, message:dict, # as `tasks.child` reads it
     name, text, line = answer["error"]
     raise CodeError(KINDS.get(name, "error"), text, name, line)
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #d6ea9be9
+# %% ../../nbs/tasks/12_sandbox.ipynb #4fd162e6
 @patch
 def _asked(self:Room, message, until, elsewhere) -> dict: # an answer
     while True:
@@ -274,8 +283,8 @@ def _asked(self:Room, message, until, elsewhere) -> dict: # an answer
         if elsewhere is None: raise NotPlain("is no answer")
         try: message = {"value": elsewhere(*answer["ask"])}
         except CodeError as error:
-            if error.kind not in ("error", "exit", "memory", "output", "result"): raise
-            message = {"error": [error.name, error.message]}
+            if error.kind == "time": raise
+            message = {"error": [error.name or "RuntimeError", error.message]}
 
 # %% ../../nbs/tasks/12_sandbox.ipynb #03e2762a
 PROMISES = {
@@ -308,25 +317,27 @@ def long():
     while True: pass
 """.replace("KNOWN", repr({*_QUIET, "LC_CTYPE"}))
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #75af0ebc
+# %% ../../nbs/tasks/12_sandbox.ipynb #9836d734
 def _ends(room, name, seconds, *arguments) -> str: # the kind of the `CodeError`
     try: room.ask({"do": "call", "name": name, "arguments": arguments, "named": {}}, monotonic() + seconds)
     except CodeError as error: return error.kind
     return ""
 
-def _try_all(made:Template) -> dict: # promise -> whether it holds
+def _try_all(made:Template) -> tuple: # (promise -> whether it holds, why it could not be tried)
     limits = Limits(seconds=30, memory_mb=64, output_kb=64)
     with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as server, made.fork(limits) as room:
-        room.ask({"do": "load", "code": _TRIES, "modules": ["sys"]})
         given = (file.name, server.getsockname()[1], os.getpid(), 1 << 30)
-        found = room.ask({"do": "call", "name": "tries", "arguments": given, "named": {}})
+        try:
+            room.ask({"do": "load", "code": _TRIES, "modules": ["sys"]})
+            found = room.ask({"do": "call", "name": "tries", "arguments": given, "named": {}})
+        except CodeError as error: found = dict.fromkeys(PROMISES, True) | {"why": str(error)}
         found["output"] = not _ends(room, "much", 30, 1 << 20)
         found["time"] = _ends(room, "long", 0.1) != "time" or room.open
         Path(file.name + "2").unlink(missing_ok=True)
         shutil.rmtree(file.name + "3", ignore_errors=True)
-    return {name: not found[name] for name in PROMISES}
+    return {name: not found[name] for name in PROMISES}, found.get("why", "")
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #979d41cc
+# %% ../../nbs/tasks/12_sandbox.ipynb #01eb6fe9
 class SandboxLimits(dict):
     "What this machine keeps a completion's code from: promise -> whether it holds, as tried."
     walls = {} # name -> why it is not there; empty where it is
@@ -347,8 +358,9 @@ def sandbox_limits(without=(), # walls to leave out, to see what the others hold
     "What holds here for code in the sandbox, measured once for each process."
     key = os.getpid(), tuple(without)
     if key not in _measured:
-        found = SandboxLimits(_try_all(made := template(without=key[1])))
-        found.walls = made.walls
+        holds, why = _try_all(made := template(without=key[1]))
+        found = SandboxLimits(holds)
+        found.walls = made.walls | ({"trial": why} if why else {})
         _measured[key] = found
     return _measured[key]
 
@@ -441,12 +453,12 @@ def _named(code, name) -> str: # raises `CodeError` and `ValueError`
     if not there: raise CodeError("refused", "defines no function")
     return name or main_function(tree)
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #157f568a
+# %% ../../nbs/tasks/12_sandbox.ipynb #f664d423
 def create_locked_down_function(code:str, # Python that defines a function
                                 name:str|None=None, # of the function; None: the one that no other calls
                                 seconds:float=5.0, # of one call, by the clock
                                 memory_mb:int=256, # on top of Python itself
-                                output_kb:int=1024, # that one call may print, and may return
+                                output_kb:int=4096, # that one call may print, and may return
                                 modules=(), # that may be imported beside `child.MODULES`, such as ("numpy",)
                                 accept=(), # promises of `sandbox_limits()` that need not hold here
                                 look:bool=True, # whether the code is read first; False: the walls alone
