@@ -217,7 +217,8 @@ def descendants():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_code_comes_to_this(name, world):
     code, expected, _ = HOSTILE[name]
-    assert re.fullmatch(expected, outcome(written(code, world), 3)), (name, outcome(written(code, world), 3))
+    found = outcome(written(code, world), 3, seconds=0.4 if "time" in expected else 30) # a busy machine is slow to begin
+    assert re.fullmatch(expected, found), (name, found)
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "time" not in HOSTILE[name][1]])
@@ -290,6 +291,31 @@ def f(n):
     for tests in ([[["KEYWORD_given"], "KEYWORD_expected"]], ["assert f('KEYWORD_given') == 'KEYWORD_expected'"]):
         found = run_tests(spy, tests, "f", Limits(20), look=False)
         assert "returned 0" in repr(found) or "does not hold" in repr(found)
+
+
+def test_what_a_completion_may_import_works_behind_the_walls():
+    "Some of it imports more when it is first used, and some of that from C."
+    code = """
+import collections, copy, datetime, decimal, enum, fractions, functools, heapq, json, math, random, re, statistics, string, time
+from dataclasses import dataclass, field
+@dataclass(order=True)
+class A:
+    x: int = 1
+    y: list = field(default_factory=list)
+class E(enum.Enum): ONE = 1
+def f(n):
+    time.sleep(0.001)
+    return [math.sqrt(n), re.sub('a', 'b', 'aa'), statistics.median([1, 2]), str(datetime.date(2020, 1, 1)),
+            time.strptime('7', '%d').tm_mday, datetime.datetime.strptime('2020', '%Y').year,
+            str(decimal.Decimal('1.1') / 3)[:4], json.dumps(A().x),
+            f'{n:>3}', '\\N{BULLET}', 'ß'.encode('utf-16-le'), copy.deepcopy(A(2)).x, E(1).name, str(fractions.Fraction('0.5')),
+            str(datetime.datetime.now())[:2], collections.Counter('aab'), len(str(3 ** 8000)), 'ä'.encode('idna'),
+            string.Template('$a').substitute(a=1), heapq.nsmallest(1, [2, 1]), functools.lru_cache(len)('ab'),
+            time.localtime(0).tm_year, random.Random(1).choice([4])]
+"""
+    assert create_locked_down_function(code, seconds=30)(4) == [
+        2.0, "bb", 1.5, "2020-01-01", 7, 2020, "0.36", "1", "  4", "\N{BULLET}", b"\xdf\0", 2, "ONE", "1/2", "20", {"a": 2, "b": 1},
+        3817, b"xn--4ca", "1", [1], 2, 1970, 4]
 
 
 def test_one_completion_leaves_nothing_to_the_next():
@@ -528,6 +554,22 @@ def test_rows_without_tests_and_columns_of_another_name():
     assert rewards.has_code(completions=[SQUARE, "x = 1", fenced("import os\ndef f(): pass"), "hm"]) == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("tests", [[[[2], 4]], "def check(candidate):\n    assert candidate(2) == 4"], ids=str)
+def test_a_method_of_a_class(tests):
+    code = fenced("class Solution:\n    def square(self, n: int) -> int:\n        return n * n")
+    wrong, names = fenced("class Other: pass"), ["Solution().square"] * 2
+    assert rewards.code_tests(completions=[code, wrong], tests=[tests] * 2, entry_point=names) == [1, 0]
+
+
+def test_a_test_that_gives_a_function_is_the_data_sets_fault():
+    code = "def twice(f, n): return f(f(n))"
+    with pytest.raises(ValueError, match="gives what is no plain data: assert twice"):
+        run_tests(code, "assert twice(lambda n: n + 1, 3) == 5")
+    deep = "def f(n):\n    a = []\n    for _ in range(99): a = [a]\n    return a"
+    assert run_tests(deep, "assert f([f(1)]) == 1").share == 0, "a completion cannot make it look like that"
+    assert run_tests("def f(n): return print", "assert f(1) == 1").share == 0
+
+
 def test_the_reward_is_one_of_the_library():
     from grpo_nb.tasks.guard import guard
     copy = pickle.loads(pickle.dumps(rewards.code_tests(seconds=3, name="tests")))
@@ -571,7 +613,7 @@ def test_plain_data_comes_back_as_it_was():
     f = create_locked_down_function("def f(*a, **k): return a, k")
     assert f(*values, a=values) == (tuple(values), {"a": values})
     assert [type(v) for v in decode(encode(values))] == [type(v) for v in values]
-    for data in (b"", b"{}", b'{"t":1}', b'{"i":"x"}', b'{"c":[1]}', b'{"d":[1]}', b"Infinity", b"[" * 200 + b"]" * 200):
+    for data in (b"", b"{}", b'{"t":1}', b'{"i":"x"}', b'{"c":[1]}', b'{"d":[1]}', b"infinity", b"[" * 200 + b"]" * 200):
         with pytest.raises(NotPlain): decode(data)
     nan = float("nan")
     assert same([(1, 2.0)], ([1, 2],)) and not same({1: 2}, {"1": 2}) and not same([1], 1) and not same(None, 0) and same(nan, nan)

@@ -28,9 +28,11 @@ MODULES = (
     "hashlib", "heapq", "html", "io", "itertools", "json", "keyword", "math", "numbers", "operator", "pprint", "random", "re",
     "statistics", "string", "struct", "sys", "textwrap", "time", "types", "typing", "unicodedata", "zlib")
 _FIRST_USE = (
-    "_strptime", "collections.abc", "encodings.ascii", "encodings.idna", "encodings.latin_1", "encodings.raw_unicode_escape",
-    "encodings.unicode_escape", "encodings.utf_16", "encodings.utf_32", "html.entities", "html.parser", "linecache",
-    "locale", "tokenize")
+    "_pylong", "_strptime", "collections.abc", "copyreg", "encodings.ascii", "encodings.base64_codec", "encodings.charmap",
+    "encodings.cp1252", "encodings.hex_codec", "encodings.idna", "encodings.iso8859_1", "encodings.latin_1",
+    "encodings.punycode", "encodings.raw_unicode_escape", "encodings.rot_13", "encodings.unicode_escape", "encodings.utf_16",
+    "encodings.utf_16_be", "encodings.utf_16_le", "encodings.utf_32", "encodings.utf_32_be", "encodings.utf_32_le",
+    "encodings.utf_8_sig", "html.entities", "html.parser", "linecache", "locale", "tokenize", "warnings")
 _NO_BUILTINS = ("open", "exec", "eval", "compile", "breakpoint", "help", "__loader__", "__spec__")
 
 def load_modules(more=()) -> None: # raises `ImportError`
@@ -44,7 +46,7 @@ def load_modules(more=()) -> None: # raises `ImportError`
 # %% ../../nbs/tasks/10_child.ipynb #a56fafe5
 def builtins_for(modules) -> dict: # of one fork
     "Python's own names for a completion."
-    allowed = {name.partition(".")[0] for name in modules}
+    allowed = {name.partition(".")[0] for name in (*modules, *_FIRST_USE)} # Python's own C code asks through this door too
     real = builtins.__import__
     def limited(name, globals=None, locals=None, fromlist=(), level=0):
         if level or name.partition(".")[0] not in allowed: raise ImportError(f"a completion may not import {name!r}")
@@ -115,7 +117,8 @@ class Work:
         exec(compile(code, SOURCE, "exec", dont_inherit=True), self.names)
 
     def call(self, name, arguments, named):
-        return self.names[name](*arguments, **named)
+        function = self.names[name] if name in self.names else eval(name, self.names) # "Solution().two_sum", from a data set
+        return function(*arguments, **named)
 
     def run(self, code, modules):
         names = {"__name__": "__main__", "__builtins__": builtins_for(modules)}

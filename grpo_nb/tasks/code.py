@@ -168,7 +168,7 @@ def _one(case, solver, judge, entry, tolerance) -> str: # empty: passed; raises 
     found = solver.call(entry, *case.given)
     return "" if same(found, case.expected, tolerance) else f"returned {str(found)[:200]}"
 
-# %% ../../nbs/tasks/13_code.ipynb #4216c75f
+# %% ../../nbs/tasks/13_code.ipynb #41075ab0
 @dataclass(frozen=True)
 class Tested:
     "What came of a completion's tests."
@@ -186,7 +186,10 @@ def _run_cases(cases, solver, judge, entry, tolerance) -> list: # why, for each 
     for case in cases:
         try: why = over or _one(case, solver, judge, entry, tolerance)
         except CodeTimeout: why = over = "the time for all tests was over"
-        except CodeError as error: why = str(error) or error.name
+        except CodeError as error:
+            why = str(error) or error.name
+            if case.kind == "code" and error.name == "NotPlain" and " holds " in error.message: # by an argument
+                raise ValueError(f"a test gives what is no plain data: {ast.unparse(case.given)[:200]}") from None
         if case.kind != "code" or case.expected: out.append(why)
         elif why and not over: over = f"what stands before the test failed: {why}" # a helper of the tests
     return out

@@ -22,21 +22,25 @@ def _scalar(value): # -> what JSON can write; a subclass becomes its base, by th
     if isinstance(value, int):
         value = int.__index__(value)
         return value if abs(value) < 10**18 else {"i": hex(value)}
-    if isinstance(value, float):
-        value = float.__float__(value)
-        return value if math.isfinite(value) else {"f": str(value)}
+    if isinstance(value, float): return float.__float__(value)
     if isinstance(value, str): return str.__str__(value)
     if isinstance(value, complex): return {"c": [_scalar(value.real), _scalar(value.imag)]}
     return {"b": bytes(value).hex()}
 
-# %% ../../nbs/tasks/08_plain.ipynb #2123aa0a
+# %% ../../nbs/tasks/08_plain.ipynb #1a638f49
+_AS_IT_IS = {float, str, bool, type(None)}
+
+def _as_it_is(values) -> bool: # a list or a tuple that JSON writes, and reads, as it is
+    return type(values) in (list, tuple) and _AS_IT_IS.issuperset(map(type, values))
+
+# %% ../../nbs/tasks/08_plain.ipynb #b4ba6d71
 def tagged(value, # plain data
            depth:int=0, # lists that it stands in
            ): # -> what JSON can write
     "Plain data as JSON has it; raises `NotPlain` for anything else."
     if depth > DEEPEST: raise NotPlain(f"is nested more than {DEEPEST} deep")
     if value is None or isinstance(value, (bool, int, float, str, complex, bytes, bytearray)): return _scalar(value)
-    def parts(values): return [tagged(v, depth + 1) for v in values]
+    def parts(values): return values if _as_it_is(values) else [tagged(v, depth + 1) for v in values]
     if isinstance(value, (list, deque)): return parts(value)
     if isinstance(value, tuple): return {"t": parts(value)}
     if isinstance(value, (set, frozenset)): return {"s" if isinstance(value, set) else "z": parts(value)}
@@ -48,7 +52,7 @@ def encode(value) -> bytes:
     "Plain data as bytes; raises `NotPlain`."
     return json.dumps(tagged(value), separators=(",", ":")).encode()
 
-# %% ../../nbs/tasks/08_plain.ipynb #4f8da0f2
+# %% ../../nbs/tasks/08_plain.ipynb #11d7f2be
 def _hashed(values) -> list: # raises `NotPlain` for what cannot be a key
     "Values that are to be in a set or the keys of a dictionary."
     try: most = Counter(map(hash, values)).most_common(1)
@@ -64,30 +68,30 @@ def _pairs(found, depth) -> dict:
 
 def _complex(real, imag): return complex(float(real), float(imag))
 
-_KINDS = {"i": str, "f": str, "b": str, "c": list, "t": list, "s": list, "z": list, "d": list} # tag -> what it holds
+_KINDS = {"i": str, "b": str, "c": list, "t": list, "s": list, "z": list, "d": list} # tag -> what it holds
 _MAKE = { # tag -> f(what it holds, depth)
-    "i": lambda found, _: int(found, 16), "f": lambda found, _: float(found), "b": lambda found, _: bytes.fromhex(found),
+    "i": lambda found, _: int(found, 16), "b": lambda found, _: bytes.fromhex(found),
     "c": lambda found, depth: _complex(*untagged(found, depth)), "t": lambda found, depth: tuple(untagged(found, depth)),
     "s": lambda found, depth: set(_hashed(untagged(found, depth))),
     "z": lambda found, depth: frozenset(_hashed(untagged(found, depth))), "d": _pairs,
 }
 
-# %% ../../nbs/tasks/08_plain.ipynb #e3cd0715
+# %% ../../nbs/tasks/08_plain.ipynb #134cdf7b
 def untagged(found, # what JSON read
              depth:int=0): # lists that it stands in
     "The value of `tagged`, which may have been written by anybody."
     if depth > DEEPEST + 2: raise NotPlain(f"is nested more than {DEEPEST} deep")
-    if isinstance(found, list): return [untagged(v, depth + 1) for v in found]
+    if isinstance(found, list): return found if _PLAIN.issuperset(map(type, found)) else [untagged(v, depth + 1) for v in found]
     if not isinstance(found, dict): return found
     tag = next(iter(found), None)
     if len(found) != 1 or type(found[tag]) is not _KINDS.get(tag): raise NotPlain("is written in a way that nobody reads")
     return _MAKE[tag](found[tag], depth + 1)
 
-def _no_constant(text): raise NotPlain(f"has the bare word {text}")
+_PLAIN = _AS_IT_IS | {int}
 
 def decode(data:bytes): # raises `NotPlain`, and nothing else
     "The plain data in bytes that may have been written by anybody."
-    try: return untagged(json.loads(data, parse_constant=_no_constant))
+    try: return untagged(json.loads(data))
     except NotPlain: raise
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise NotPlain(f"cannot be read: {type(error).__name__}") from None

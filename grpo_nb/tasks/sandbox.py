@@ -247,9 +247,9 @@ def _checked(answer) -> dict: # raises `NotPlain`
         if form and type(error[2]) in (int, type(None)) and ("value" in answer or "error" in answer): return answer
     raise NotPlain("is no answer")
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #8b73a539
+# %% ../../nbs/tasks/12_sandbox.ipynb #a53f272e
 @patch
-def ask(self:Room, message:dict, # as `tasks.child` reads it
+def ask(self:Room, message, # a dictionary, as `tasks.child` reads it, or its bytes
         until:float|None=None, # by `monotonic`; None: `limits.seconds` from now
         elsewhere=None): # f(name, arguments, named): calls a function that is not in the room
     "What comes of it; raises `CodeError`."
@@ -271,12 +271,12 @@ def ask(self:Room, message:dict, # as `tasks.child` reads it
     name, text, line = answer["error"]
     raise CodeError(KINDS.get(name, "error"), text, name, line)
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #4fd162e6
+# %% ../../nbs/tasks/12_sandbox.ipynb #41a2839e
 @patch
 def _asked(self:Room, message, until, elsewhere) -> dict: # an answer
     while True:
         self.line.settimeout(max(0.001, until - monotonic()))
-        data = encode(message)
+        data = message if isinstance(message, bytes) else encode(message)
         self.line.sendall(struct.pack("!I", len(data)) + data)
         answer = _checked(decode(_message(self.line, (self.limits.output_kb << 12) + 10000, until)))
         if "ask" not in answer: return answer
@@ -425,18 +425,18 @@ def _ask(self:LockedFunction, message):
                           if given != until else f"{self.__name__} was not done when the time was over") from error
     finally: self.printed = self.room.printed
 
-# %% ../../nbs/tasks/12_sandbox.ipynb #e17c74b7
+# %% ../../nbs/tasks/12_sandbox.ipynb #8a81f4de
 @patch
 def __call__(self:LockedFunction, *arguments, # plain data
              **named): # plain data
     "What the function returns, as data; raises `CodeError`."
-    try: encode([arguments, named])
+    try: message = encode({"do": "call", "name": self.__name__, "arguments": arguments, "named": named})
     except NotPlain as error:
         kinds = "numbers, text, lists, tuples, sets or dictionaries"
         raise TypeError(f"{self.__name__}(): an argument {error}; give {kinds}.") from None
     with self.lock:
         self._ready()
-        return self._ask({"do": "call", "name": self.__name__, "arguments": arguments, "named": named})
+        return self._ask(message)
 
 @patch
 def close(self:LockedFunction) -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import struct
 import sys
+from functools import cache
 
 try: import resource
 except ImportError: resource = None # Windows
@@ -49,19 +50,23 @@ def filter_program() -> bytes: # 8 bytes a step
             steps += [(_EQUAL, 0, 4, number), (_LOAD, 0, 0, 32), (_BITS, 0, 1, 4), (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _PASS)]
     return b"".join(struct.pack("=HBBI", *step) for step in [*steps, (_RETURN, 0, 0, _REFUSE)])
 
-# %% ../../nbs/tasks/09_walls.ipynb #72376258
+# %% ../../nbs/tasks/09_walls.ipynb #8d978ea9
+@cache # the template opens it once, for its forks
+def _library(): return ctypes.CDLL(None, use_errno=True)
+
+class _Program(ctypes.Structure): _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
+
 def _kernel(name:str, *arguments) -> None: # raises `OSError`
     "Call a function of the C library."
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*arguments) != 0: raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    if getattr(_library(), name)(*arguments) == 0: return
+    raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 def _prctl(what, value=0) -> None:
     _kernel("prctl", *(ctypes.c_ulong(n) for n in (what, value, 0, 0, 0)))
 
 def set_filter(program:bytes) -> None: # from here on the process can only compute; raises `OSError`
     "Put the filter around this process, for good."
-    class Program(ctypes.Structure): _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
-    held = Program(len(program) // 8, program)
+    held = _Program(len(program) // 8, program)
     _prctl(38, 1) # no new privileges
     _kernel("prctl", ctypes.c_ulong(22), ctypes.c_ulong(2), ctypes.byref(held), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
