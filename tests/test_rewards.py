@@ -182,7 +182,7 @@ def test_wrong_options(name, options, kind, text):
 def test_get_and_available():
     assert set(rewards.available()) == {
         "correctness", "numeric_answer", "math_verify", "format_tags", "tag_count",
-        "regex", "soft_overlong", "length_target", "repetition_penalty",
+        "regex", "soft_overlong", "length_target", "repetition_penalty", "code_tests", "has_code",
     }
     assert all(text.strip() for text in rewards.available().values())
     assert rewards.get("correctness") is rewards.correctness and rewards.get(len) is len
