@@ -123,7 +123,7 @@ def operations(recorder, device):
         total += seconds if name == "head" else seconds * len(dec.layers)
     cos, sin = t.rotary[la.rope]
     position, column = t.position(a), t.count[:a] - 1
-    parts = la.qkv.sums(x, f.skinny)
+    parts = la.qkv.sums(x, f)
     def store(form):
         return form.heads_store(
             parts, dec.heads, dec.kv, dec.head_dim, cos, sin, position,
@@ -140,13 +140,13 @@ def operations(recorder, device):
         "attention", lambda: recorder.attend(1, la, q), device, read + 2 * size(q),
         error=error(recorder.attend(1, la, q).view_as(naive), naive),
     )
-    out = la.out.sums(x, f.skinny)
+    out = la.out.sums(x, f)
     def add(form):
         return form.add_norm(out, x, la.between.modules[0].weight, la.between.eps, bias=la.out.bias, adapter=la.out.adapter)
     moved = size(out, x, x, x, *la.out.b.values())
     both_norms = 2 * len(dec.layers)
     total += both_norms * line("residual and norm", lambda: add(f), device, moved, error=error(add(f)[1], add(NAIVE)[1]))
-    both = la.gate_up.sums(x, f.skinny)
+    both = la.gate_up.sums(x, f)
     def gate(form):
         return form.gate(both, la.gate_up.width // 2, la.activation, dtype=dtype, bias=la.gate_up.bias, adapter=la.gate_up.adapter)
     total += len(dec.layers) * line(

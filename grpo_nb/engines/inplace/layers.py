@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ...ground.events import say
 from ...models.foreign import coats, passes_over
 from ...models.unwrap import causal_lm
 from ...ops.decode.epilogues import Adapter
 from ...ops.layer.fuse import FORWARDS, is_lora, is_plain
 from ...ops.layer.gated_mlp import ACTIVATIONS, gated_naive
+from ...ops.layer.nf4 import Desk, Nf4, Sheet, is_four_bit, nf4_of, why_not_expanded, why_not_nf4
+from ...ops.layer.rms_norm import runs_on
 
 # %% ../../../nbs/engines/inplace/03_layers.ipynb #07534e8d
 def _does_more(module): # without a gradient, so hooks of the backward pass do not count, nor does our own second forward
@@ -29,6 +32,21 @@ def _does_more(module): # without a gradient, so hooks of the backward pass do n
 def _is_product(layer): # `x @ weight.T + bias` and nothing else
     "Whether a layer's weight says all that it computes."
     return type(layer) is nn.Linear and is_plain(layer.weight) and not _does_more(layer)
+
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #b024faa4
+def _packed(layer) -> Nf4|None:
+    "A layer's weight in 4 bits, where it and a bias are all that the layer computes with."
+    if not is_four_bit(layer) or _does_more(layer) or not runs_on(layer.weight.device): return None
+    if reason := why_not_nf4(layer) or why_not_expanded(layer.weight.device):
+        say(f"Sampling multiplies with the 4-bit weights as bitsandbytes does it, one matrix at a time: {reason}.")
+        return None
+    return nf4_of(layer) if layer.compute_dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
+def _product_dtype(layer): # None: the layer's own affair
+    "The type in which a layer multiplies."
+    if _is_product(layer): return layer.weight.dtype
+    return layer.compute_dtype if _packed(layer) is not None else None
 
 # %% ../../../nbs/engines/inplace/03_layers.ipynb #c8860df8
 def _peel(layer): # -> base layer, and A, B, scale of its adapter; or the layer itself and None
@@ -49,11 +67,12 @@ def _kept(old, new): # -> `old` with new's values where it fits, else `new`
     same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
     return old.copy_(new) if same else new
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #5eaeac77
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #9102e1ca
 class Placed(NamedTuple):
     "One of several layers that share an input."
     base: nn.Module # without its adapter, where that is added by hand
     plain: bool # whether it is a product of its weight and no more; else it is called
+    packed: Nf4|None # its weight in 4 bits, where it is the product of that and no more
     place: slice # of its outputs among those of all
     b: Tensor|None # (rank, outputs) of its adapter, scaled
     thin: slice # of its adapter's rank among the ranks of all
@@ -61,24 +80,25 @@ class Placed(NamedTuple):
 
 class Joined:
     "Linear layers that share an input, as one call."
-    def __init__(self, *layers): self.layers, self.a, self.b, self.bias = layers, None, {}, None
+    def __init__(self, *layers): self.layers, self.a, self.b, self.bias, self.sheet = layers, None, {}, None, None
 
-    def refresh(self, dtype:torch.dtype|None=None): # of the products; None: the weights' own
+    def refresh(self, dtype:torch.dtype|None=None, # of the products; None: the weights' own
+                like:torch.dtype|None=None): # of an adapter on layers whose products are their own affair; None: its own
         "Read the layers anew: weights are referred to, adapters are copied."
         peeled = [_peel(layer) for layer in self.layers]
-        self.dtype = dtype or next((base.weight.dtype for base, _ in peeled if _is_product(base)), None)
-        self._read_adapters([(i, *adapter) for i, (_, adapter) in enumerate(peeled) if adapter is not None])
+        self.dtype = dtype or next(filter(None, (_product_dtype(base) for base, _ in peeled)), None)
+        self._read_adapters([(i, *adapter) for i, (_, adapter) in enumerate(peeled) if adapter is not None], like)
         self._place([base for base, _ in peeled])
         self._read_biases()
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #bccf6170
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #cc218788
 @patch
-def _read_adapters(self:Joined, adapters): # of (index of the layer, A, B, scale)
+def _read_adapters(self:Joined, adapters, like): # of (index of the layer, A, B, scale)
     "Copy all `A` below one another, and each layer's `B` with its scale, as a product from the right wants it."
     if not adapters:
         self.a, self.b = None, {}
         return
-    dtype = self.dtype or adapters[0][1].dtype
+    dtype = self.dtype or like or adapters[0][1].dtype
     self.a = _kept(self.a, torch.cat([A for _, A, _, _ in adapters]).to(dtype)) # (all ranks, d)
     self.b = {i: _kept(self.b.get(i), (B.t() * scale).to(dtype).contiguous()) for i, _, B, scale in adapters} # (rank, outputs)
 
@@ -87,7 +107,7 @@ def _width(layer): # of its outputs
     width = getattr(layer, "out_features", None)
     return width if isinstance(width, int) else len(layer.weight)
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #a773952a
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #c6476f83
 @patch
 def _place(self:Joined, bases):
     "Say where each layer's outputs and ranks stand among those of all."
@@ -95,14 +115,17 @@ def _place(self:Joined, bases):
     for i, (layer, base) in enumerate(zip(self.layers, bases)):
         b = self.b.get(i)
         hi, end = lo + _width(layer), rank + (0 if b is None else len(b))
-        self.parts.append(Placed(base, _is_product(base), slice(lo, hi), b, slice(rank, end)))
+        self.parts.append(Placed(base, _is_product(base), _packed(base), slice(lo, hi), b, slice(rank, end)))
         lo, rank = hi, end
     self.width, self.ranks = lo, rank
+    packed = [part.packed for part in self.parts]
+    whole = None not in packed and len({w.nested for w in packed}) == 1
+    self.sheet = Sheet(packed, Desk()) if whole else None
 
 @patch
 def _read_biases(self:Joined):
     "One bias over all outputs, zero where a layer has none or adds its own; None where no layer has one."
-    biases = [part.base.bias if part.plain else None for part in self.parts]
+    biases = [part.base.bias if part.plain or self.sheet is not None else None for part in self.parts]
     if all(bias is None for bias in biases):
         self.bias = None
         return
@@ -111,39 +134,42 @@ def _read_biases(self:Joined):
         if bias is not None: whole[part.place] = bias.detach().to(self.dtype)
     self.bias = _kept(self.bias, whole)
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #4fe02e78
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #3720ee67
 @patch
 def __call__(self:Joined, x): # (R, d) -> (R, sum of outputs)
     x = x if self.dtype is None else x.to(self.dtype)
     out = x.new_empty(len(x), self.width)
     xa = None if self.a is None else x.to(self.a.dtype) @ self.a.t() # (R, all ranks)
-    for base, plain, place, b, thin in self.parts:
+    for i, (base, plain, _, place, b, thin) in enumerate(self.parts):
         y = out[:, place]
-        if not plain: y.copy_(base(x))
-        elif base.bias is None: torch.mm(x, base.weight.to(x.dtype).t(), out=y)
-        else: torch.addmm(base.bias.to(x.dtype), x, base.weight.to(x.dtype).t(), out=y)
+        weight = self.sheet.dense(i, x.dtype) if self.sheet is not None else base.weight.to(x.dtype) if plain else None
+        if weight is None: y.copy_(base(x))
+        elif base.bias is None: torch.mm(x, weight.t(), out=y)
+        else: torch.addmm(base.bias.to(x.dtype), x, weight.t(), out=y)
         if b is not None: y.addmm_(xa[:, thin], b) if b.dtype == y.dtype else y.add_(xa[:, thin] @ b)
+    if self.sheet is not None: self.sheet.desk.clear()
     return out
 
 @patch
 def foreign(self:Joined) -> list: # of modules that are called as they are
     "Layers that compute what is not known here."
-    return [part.base for part in self.parts if not part.plain]
+    return [part.base for part in self.parts if not part.plain and self.sheet is None]
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #d6b17133
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #fd4a5851
 @patch(as_prop=True)
 def adapter(self:Joined): # of `ops.decode.epilogues`, or None
     "The adapters' second halves, to go with `sums`."
     return Adapter(tuple(part.b for part in self.parts), self.width) if self.b else None
 
 @patch
-def sums(self:Joined, x, product): # (R, d), a form of `ops.decode.skinny` -> (parts, R, width + ranks) fp32
+def sums(self:Joined, x, forms): # (R, d), forms of `ops.decode` -> (parts, R, width + ranks) fp32
     "Partial sums of the products alone, those with the adapters' A last: what a form of `ops.decode.epilogues` goes on from."
     x = x if self.dtype is None else x.to(self.dtype)
+    if self.sheet is not None: return forms.skinny_nf4(x, self.sheet.matrices, self.a)
     thin = () if self.a is None else (self.a,)
     weights = [*(part.base.weight for part in self.parts), *thin]
     alike = all(w.is_contiguous() and w.dtype == weights[0].dtype for w in weights)
-    if alike and all(part.plain for part in self.parts): return product(x, weights)
+    if alike and all(part.plain for part in self.parts): return forms.skinny(x, weights)
     ours = [F.linear(x, part.base.weight.to(x.dtype)) if part.plain else part.base(x) for part in self.parts]
     return torch.cat([*ours, *(F.linear(x.to(a.dtype), a) for a in thin)], 1).float()[None]
 
@@ -259,7 +285,7 @@ def _linears(self:Decoder): # modules, in order
     named = [pair for half in halves for pair in half.named_children()]
     return [*(child for name, child in named if name.endswith("_proj")), self.base.get_output_embeddings()]
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #66a34937
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #e13e3c05
 @patch(as_prop=True)
 def device(self:Decoder): return self.text.norm.weight.device
 
@@ -276,14 +302,15 @@ def stale(self:Decoder) -> bool:
 @torch.no_grad()
 def refresh(self:Decoder, dtype=None): # of the products; None: the weights' own
     "Read everything anew."
+    like = dtype or self.text.norm.weight.dtype
     for layer in self.layers:
-        for part in layer.linears: part.refresh(dtype)
+        for part in layer.linears: part.refresh(dtype, like)
         for norm in layer.norms: norm.refresh(self.gemma)
     self.norm.refresh(self.gemma)
     self.head.refresh(dtype)
     soft, sdpa = getattr(self.base.config, "attn_logit_softcapping", None), self.base.config._attn_implementation == "sdpa"
     self.softcap = soft if soft and not sdpa else None # SDPA leaves it out, here as in training
-    self.dtype = self.layers[0].qkv.dtype or self.text.norm.weight.dtype # of keys and values
+    self.dtype = self.layers[0].qkv.dtype or like # of keys and values
 
 # %% ../../../nbs/engines/inplace/03_layers.ipynb #92a6b533
 @patch
@@ -310,7 +337,7 @@ def logits(self:Decoder, x): # (R, H) from the last layer -> (R, V) fp32
 def capped(self:Decoder, logits): # Gemma 2's, over the vocabulary
     return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #22ac5919
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #45812ea5
 def _address(t): return 0 if t is None else t.data_ptr()
 
 
@@ -318,7 +345,7 @@ def _places(part): # of `Joined.parts`
     "What a step reads of one linear layer, by address."
     base = part.base
     inside = () if part.plain else base.parameters()
-    tensors = *base._parameters.values(), *inside
+    tensors = *base._parameters.values(), *inside, *(part.packed or ())[:-1]
     adapters = getattr(base, "disable_adapters", None), *getattr(base, "active_adapters", ())
     return id(base), _address(part.b), *map(_address, tensors), *adapters
 

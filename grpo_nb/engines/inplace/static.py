@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KERNELS', 'NAIVE', 'OLDER', 'bucket', 'recorded', 'library_product', 'forms_for', 'Recorder']
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #2547827a
+# %% ../../../nbs/engines/inplace/05_static.ipynb #e456c128
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from ...ground.events import say
 from ..base import Sampling
 from .cache import Table
 from .decode import choose
@@ -21,6 +22,8 @@ from .layers import Decoder
 from ...ops.decode import attention
 from ...ops.decode import epilogues
 from ...ops.decode import skinny
+from ...ops.decode import skinny_nf4
+from ...ops.layer.nf4 import is_four_bit
 from ...ops.layer.rms_norm import runs_on
 
 # %% ../../../nbs/engines/inplace/05_static.ipynb #602622f6
@@ -35,10 +38,11 @@ def recorded(sampling:Sampling) -> Sampling:
     "What of a sampling a record depends on: limits and seeds stand in the table, and strings are looked for outside."
     return replace(sampling, max_tokens=1, stop=(), seed=None, seeds=None)
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #4b1ea843
-KERNELS = SimpleNamespace(skinny=skinny.skinny, add_norm=epilogues.add_norm, gate=epilogues.gate, heads_store=epilogues.heads_store)
-NAIVE = SimpleNamespace(skinny=skinny.skinny_naive, add_norm=epilogues.add_norm_naive, gate=epilogues.gate_naive,
-                        heads_store=epilogues.heads_store_naive)
+# %% ../../../nbs/engines/inplace/05_static.ipynb #e2b291be
+KERNELS = SimpleNamespace(skinny=skinny.skinny, skinny_nf4=skinny_nf4.skinny_nf4, add_norm=epilogues.add_norm,
+                          gate=epilogues.gate, heads_store=epilogues.heads_store)
+NAIVE = SimpleNamespace(skinny=skinny.skinny_naive, skinny_nf4=skinny_nf4.skinny_nf4_naive, add_norm=epilogues.add_norm_naive,
+                        gate=epilogues.gate_naive, heads_store=epilogues.heads_store_naive)
 
 
 def library_product(x, weights): # a form of `skinny` for GPUs whose tensor cores Triton does not reach
@@ -57,13 +61,24 @@ def forms_for(device, # where the model is
     older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return OLDER if older else KERNELS
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #fb472950
+# %% ../../../nbs/engines/inplace/05_static.ipynb #46d38452
+def _say_what_is_called(decoder):
+    "Say that quantised layers are called one by one."
+    called = [base for layer in decoder.layers for joined in layer.linears for base in joined.foreign() if not is_four_bit(base)]
+    held = getattr(decoder.base.config, "quantization_config", None)
+    kind = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+    if not (called and kind): return
+    say(f"Sampling calls the model's own quantised layers ({getattr(kind, 'value', kind)}), one matrix at a time: "
+        "only bitsandbytes' NF4 is read by a kernel.")
+
+# %% ../../../nbs/engines/inplace/05_static.ipynb #9c91259c
 class Recorder:
     "Runs steps on a table, and on a GPU records them."
     def __init__(self, decoder:Decoder, table:Table, sampling:Sampling):
         self.decoder, self.table, self.sampling, self.slots = decoder, table, recorded(sampling), 0
         self.kernels = runs_on(decoder.device)
         self.forms = forms_for(decoder.device, self.kernels)
+        _say_what_is_called(decoder)
         self._take_places()
         self.records, self.warm, self.pool, self.stream = {}, set(), None, None
 
@@ -93,7 +108,7 @@ def arrange(self:Recorder): # -> a function that runs one step
     self.place([lane if row is not None else -1 for lane, row in zip(lanes, t.row_of)])
     return self.step
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #b1ce3c08
+# %% ../../../nbs/engines/inplace/05_static.ipynb #b419c47c
 @patch
 def forward(self:Recorder) -> Tensor: # (slots, V) fp32
     "Run the newest token of each slot."
@@ -107,7 +122,7 @@ def forward(self:Recorder) -> Tensor: # (slots, V) fp32
         attended = self.attend(i, la, self.queries(i, la, normed, *places))
         x, normed = self.added(la.out, attended, x, la.between, own)
         x, normed = self.added(la.down, self.gated(la, normed), x, following, whole)
-    logits = dec.head.sums(normed, self.forms.skinny)
+    logits = dec.head.sums(normed, self.forms)
     return dec.capped(logits[0] if len(logits) == 1 else logits.sum(0))
 
 @patch
@@ -116,13 +131,13 @@ def logits(self:Recorder, lanes:list) -> Tensor: # (slots, V) fp32
     self.place(lanes)
     return self.forward()
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #d5ac1119
+# %% ../../../nbs/engines/inplace/05_static.ipynb #cec04f87
 @patch
 def queries(self:Recorder, i, la, normed, position, column): # (slots, d) -> (slots, heads, D)
     "Query, key and value of one layer; keys and values go to where the slots keep them."
     t, dec, f, norm = self.table, self.decoder, self.forms, la.head_norm
     head_norm = {} if norm is None else dict(norm=tuple(m.weight for m in norm.modules), eps=norm.eps)
-    return f.heads_store(la.qkv.sums(normed, f.skinny), dec.heads, dec.kv, dec.head_dim, *t.rotary[la.rope], position,
+    return f.heads_store(la.qkv.sums(normed, f), dec.heads, dec.kv, dec.head_dim, *t.rotary[la.rope], position,
                          *t.own_kv[i, :, :self.slots], column, bias=la.qkv.bias, adapter=la.qkv.adapter, offset=dec.gemma,
                          **head_norm)
 
@@ -134,18 +149,18 @@ def attend(self:Recorder, i, layer, q): # (slots, heads, D) -> (slots, heads * D
     if not self.kernels: return attention.decode_attention_naive(*given, *how).flatten(1)
     return attention.decode_attention(*given, self.tiles, *how, self.scratch).flatten(1)
 
-# %% ../../../nbs/engines/inplace/05_static.ipynb #d739eb38
+# %% ../../../nbs/engines/inplace/05_static.ipynb #a820271e
 @patch
 def added(self:Recorder, joined, h, x, norm, after): # -> x, its norm
     "A product added to the residual stream, and the norm that the next product wants."
     own = None if after is None else after.modules[0].weight
-    return self.forms.add_norm(joined.sums(h, self.forms.skinny), x, norm.modules[0].weight, norm.eps, bias=joined.bias,
+    return self.forms.add_norm(joined.sums(h, self.forms), x, norm.modules[0].weight, norm.eps, bias=joined.bias,
                                adapter=joined.adapter, offset=self.decoder.gemma, after=own)
 
 @patch
 def gated(self:Recorder, la, normed): # (slots, d) -> (slots, m)
     "The gated half of the MLP."
-    parts = la.gate_up.sums(normed, self.forms.skinny)
+    parts = la.gate_up.sums(normed, self.forms)
     given = dict(dtype=self.decoder.dtype, bias=la.gate_up.bias, adapter=la.gate_up.adapter)
     width = la.gate_up.width // 2
     if la.activation is not None: return self.forms.gate(parts, width, la.activation, **given)
