@@ -1,6 +1,7 @@
 """'Is it learning?', asked of recorded runs whose answer is known, and of noise."""
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,20 @@ from grpo_nb.advice.course import course, fall, sank, trend
 from grpo_nb.advice.live import Accuracy, Watcher
 from grpo_nb.ground.events import Bus, CompletionsLogged, RunFailed, StepLogged
 
-# Tiny models of 1.2 M parameters that sort digits or reverse strings, 4 prompts x 8 completions a step, adapters of rank 16: metrics,
-# and what 80 held-out prompts said before and after. `truth` is what a person says who knows what was planted.
+# Tiny models of 1.2 M parameters that sort digits or reverse strings, 4 prompts x 8 completions a step, adapters of rank 16:
+# metrics, and what 80 held-out prompts said before and after. `truth` is what a person says who knows what was planted.
 RUNS = json.loads((Path(__file__).parent / "data/learning.json").read_text())
 
 
-def replayed(run, held_out=True):
-    "A watcher that has heard a recorded run, and (step, answer) whenever its answer changed."
+def replayed(run, held_out=True, asked=False):
+    "A watcher that has heard a recorded run; where it is asked at each log, (step, answer) whenever its answer changed."
     watcher, answers = Watcher(Bus(), facts=run["facts"]), []
     for i, step in enumerate(run["steps"]):
         metrics = {name: values[i] for name, values in run["metrics"].items() if values[i] is not None}
         watcher.events.emit(StepLogged(step=step, metrics=metrics))
         prompts = [f"prompt {p}" for p in range(min(2, run["prompts"]))]
         watcher.events.emit(CompletionsLogged(step=step, prompts=prompts, completions=[], rewards={}, advantages=[]))
-        answer = watcher.verdict().answer
+        answer = watcher.verdict().answer if asked else ""
         if not answers or answers[-1][1] != answer: answers.append((step, answer))
     if run["failed"]: watcher.events.emit(RunFailed(step=step, error=run["failed"][0]))
     if held_out: watcher.accuracy = [Accuracy(*measured) for measured in run["held_out"]]
@@ -40,10 +41,11 @@ MAY_SAY = { # on the way and at the end, by the reward alone
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recorded_run(name):
     run = RUNS[name]
-    watcher, answers = replayed(run)
+    watcher, answers = replayed(run, asked=True)
     verdict, alone = watcher.verdict(), replayed(run, held_out=False)[0].verdict()
     wanted = {"gamed": {"no", "worse"}}.get(run["truth"], {run["truth"]})
-    assert verdict.answer in wanted | ({"worse"} if run["truth"] == "no" else set()), verdict.text # held-out accuracy may fall in noise
+    chance = {"worse"} if run["truth"] == "no" else set() # held-out accuracy may fall where nothing is learnt
+    assert verdict.answer in wanted | chance, verdict.text
     if run["truth"] != "gamed": assert alone.answer == run["truth"], alone.text
     assert {a for _, a in answers} <= MAY_SAY[run["truth"]] | set(run.get("also", ())), answers
     if "by" in run: assert next(s for s, a in answers if a == run["truth"]) <= run["by"], answers
@@ -54,10 +56,11 @@ def test_a_recorded_run(name):
 def test_a_sentence_agrees_with_its_numbers():
     for name, run in RUNS.items():
         text = replayed(run, held_out=False)[0].verdict().text
-        if "±" not in text: continue
-        change, half = (float(x) for x in text.partition("(")[2].partition(")")[0].split(" ± "))
+        told = re.search(r"\(([-+.\de]+) ± ([.\de+-]+)\)", text)
+        if told is None: continue
+        change, half = map(float, told.groups())
         includes = abs(change) <= half
-        assert includes == ("includes 0" in text) or text.startswith("Yes") and not includes, (name, text)
+        assert includes == ("includes 0" in text) or ("Yes, it" in text and not includes), (name, text)
 
 
 def noise(rho, count, n, seed=0):
@@ -72,7 +75,7 @@ def alarms(rho, count, n):
 
 
 def test_noise_is_rarely_called_anything():
-    assert alarms(0.3, 150, 40) <= 0.02
+    assert alarms(0.3, 60, 40) <= 0.02
 
 
 @pytest.mark.slow
@@ -84,7 +87,7 @@ def test_noise_is_rarely_called_anything_in_4000_series(rho):
 
 def test_a_slow_rise_is_found():
     "A gain of 0.15 on a scatter of 0.08 in 100 logs."
-    rising = noise(0.0, 60, 100, seed=1) * 0.08 + np.linspace(0, 0.15, 100)
+    rising = noise(0.0, 20, 100, seed=1) * 0.08 + np.linspace(0, 0.15, 100)
     assert np.mean([course(values).rose is not None for values in rising]) > 0.7
 
 
@@ -113,5 +116,5 @@ def test_logs_of_ten_steps_count_as_ten_steps():
 
 def test_a_trend_of_a_long_run_is_cheap():
     watcher = Watcher(Bus(), facts={})
-    for step, value in enumerate(noise(0, 1, 3000)[0]): watcher.events.emit(StepLogged(step=step, metrics={"reward": float(value)}))
+    for step, value in enumerate(noise(0, 1, 1200)[0]): watcher.events.emit(StepLogged(step=step, metrics={"reward": float(value)}))
     assert len(watcher.rewards.values) <= 1024 and watcher.verdict().answer == "no"

@@ -9,7 +9,6 @@ from test_decode_attention import build, compiled, interpreted, resources
 
 from grpo_nb.engines.base import Sampling, sampling_logits
 from grpo_nb.engines.inplace.draw import draw, likeliest
-from grpo_nb.ops.decode import floors as F
 from grpo_nb.ops.decode import sample as M
 from grpo_nb.ops.decode.sample import argmax, argmax_naive, sample, sample_naive
 from grpo_nb.ops.layer.rms_norm import runs_on
@@ -192,18 +191,15 @@ def test_kernels_under_the_interpreter(which):
 def test_it_compiles(kind, capability, tmp_path):
     types = dict(
         logits="*" + kind, row_stride="i32+", tops="*fp32", sums="*fp64", places="*i32", u="*fp64",
-        tokens="*i64", logps="*fp32", vocabulary="i32+", chunks="i32", inverse="fp32", cap="fp32", floors="*fp32", firsts="*i64",
-        below="fp32", left="fp32", log_min_p="fp32",
+        tokens="*i64", logps="*fp32", vocabulary="i32+", chunks="i32", inverse="fp32", cap="fp32",
     )
     for kernel, constants in [
-        (M._fold, dict(HAS_CAP=True, HAS_FLOOR=True, GREEDY=True)),
-        (M._pick, dict(HAS_CAP=True, HAS_FLOOR=True, CHUNKS=64)),
+        (M._fold, dict(HAS_CAP=True, GREEDY=True)),
+        (M._pick, dict(HAS_CAP=True, CHUNKS=64)),
         (M._largest, dict(CHUNKS=64)),
-        (F._floors, dict(HAS_CAP=True, HAS_K=True, HAS_P=True, HAS_MIN=True)),
     ]:
-        warps = 16 if kernel is F._floors else 4
-        built = build(kernel, {n: types[n] for n in kernel.arg_names if n in types}, constants, capability, warps, 3)
-        assert resources(built, tmp_path)[1] <= (64 if kernel is F._floors else 0)
+        built = build(kernel, {n: types[n] for n in kernel.arg_names if n in types}, constants, capability, 4, 3)
+        assert resources(built, tmp_path)[1] == 0
 
 
 @pytest.mark.gpu

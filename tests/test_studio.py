@@ -8,7 +8,7 @@ import torch
 
 from grpo_nb import GRPORun, studio, tasks
 from grpo_nb.advice.doctor import doctor
-from grpo_nb.advice.live import Trend, Watcher, _by_reward
+from grpo_nb.advice.live import Watcher
 from grpo_nb.ground.events import Bus, Finding, RunFailed, RunStarted, StepLogged
 from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.ui.panels.panels import HyperparameterPanel
@@ -191,15 +191,6 @@ def test_a_dropped_studio_is_gone_with_its_model(tmp_path, close):
 
 
 # ---- words
-
-@pytest.mark.parametrize("z, logs, begins", [
-    (2.5, 60, "Probably learning"), (-2.5, 60, "Probably getting worse"), (1.0, 60, "No, not so far"), (1.0, 30, "Too early"),
-    (2.5, 30, "Probably learning"), (9.0, 60, "Yes"), (-9.0, 60, "No, it is getting")])
-def test_the_verdict_agrees_with_its_numbers(z, logs, begins):
-    answer, said = _by_reward(Trend(z * 0.1, 0.1, 0.4, 0.4 + z * 0.1, logs, 10), logs)
-    assert said.startswith(begins)
-    assert ("noise" in said) == (abs(z) <= 2), "an interval without 0 is not told as noise"
-
 
 def test_a_failed_run_says_failed_and_no_rule_is_named():
     bus = Bus()

@@ -69,21 +69,11 @@ def _read(logits, row_stride, row, chunk, vocabulary, inverse, cap, HAS_CAP: tl.
     x = tl.load(logits + row * row_stride + at, mask=at < vocabulary, other=0.0)
     return tl.where(at < vocabulary, _score(x, inverse, cap, HAS_CAP), -float("inf")), at
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #bfb36e9d
+# %% ../../../nbs/ops/decode/04_sample.ipynb #1cf12d7c
 @triton.jit
-def _cut(z, at, floors, firsts, row, HAS_FLOOR: tl.constexpr):
-    if HAS_FLOOR:
-        floor, first = tl.load(floors + row), tl.load(firsts + row)
-        z = tl.where((z < floor) | ((z == floor) & (at < first)), -float("inf"), z)
-    return z
-
-
-@triton.jit
-def _fold(logits, row_stride, floors, firsts, tops, sums, places, vocabulary, inverse, cap,
-          HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr, GREEDY: tl.constexpr):
+def _fold(logits, row_stride, tops, sums, places, vocabulary, inverse, cap, HAS_CAP: tl.constexpr, GREEDY: tl.constexpr):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     z, at = _read(logits, row_stride, row, chunk, vocabulary, inverse, cap, HAS_CAP)
-    z = _cut(z, at, floors, firsts, row, HAS_FLOOR)
     top = tl.max(tl.max(z, 1), 0)
     e = tl.exp(z - tl.where(top == -float("inf"), 0.0, top))
     to = row * tl.num_programs(0) + chunk
@@ -111,10 +101,10 @@ def _totals(tops, sums, row, chunks, CHUNKS: tl.constexpr):
     gap = top - tl.where(best == -float("inf"), 0.0, best)
     return top, total, best, tl.where(tl.exp(gap) > 0, tl.exp(gap.to(tl.float64)), 0.0)
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #901c8179
+# %% ../../../nbs/ops/decode/04_sample.ipynb #b3fbeefd
 @triton.jit
-def _pick(logits, row_stride, floors, firsts, tops, sums, u, tokens, logps, vocabulary, chunks, inverse, cap,
-          HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr, CHUNKS: tl.constexpr):
+def _pick(logits, row_stride, tops, sums, u, tokens, logps, vocabulary, chunks, inverse, cap,
+          HAS_CAP: tl.constexpr, CHUNKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     top, total, best, factor = _totals(tops, sums, row, chunks, CHUNKS)
     mass = total * factor
@@ -122,7 +112,6 @@ def _pick(logits, row_stride, floors, firsts, tops, sums, u, tokens, logps, voca
     chunk, left = _find(mass, tl.load(u + row) * whole, CHUNKS)
     here = tl.arange(0, CHUNKS) == chunk
     z, at = _read(logits, row_stride, row, chunk, vocabulary, inverse, cap, HAS_CAP)
-    z = _cut(z, at, floors, firsts, row, HAS_FLOOR)
     e = tl.where(tl.exp(z - best) > 0, tl.exp(z - tl.max(tl.where(here, top, -float("inf")), 0)), 0.0)
     group, left = _find(tl.sum(e, 1).to(tl.float64), left / tl.sum(tl.where(here, factor, 0.0), 0), GROUPS)
     own = tl.arange(0, GROUPS)[:, None] == group
@@ -155,8 +144,8 @@ def _check(logits, u, temperature, softcap):
     if not temperature > 0: raise ValueError(f"temperature={temperature!r} must be above 0.")
     if softcap is not None and not softcap > 0: raise ValueError(f"softcap={softcap!r} must be above 0, or None for no cap.")
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #93b1b9e0
-def _run(logits, u, temperature, softcap, floor=None): # u: None for the largest
+# %% ../../../nbs/ops/decode/04_sample.ipynb #32d9e8ae
+def _run(logits, u, temperature, softcap): # u: None for the largest
     _check(logits, u, temperature, softcap)
     (rows, v), device, chunks = logits.shape, logits.device, triton.cdiv(logits.shape[1], CHUNK)
     tops, logps = (torch.empty(*shape, dtype=torch.float32, device=device) for shape in ((rows, chunks), (rows,)))
@@ -164,23 +153,21 @@ def _run(logits, u, temperature, softcap, floor=None): # u: None for the largest
     places = tops if u is not None else torch.empty(rows, chunks, dtype=torch.int32, device=device)
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     if not rows: return tokens, logps
-    read = logits, logits.stride(0), *(floor or (logps, tokens))
-    numbers, size = (1 / temperature, softcap or 1.0), triton.next_power_of_2(chunks)
-    how = dict(HAS_CAP=softcap is not None, HAS_FLOOR=floor is not None, num_warps=4)
-    _fold[(chunks, rows)](*read, tops, sums, places, v, *numbers, GREEDY=u is None, **how)
+    numbers, read, size = (1 / temperature, softcap or 1.0), (logits, logits.stride(0)), triton.next_power_of_2(chunks)
+    cap = softcap is not None
+    _fold[(chunks, rows)](*read, tops, sums, places, v, *numbers, HAS_CAP=cap, GREEDY=u is None, num_warps=4)
     if u is None: _largest[(rows,)](tops, sums, places, tokens, logps, chunks, CHUNKS=size, num_warps=1)
-    else: _pick[(rows,)](*read, tops, sums, u, tokens, logps, v, chunks, *numbers, CHUNKS=size, **how)
+    else: _pick[(rows,)](*read, tops, sums, u, tokens, logps, v, chunks, *numbers, HAS_CAP=cap, CHUNKS=size, num_warps=4)
     return tokens, logps
 
-# %% ../../../nbs/ops/decode/04_sample.ipynb #9355deb5
+# %% ../../../nbs/ops/decode/04_sample.ipynb #f4267307
 def sample(logits:Tensor, # (R, V) float32, bfloat16 or float16, a row's entries side by side; at least one finite in each row
            u:Tensor, # (R,) fp64 in [0, 1)
            temperature:float=1.0, # logits are divided by it, last
            softcap:float|None=None, # c of c * tanh(logits / c)
-           floor:tuple|None=None, # from `ops.decode.floors`: (R,) fp32 and (R,) int64, below which nothing is drawn
            ) -> tuple: # (R,) int64 tokens, (R,) fp32 their log-probs
     "`sample_naive` by two kernels; another token only where `u` is nearer than about 1e-6 to the edge between the two."
-    return _run(logits, u, temperature, softcap, floor)
+    return _run(logits, u, temperature, softcap)
 
 
 def argmax(logits:Tensor, # (R, V) float32, bfloat16 or float16, a row's entries side by side; at least one finite in each row
