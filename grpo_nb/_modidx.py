@@ -3887,6 +3887,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'grpo_nb/tasks/sandbox.py'),
                                        'grpo_nb.tasks.sandbox.Template.fork': ( 'tasks/sandbox.html#template.fork',
                                                                                 'grpo_nb/tasks/sandbox.py'),
+                                       'grpo_nb.tasks.sandbox.Template.tidy': ( 'tasks/sandbox.html#template.tidy',
+                                                                                'grpo_nb/tasks/sandbox.py'),
                                        'grpo_nb.tasks.sandbox._begin': ('tasks/sandbox.html#_begin', 'grpo_nb/tasks/sandbox.py'),
                                        'grpo_nb.tasks.sandbox._checked': ('tasks/sandbox.html#_checked', 'grpo_nb/tasks/sandbox.py'),
                                        'grpo_nb.tasks.sandbox._close': ('tasks/sandbox.html#_close', 'grpo_nb/tasks/sandbox.py'),

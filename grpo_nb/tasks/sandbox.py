@@ -138,7 +138,7 @@ def _message(line, most, until=None) -> bytes: # most: bytes; raises `Gone`, `Ti
     if size > most: raise CodeError("output", f"returned {size} bytes, which is more than it may")
     return _take(line, size, until)
 
-# %% ../../nbs/tasks/13_sandbox.ipynb #c85fb19c
+# %% ../../nbs/tasks/13_sandbox.ipynb #73f60f94
 @patch
 def fork(self:Template, limits:Limits) -> "Room": # raises `Gone` where the template has ended
     "A process for one completion."
@@ -149,16 +149,20 @@ def fork(self:Template, limits:Limits) -> "Room": # raises `Gone` where the temp
         head = HEAD.pack(b"f", self.numbers, limits.memory_mb << 20, int(limits.seconds * 60) + 3600, limits.output_kb << 10)
         try: socket.send_fds(self.control, [head], [theirs.fileno()])
         except OSError as error: raise Gone(str(error)) from None
-        return Room(self, ours, self.numbers, limits)
+        room = Room(self, ours, self.numbers, limits)
+    self.tidy()
+    return room
 
 @patch
 def end(self:Template, number:int) -> int|None: # as `os.waitpid` has it; None: it is not known
     "End a fork."
     with self.lock:
         self._tidy()
-        return self._end(number)
+        status = self._end(number)
+    self.tidy()
+    return status
 
-# %% ../../nbs/tasks/13_sandbox.ipynb #98301e40
+# %% ../../nbs/tasks/13_sandbox.ipynb #2aac24d1
 @patch
 def _end(self:Template, number):
     try:
@@ -167,6 +171,13 @@ def _end(self:Template, number):
             ended, status = struct.unpack("!Ii", _take(self.control, 8, monotonic() + 60))
             if ended == number: return status
     except OSError: return None # the template has ended, and its forks with it
+
+@patch
+def tidy(self:Template) -> None:
+    "End the forks that nobody has any more, unless another thread is at it, which does so then."
+    while self.over and self.lock.acquire(blocking=False):
+        try: self._tidy()
+        finally: self.lock.release()
 
 @patch
 def _tidy(self:Template):
@@ -190,7 +201,7 @@ def template(modules=(), without=()) -> Template:
         if found is None or found.process.poll() is not None: found = _templates[key] = Template(*key)
         return found
 
-# %% ../../nbs/tasks/13_sandbox.ipynb #952b354c
+# %% ../../nbs/tasks/13_sandbox.ipynb #1b54e707
 class Room:
     "A process of one completion."
     def __init__(self, made:Template, # that forked it
@@ -199,7 +210,7 @@ class Room:
                  limits:Limits):
         self.template, self.line, self.number, self.limits, self.printed = made, line, number, limits, ""
         self.owner = os.getpid()
-        self._lost = weakref.finalize(self, _lose, line, made.over, number)
+        self._lost = weakref.finalize(self, _lose, line, weakref.ref(made), number, self.owner)
         self._lost.atexit = False
 
     @property
@@ -208,15 +219,18 @@ class Room:
 
     def end(self) -> int|None: # as `os.waitpid` has it
         "End the process and whatever it has begun."
-        mine = self.open
-        self._lost.detach()
+        status = self.template.end(self.number) if self.open else None
+        self._lost.detach() # not before: whoever is interrupted above has the process ended when the room is dropped
         self.line.close()
-        return self.template.end(self.number) if mine else None
+        return status
 
-# %% ../../nbs/tasks/13_sandbox.ipynb #c70e8419
-def _lose(line, over, number):
+# %% ../../nbs/tasks/13_sandbox.ipynb #509eed64
+def _lose(line, made, number, owner, getpid=os.getpid): # made: a weak reference
     line.close()
-    over.append(number)
+    found = made()
+    if found is None or getpid() != owner: return # its forks have ended with it; or this is a fork of who made it
+    found.over.append(number)
+    found.tidy()
 
 @patch
 def __enter__(self:Room): return self
