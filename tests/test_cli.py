@@ -125,7 +125,7 @@ num_train_epoch: 3
 use_peft: maybe
 reward_funcs: [corectness, os.system]
 num_generations: 7
-max_prompt_length: 64
+vllm_guided_decoding_regex: x
 """
 
 

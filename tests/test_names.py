@@ -134,7 +134,7 @@ def test_the_face_stays_small_and_the_namespace_says_what_others_have():
 
 def test_only_the_namespace_patches_at_import():
     "`import grpo_nb` and its names lead nowhere near it."
-    assert not [m for m, _ in grpo_nb._public.values() if "unsloth" in m] and "unsloth" not in "".join(grpo_nb._beside.values())
+    assert not [m for m, _ in grpo_nb._public.values() if "unsloth" in m] and "unsloth" not in repr(grpo_nb._beside)
 
 
 # ---- retired settings

@@ -121,7 +121,7 @@ def trend(values # finite numbers in their order
     if len(values) < 8: return None
     small, scale = _scaled(values)
     _, t = min((_fitted(small, tau) for tau in LEVELS_OFF), key=lambda found: found[0])
-    before, after = (float(np.clip(end, small.min(), small.max())) for end in (t.before, t.after))
+    before, after = (round(float(np.clip(end, small.min(), small.max())), 12) for end in (t.before, t.after))
     error = t.error * abs((after - before) / t.change) if t.change else t.error
     return Trend((after - before) * scale, error * scale, before * scale, after * scale, t.n)
 
