@@ -556,7 +556,8 @@ def verdict(self:Watcher) -> Learning:
     said, held = _held_out(measured)
     if cause: text += f" {cause.message[0].upper()}{cause.message[1:]} {cause.fix}"
     if self.failed: return self._failure(text, measured, said)
-    if answer == "yes": text += ALONE if not measured else GAMED if len(measured) > 1 and held in (None, "same") else ""
+    gamed = len(measured) > 1 and held in (None, "same")
+    if answer == "yes": text += ALONE if not measured else GAMED if gamed else ""
     if held == "same": answer, held = "no" if answer == "yes" else answer, None if answer != "yes" else "no"
     if held and (held != answer or held == "no"):
         text = f"{'Yes' if held == 'yes' else 'No'}, by the held-out accuracy. The reward alone: {text[0].lower()}{text[1:]}"
