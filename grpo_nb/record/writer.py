@@ -28,7 +28,7 @@ COMPLETIONS = "completions"
 
 _writing = WeakValueDictionary() # folder: the writer of this process
 
-def written_here(folder) -> "Writer|None":
+def written_here(folder): # a `Writer`, or None
     "The writer of a folder in this process, which knows how the run stands."
     return _writing.get(str(Path(folder).resolve()))
 
