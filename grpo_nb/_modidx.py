@@ -1447,6 +1447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grpo_nb.models.gguf._window': ('models/gguf.html#_window', 'grpo_nb/models/gguf.py'),
                                      'grpo_nb.models.gguf.as_told': ('models/gguf.html#as_told', 'grpo_nb/models/gguf.py'),
                                      'grpo_nb.models.gguf.modelfile': ('models/gguf.html#modelfile', 'grpo_nb/models/gguf.py'),
+                                     'grpo_nb.models.gguf.not_carried': ('models/gguf.html#not_carried', 'grpo_nb/models/gguf.py'),
                                      'grpo_nb.models.gguf.quantised': ('models/gguf.html#quantised', 'grpo_nb/models/gguf.py'),
                                      'grpo_nb.models.gguf.rope_factors': ('models/gguf.html#rope_factors', 'grpo_nb/models/gguf.py'),
                                      'grpo_nb.models.gguf.rounded': ('models/gguf.html#rounded', 'grpo_nb/models/gguf.py'),
