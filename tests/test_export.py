@@ -525,6 +525,17 @@ def test_gguf_of_a_tied_model_whose_ends_were_trained(kind, tokenizer, tmp_path)
     assert good(save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)).difference < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["qwen3", *(pytest.param(k, marks=slow) for k in GGUF if k != "qwen3")])
+def test_a_file_alone_says_all_of_the_model(kind, tokenizer, tmp_path):
+    "Read by its own header, without the configuration that it was written from."
+    needs_gguf()
+    model = small(kind, tokenizer)
+    save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)
+    folder, rows = save.from_gguf(tmp_path / "g/g-F32.gguf", tmp_path / "back", dtype="float32"), proof.rows_for(tokenizer, FEW)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert proof.apart(proof.log_probs(again, rows), proof.log_probs(model, rows)) < 1e-4
+
+
 @pytest.mark.parametrize("name,words", [("q4_k_m", "llama-quantize"), ("quantized", "q4_k_m"), ("int4", "There are")])
 def test_quantisations_that_the_package_cannot_write(name, words, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=words): save.gguf(small("qwen2", tokenizer), tmp_path / "g", tokenizer, name)
