@@ -365,6 +365,52 @@ def test_methods_travel_with_copies_and_pickles(loaded, tmp_path):
     assert all(callable(getattr(model, n)) and getattr(model, n).__doc__ for n in good_names)
 
 
+# ---- a base that was trained in four bits
+
+@pytest.fixture(scope="module")
+def four_bit(loaded):
+    "A model in NF4 on this machine, with an adapter that has learnt something."
+    from grpo_nb.models.device import why_not_four_bit
+    if problem := why_not_four_bit("cpu"): pytest.skip(problem)
+    model, own = FastLanguageModel.from_pretrained(loaded, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    learn(model)
+    return model.eval(), own
+
+
+@pytest.mark.parametrize("base", ["as_trained", "original", "folder"])
+def test_a_four_bit_base_is_merged_from_what_was_asked_for(base, four_bit, loaded, tmp_path):
+    "Unpacked as it was trained, or the weights from before packing: both to the last bit what PEFT merges."
+    from safetensors.torch import load_file
+    (model, own), origin = four_bit, base != "as_trained"
+    saved = save.merged(model, tmp_path / "m", own, "merged_32bit", base=loaded if base == "folder" else base, prompts=FEW)
+    one = good(saved)
+    if not origin: assert one.difference < 1e-3 and one.same == one.of, str(one)
+    else: assert 1e-3 < one.difference < 1 and one.explained > 1e-3, str(one)
+    plain, _ = FastLanguageModel.from_pretrained(loaded, load_in_4bit=False)
+    if not origin:
+        by_name = dict(merge.causal_lm(model).named_modules())
+        with torch.no_grad():
+            for name, layer in plain.named_modules():
+                packed = by_name.get(f"{name}.base_layer", by_name.get(name))
+                if isinstance(layer, torch.nn.Linear) and merge.is_packed(packed): layer.weight.copy_(merge.unpacked(packed).weight)
+    plain = FastLanguageModel.get_peft_model(plain, r=4)
+    plain.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
+    theirs, ours = plain.merge_and_unload().state_dict(), load_file(tmp_path / "m/model.safetensors")
+    for name, weight in ours.items(): torch.testing.assert_close(weight, theirs[name].float(), atol=1e-6, rtol=0)
+
+
+def test_a_four_bit_base_is_written_in_four_bits_again(four_bit, tmp_path):
+    "The adapter is in what is packed anew, and packing alone explains the difference."
+    model, own = four_bit
+    one = good(save.merged(model, tmp_path / "m", own, "merged_4bit", prompts=FEW))
+    assert one.difference < one.learnt
+    assert json.loads((tmp_path / "m/config.json").read_text())["quantization_config"]["load_in_4bit"]
+    again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "m"))
+    assert sum(map(merge.is_packed, again.modules())) == sum(map(merge.is_packed, model.modules())) > 0
+    assert os.listdir(tmp_path) == ["m"]
+
+
 # ---- memory
 
 def test_a_layer_at_a_time(tokenizer):
@@ -444,6 +490,50 @@ def test_a_list_of_quantisations_and_the_way_back(tokenizer, tmp_path):
     assert proof.apart(proof.log_probs(again, rows), proof.log_probs(model, rows)) < 0.1
     with pytest.raises(ValueError, match="from_gguf"): FastLanguageModel.from_pretrained(str(tmp_path / "g/g-F16.gguf"))
     with pytest.raises(ValueError, match="no GGUF file"): save.from_gguf(tmp_path / "g/Modelfile", tmp_path / "x")
+
+
+def test_what_gguf_cannot_carry_of_added_tokens_is_said(tmp_path):
+    "Rules about the text around an added token: the user is told, and so is the card's reader."
+    needs_gguf()
+    from tokenizers import AddedToken
+    own, seen = make_tokenizer(["Sort 12"], 270), []
+    own.add_tokens([AddedToken("cat", single_word=True), AddedToken("<post>", rstrip=True), AddedToken("<pre>", lstrip=True)])
+    model = adapted(small("qwen2", own))
+    end = notices.subscribe(lambda event: seen.append(event.message))
+    try: good(save.gguf(model, tmp_path / "g", own, "f32", prompts=FEW))
+    finally: end()
+    card = (tmp_path / "g/README.md").read_text()
+    for words in ("finds 'system', 'user', 'assistant' and 1 more inside longer", "before '<pre>'", "after '<post>'"):
+        assert words in card and sum(words in s for s in seen) == 1, words
+    with pytest.raises(save.ExportError, match="reads 'concatenate'"):
+        save.gguf(model, tmp_path / "h", own, "f32", prompts=["concatenate"])
+    assert os.listdir(tmp_path) == ["g"]
+
+
+@pytest.mark.parametrize("base", ["as_trained", "original"])
+def test_gguf_of_a_four_bit_base(base, four_bit, tmp_path):
+    needs_gguf()
+    model, own = four_bit
+    one = good(save.gguf(model, tmp_path / "g", own, "f32", base=base, prompts=FEW))
+    assert one.difference < 1e-3 if base == "as_trained" else one.difference > 1e-3, str(one)
+
+
+@pytest.mark.parametrize("kind", ["head", pytest.param("embedding", marks=slow), pytest.param("tokens", marks=slow)])
+def test_gguf_of_a_tied_model_whose_ends_were_trained(kind, tokenizer, tmp_path):
+    needs_gguf()
+    model = adapted(small("qwen2", tokenizer, tie_word_embeddings=True), **KINDS[kind])
+    assert good(save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)).difference < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["qwen3", *(pytest.param(k, marks=slow) for k in GGUF if k != "qwen3")])
+def test_a_file_alone_says_all_of_the_model(kind, tokenizer, tmp_path):
+    "Read by its own header, without the configuration that it was written from."
+    needs_gguf()
+    model = small(kind, tokenizer)
+    save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW)
+    folder, rows = save.from_gguf(tmp_path / "g/g-F32.gguf", tmp_path / "back", dtype="float32"), proof.rows_for(tokenizer, FEW)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert proof.apart(proof.log_probs(again, rows), proof.log_probs(model, rows)) < 1e-4
 
 
 @pytest.mark.parametrize("name,words", [("q4_k_m", "llama-quantize"), ("quantized", "q4_k_m"), ("int4", "There are")])

@@ -29,20 +29,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-# %% ../../nbs/models/20_save.ipynb #d789d8d3
+# %% ../../nbs/models/20_save.ipynb #ec19c183
 from ..ground.check import known_arguments, one_of, some_text, whole
 from ..ground.events import say
 from ..ground.holders import check_free, holder_of
 from .card import card
 from .device import why_not_four_bit
 from .folder import RECORD, beside, licence_files, place_for, write_rest, write_tokenizer, write_weights
-from .gguf import modelfile, why_not_gguf, write_gguf
+from .gguf import modelfile, not_carried, why_not_gguf, write_gguf
 from .gguf_read import from_gguf, load_gguf
 from .load import MADE, settings_of, tokenizer_of
 from .merge import is_packed, layers_of_peft
 from .modes import switch
 from .proof import PROMPTS, log_probs, prove, read_trained, rows_for, why_not_good
-from .stream import Weights, skeleton, streamed
+from .stream import Weights, plain_config, skeleton, streamed
 from .unwrap import causal_lm
 from ..patch.objects import change
 
@@ -338,7 +338,7 @@ def _asked_gguf(call, model, tokenizer, folder, theirs, quantisations, base, rec
     if problem := why_not_gguf(asked.base, asked.tokenizer, names): raise ValueError(f"{call}: {problem}")
     return asked
 
-# %% ../../nbs/models/20_save.ipynb #df132a08
+# %% ../../nbs/models/20_save.ipynb #ed75b60f
 def _gguf(asked) -> Saved:
     "Write and check one file a quantisation."
     with _read(asked) as trained, beside(asked.place) as new:
@@ -346,7 +346,8 @@ def _gguf(asked) -> Saved:
         first = f"{asked.place.name}-{asked.names[0].upper()}.gguf"
         (new / "Modelfile").write_text(modelfile(first, asked.tokenizer, asked.base), "utf-8")
         for file in licence_files(asked.model): shutil.copyfile(file, new / file.name)
-        return _finish(asked, new, proofs, f"With Ollama: `ollama create {asked.place.name.lower()} -f Modelfile`.")
+        how = [f"With Ollama: `ollama create {asked.place.name.lower()} -f Modelfile`.", *not_carried(asked.tokenizer)]
+        return _finish(asked, new, proofs, "\n\n".join(how))
 
 
 def _one_gguf(asked, trained, new, name):
@@ -354,17 +355,17 @@ def _one_gguf(asked, trained, new, name):
     file = new / f"{asked.place.name}-{name.upper()}.gguf"
     rounding = write_gguf(asked.base, asked.tokenizer, file, name, asked.originals, asked.place.name)
     expected = log_probs(streamed(asked.base, Weights(asked.base, rounding, asked.originals)), trained.rows)
-    written, tokenizer = load_gguf(file, config=asked.base.config)
-    _good(tokenizer and why_not_same_tokens(asked.tokenizer, tokenizer))
+    written, tokenizer = load_gguf(file, config=plain_config(asked.base))
+    _good(tokenizer and why_not_same_tokens(asked.tokenizer, tokenizer, asked.prompts))
     proof = prove(name.upper(), trained, written.to(asked.device), expected, tokenizer=asked.tokenizer)
     _good(why_not_good(proof))
     return proof
 
-# %% ../../nbs/models/20_save.ipynb #06fd6b87
-def why_not_same_tokens(tokenizer, written) -> str: # empty where they agree
+# %% ../../nbs/models/20_save.ipynb #85d9489f
+def why_not_same_tokens(tokenizer, written, prompts=()) -> str: # empty where they agree
     "In what a GGUF file's tokenizer reads texts otherwise; whether a token begins each text is a setting of its own there."
     last = [tokenizer.decode([i]) for i in range(max(len(tokenizer) - 8, 0), len(tokenizer))]
-    for text in (*PROMPTS, *last):
+    for text in (*PROMPTS, *prompts, *last):
         a, b = (t(text, add_special_tokens=False)["input_ids"] for t in (tokenizer, written))
         if a != b: return f"the tokenizer in the file reads {text!r} as {b}, the trained model's as {a}."
     return ""
