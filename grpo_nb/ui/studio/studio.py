@@ -464,7 +464,7 @@ def _plan_html(self:Studio) -> str: # HTML
             "Writes to": str(free_folder(get("output_dir"))), "Begins from": "the weights as they are given"}
     body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{visible(v)}</td></tr>' for k, v in rows.items())
     wrong = "".join(f'<div class="gnb-problem">{visible(said)}</div>' for said in self.check())
-    said = wrong or says_html("The doctor looks at all of this before anything is trained. Start begins.")
+    said = wrong or says_html("The page Doctor tries all of this without training. Start begins.")
     return f'<table class="gnb-table gnb-plan"><caption>Ready to train</caption>{body}</table>{said}'
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #85888a89
