@@ -342,6 +342,8 @@ def _heard(self:Studio, event):
     if isinstance(event, (RunFinished, RunStopped)) and self.held_out is not None:
         self._after = threading.Thread(target=self._measure, daemon=True)
         self._after.start()
+    if isinstance(event, (RunStopped, RunFinished, RunFailed)) and self._widget is not None:
+        self._status.value = self._status_html() # at once: a kernel that is restarted stops its run, and lives no longer
     if isinstance(event, (StepLogged, Finding, RunStarted, RunStopped, RunFinished, RunFailed)): self._soon()
     if isinstance(event, _MOMENTS): self.renew_now()
     else: self.renew_soon()
