@@ -219,6 +219,14 @@ def test_a_failed_reward_shows_where_and_what(made, tmp_path):
     assert isinstance(run.error, RuntimeError) and run.left is None and run.elapsed > 0 and "gone" in repr(run)
 
 
+def test_a_copy_says_when_its_run_was_running(fresh):
+    controls = fresh.controls
+    for state, said in (("running", True), ("paused", True), ("finished", False), ("stopped", False)):
+        controls.run = types.SimpleNamespace(state=state, step=3, total_steps=9, waiting="")
+        assert ("when this copy was made" in controls.status_html(copy=True)) == said
+        assert "copy" not in controls.status_html()
+
+
 def test_an_end_stands_in_the_status_at_once(fresh):
     fresh._soon = lambda: None # what comes later comes never where the kernel is restarted
     fresh.widget

@@ -365,10 +365,10 @@ def _refresh(self:Studio):
 
 
 @patch
-def _status_html(self:Studio): # HTML
+def _status_html(self:Studio, copy=False): # HTML
     "The run's state, and the verdict."
     verdict = f'<div class="gnb-verdict">{visible(self._verdict)}</div>' if self._verdict else ""
-    return f'<div class="gnb-status">{self.controls.status_html()}{verdict}</div>'
+    return f'<div class="gnb-status">{self.controls.status_html(copy)}{verdict}</div>'
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #286bc8dd
 PAGES = "Rewards", "Settings", "Doctor", "Run", "Completions", "Lab", "Runs"
@@ -561,7 +561,7 @@ def static_html(self:Studio) -> str: # HTML without scripts
     "Status, verdict, charts, rewards, settings that were changed, and completions, for the saved notebook."
     self._verdict, notice = self.verdict, self.notice()
     parts = [_framed(f'<div class="gnb-advice gnb-warning"><div>{visible(notice)}</div></div>')] if notice else []
-    parts.append(_framed(self._status_html()))
+    parts.append(_framed(self._status_html(copy=True)))
     if self.charts is not None and len(self.charts): parts.append(self.charts.static_html())
     if self.controls.failure: parts.append(_framed(self.controls.failure))
     parts += [self.rewards.static_html(), _framed(self._changed_html())]
