@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_heads', 'set_temperature',
-           'set_max_completion_length', 'has_reference', 'beta', 'set_beta', 'reward_weights', 'set_reward_weights',
+           'set_max_completion_length', 'beta', 'has_reference', 'set_beta', 'reward_weights', 'set_reward_weights',
            'current', 'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes',
            'Randomness', 'close_training', 'agreed', 'Steering']
 
@@ -127,14 +127,15 @@ def set_max_completion_length(trainer, value:int) -> None:
     _set_sampler(trainer, "max_completion_length", "max_new_tokens", "max_tokens", value)
     for loss in _liger(trainer): loss.max_completion_length = value
 
-# %% ../../nbs/run/02_control.ipynb #8f327c47
-def has_reference(trainer) -> bool:
-    "Whether the trainer was built with something to measure the KL divergence from."
-    return getattr(trainer, "ref_model", None) is not None or bool(getattr(trainer.args, "beta", 0.0))
-
+# %% ../../nbs/run/02_control.ipynb #187bbf0d
 def beta(trainer) -> float:
     "The weight of the KL divergence, also while the packed step holds it at 0 to sample."
     return before(trainer, "beta", "trainers.grpo")
+
+# %% ../../nbs/run/02_control.ipynb #81a5a6f8
+def has_reference(trainer) -> bool:
+    "Whether the trainer was built with something to measure the KL divergence from."
+    return getattr(trainer, "ref_model", None) is not None or bool(getattr(trainer.args, "beta", 0.0))
 
 def set_beta(trainer, value:float) -> None:
     "Weigh the KL divergence from the reference anew."
