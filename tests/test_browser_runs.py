@@ -35,6 +35,20 @@ def ticked_in_the_page(page):
     page.wait_for_function("() => document.querySelector('.gnb-view').innerText.includes('91.0% of 100 held-out questions')")
 
 
+def a_theme_changes_behind(page):
+    "Charts that are hidden while the theme changes have its ink when they are seen again."
+    page.locator(".gnb-view .grpo-nb-plot .xtick text").first.wait_for()
+    page.evaluate("""() => {
+        document.querySelector('.gnb-view').style.display = 'none'
+        document.querySelector('.gnb-view .grpo-nb').style.color = 'rgb(1, 2, 3)'
+        document.body.dataset.jpThemeName = 'another'
+    }""")
+    page.wait_for_timeout(800)
+    page.evaluate("document.querySelector('.gnb-view').style.display = ''")
+    page.wait_for_function("""() => [...document.querySelectorAll('.gnb-view .grpo-nb-plot .xtick text')]
+        .every(e => getComputedStyle(e).fill.replace('rgba', 'rgb').startsWith('rgb(1, 2, 3'))""", timeout=20_000)
+
+
 def saved_files(page):
     "Report, metrics and completions are saved where the reader sits."
     with page.expect_download() as download: page.get_by_role("button", name="Report").click()
@@ -70,6 +84,7 @@ def test_runs_of_yesterday_and_of_another_process(tmp_path, folder):
         append(folder / "goes-on" / "metrics.jsonl", log_of(6, 0.6, random.Random(0), 1.7902e9))
         page.wait_for_function("() => document.querySelector('.gnb-runs').innerText.includes('6 of 400')", timeout=120_000)
         ticked_in_the_page(page)
+        a_theme_changes_behind(page)
         report = (tmp_path / "report.html")
         report.write_bytes(open(saved_files(page), "rb").read())
         assert page.evaluate("(v => v.scrollWidth <= v.clientWidth + 1)(document.querySelector('.gnb-view'))")

@@ -210,6 +210,16 @@ def test_beta_falls_to_zero_and_rises_again(tmp_path, trl):
     assert [(c["step"], c["new"]) for c in run.changes] == [(2, 0.0), (6, 0.2)]
 
 
+def test_settings_are_the_runs_own_also_while_it_samples(tmp_path, trl):
+    seen = []
+    def looking(completions, **kwargs):
+        seen.append(run.settings["beta"])
+        return digits(completions)
+    run = make(tmp_path, looking, adapter=True, beta=0.1, max_steps=2)
+    run.start(background=False)
+    assert seen == [0.1, 0.1]
+
+
 # ---- asking
 
 @pytest.mark.parametrize("given, kind, words", [

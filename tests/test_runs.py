@@ -453,6 +453,7 @@ def test_csv_has_every_metric_in_full(tmp_path):
     rows = list(csv.DictReader(io.StringIO(one.to_csv())))
     assert float(rows[0]["reward"]) == 1 / 3 and rows[3]["eval_reward"] == "0.25" and rows[3]['odd, "name"'] == "1.0"
     assert rows[3]["step"] == "3" and rows[3]["metric step"] == "9.0"
+    assert float(rows[1]["seconds"]) == float(rows[1]["time"]) - one.started and rows[3]["seconds"] == ""
     path = runs(tmp_path).to_csv(tmp_path / "all.csv")
     assert sorted(r["run"] for r in csv.DictReader(path.open())) == ["one"] * 4 + ["two"]
 

@@ -14,7 +14,7 @@ from grpo_nb.record.files import append, write_json
 from grpo_nb.record.runs import runs
 from grpo_nb.ui.runs.beside import accuracies_html, differing, settings_html, verdict_of
 from grpo_nb.ui.runs.page import RunsPage
-from grpo_nb.ui.runs.report import metrics_csv, metrics_png, report, report_html
+from grpo_nb.ui.runs.report import metrics_png, report, report_html
 from grpo_nb.ui.runs.table import Row, fits, in_order, row_of, table_html
 
 TEXTS = ["The answer is 123", "123", "3 2 1", "I do not know"]
@@ -237,7 +237,7 @@ def test_a_report_holds_what_is_asked_for(kept, tmp_path):
 
 
 def test_a_table_of_all_metrics(kept):
-    table = list(csv.DictReader(io.StringIO(metrics_csv(runs(kept)))))
+    table = list(csv.DictReader(io.StringIO(runs(kept).to_csv())))
     assert len(table) == 40 + 40 + 12 + 7 and {row["run"] for row in table} == set(runs(kept).names)
     assert table[-1]["step"] == "40" and table[-1]["seconds"] == "40.0" and float(table[-1]["tokens"]) == 40 * 640
 

@@ -9,7 +9,7 @@ import torch
 from grpo_nb import GRPORun, studio, tasks
 from grpo_nb.advice.doctor import doctor
 from grpo_nb.advice.live import Watcher
-from grpo_nb.ground.events import Bus, Finding, RunFailed, RunStarted, StepLogged
+from grpo_nb.ground.events import Bus, Finding, RunFailed, RunStarted, RunStopped, StepLogged
 from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.ui.panels.panels import HyperparameterPanel
 from grpo_nb.ui.parts import page
@@ -217,6 +217,23 @@ def test_a_failed_reward_shows_where_and_what(made, tmp_path):
     assert "the completion that judge was given" in html and "\\n  completion" not in html
     assert failure_html(None, "Error: alone") and "failed" in controls.status_html()
     assert isinstance(run.error, RuntimeError) and run.left is None and run.elapsed > 0 and "gone" in repr(run)
+
+
+def test_a_copy_says_when_its_run_was_running(fresh):
+    controls = fresh.controls
+    for state, said in (("running", True), ("paused", True), ("finished", False), ("stopped", False)):
+        controls.run = types.SimpleNamespace(state=state, step=3, total_steps=9, waiting="")
+        assert ("when this copy was made" in controls.status_html(copy=True)) == said
+        assert "copy" not in controls.status_html()
+
+
+def test_an_end_stands_in_the_status_at_once(fresh):
+    fresh._soon = lambda: None # what comes later comes never where the kernel is restarted
+    fresh.widget
+    fresh.start(background=False)
+    fresh._status.value = "running"
+    fresh._heard(RunStopped(step=2, reason="stop"))
+    assert "finished" in fresh._status.value and "step 2 of 2" in fresh._status.value
 
 
 def test_a_run_tells_its_times(fresh):

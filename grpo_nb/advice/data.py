@@ -225,7 +225,7 @@ duplicates
     → Drop the repetitions, if they are not meant.
 
 prompt_length
-    prompts of {shortest} to {longest} tokens (mean {mean:.0f}, of {n} looked at){limit}.
+    prompts of {span} tokens (mean {mean:.0f}, of {n} looked at){limit}.
 
 memory
     an estimated peak of {peak}, and {device} has {memory}; the largest part is {part} ({size}).
@@ -251,7 +251,9 @@ def _duplicates(c):
 def _prompt_length(c):
     "How long the prompts are, where they fit."
     if not c.lengths or c.context and max(c.lengths) + (c.config.max_completion_length or 0) > c.context: return
-    yield found("prompt_length", "good", shortest=min(c.lengths), longest=max(c.lengths), mean=mean(c.lengths), n=len(c.lengths),
+    low, high = min(c.lengths), max(c.lengths)
+    span = f"{low}" if low == high else f"{low} to {high}"
+    yield found("prompt_length", "good", span=span, shortest=low, longest=high, mean=mean(c.lengths), n=len(c.lengths),
                 limit=f"; the model reads {c.context}" if c.context else "")
 
 # %% ../../nbs/advice/04_data.ipynb #b81a9228

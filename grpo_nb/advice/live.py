@@ -546,7 +546,7 @@ def _by_reward(self:Watcher) -> tuple: # (answer, sentence, Finding or None)
 
 # %% ../../nbs/advice/06_live.ipynb #1cdc8ca1
 GAMED = " The reward rises and the held-out accuracy does not follow: look for a reward that is being gamed."
-ALONE = " That is the reward alone; watch(run, held_out=...) asks prompts that are not trained on."
+ALONE = " That is the reward alone; held_out=... of watch() or studio() asks prompts that are not trained on."
 
 # %% ../../nbs/advice/06_live.ipynb #b2b12247
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['LEDGER', 'ledgers', 'numbers', 'entries', 'by_class', 'standing', 'write', 'inherited', 'Record', 'Changed', 'Ledger',
            'take_back', 'ledger_of', 'layers', 'made', 'enter', 'same', 'change', 'listed', 'stays', 'restore',
            'objects', 'restore_all', 'beneath', 'as_method', 'method_around', 'enter_around', 'wrap', 'held',
-           'changing', 'wrapping']
+           'changing', 'wrapping', 'before']
 
 # %% ../../nbs/patch/05_objects.ipynb #95d541d0
 import copy
@@ -261,3 +261,13 @@ def changing(owner, name:str, value, *, why:str, by:str, new:bool=False):
 def wrapping(owner, name:str, around:Callable, *, why:str, by:str):
     "`wrap`, for the time of a `with`."
     return held(owner, enter_around, name, around, why, by)
+
+# %% ../../nbs/patch/05_objects.ipynb #6486660e
+def before(owner, name:str, by:str):
+    "An attribute as it was before the change of `by`; as it is where there is none, or somebody has set it since."
+    with lock:
+        ledger = ledger_of(owner)
+        for record in ledger.records if ledger else ():
+            if (record.name, record.by) == (name, by) and record.before is not MISSING and standing(owner, name) is record.after:
+                return record.before
+        return getattr(owner, name)

@@ -43,7 +43,7 @@ def _model_settings(model) -> dict:
 def weights_of(trainer) -> dict: # name to weight
     "The weights of a trainer's rewards."
     weights, names = getattr(trainer, "reward_weights", None), list(getattr(trainer, "reward_func_names", ()))
-    return dict.fromkeys(names, 1.0) if weights is None else dict(zip(names, map(float, weights)))
+    return dict.fromkeys(names, 1.0) if weights is None else dict(zip(names, (float(f"{w:.7g}") for w in weights)))
 
 def settings_of(trainer) -> dict: # name to a plain value
     "The settings of a run in one flat table."

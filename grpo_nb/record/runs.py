@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..ground.check import flag, nearest
 from ..ground.events import short
 from ..ground.text import cut, plain
-from .export import _written, as_csv, from_trackio
+from .export import from_trackio, write_csv
 from .foreign import Foreign, is_foreign
 from .record import Record
 from .writer import RUN
@@ -241,7 +241,7 @@ def to_csv(self:Runs,
            path=None, # a file to write; None: return the text
            ) -> str|Path: # the text, or the file
     "All metrics of these runs as CSV, with a column for the run's name."
-    return _written(as_csv(self), path)
+    return write_csv(self, path)
 
 @patch
 def to_trackio(self:Runs,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'FILE', 'learning_rate', 'set_learning_rate', 'fused_heads', 'set_temperature',
-           'set_max_completion_length', 'has_reference', 'set_beta', 'reward_weights', 'set_reward_weights', 'current',
-           'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes', 'Randomness',
-           'close_training', 'agreed', 'Steering']
+           'set_max_completion_length', 'beta', 'has_reference', 'set_beta', 'reward_weights', 'set_reward_weights',
+           'current', 'samples_next', 'waits_for_sampling', 'room', 'check_change', 'write_changes', 'read_changes',
+           'Randomness', 'close_training', 'agreed', 'Steering']
 
 # %% ../../nbs/run/02_control.ipynb #d2d583ef
 import json
@@ -25,6 +25,7 @@ from ..ground.check import SETTINGS as ALLOWED
 from ..ground.check import known_arguments, nearest, number, whole
 from ..ground.events import Notice, SettingChanged, say, short
 from ..ground.text import error_text, put
+from ..patch.objects import before
 
 # %% ../../nbs/run/02_control.ipynb #3707c795
 def _leaves(scheduler) -> list:
@@ -126,7 +127,12 @@ def set_max_completion_length(trainer, value:int) -> None:
     _set_sampler(trainer, "max_completion_length", "max_new_tokens", "max_tokens", value)
     for loss in _liger(trainer): loss.max_completion_length = value
 
-# %% ../../nbs/run/02_control.ipynb #fdb89953
+# %% ../../nbs/run/02_control.ipynb #187bbf0d
+def beta(trainer) -> float:
+    "The weight of the KL divergence, also while the packed step holds it at 0 to sample."
+    return before(trainer, "beta", "trainers.grpo")
+
+# %% ../../nbs/run/02_control.ipynb #81a5a6f8
 def has_reference(trainer) -> bool:
     "Whether the trainer was built with something to measure the KL divergence from."
     return getattr(trainer, "ref_model", None) is not None or bool(getattr(trainer.args, "beta", 0.0))
@@ -150,10 +156,10 @@ def set_reward_weights(trainer, weights) -> None:
     values = list(weights.values()) if isinstance(weights, Mapping) else list(weights)
     trainer.reward_weights = torch.tensor(values, dtype=trainer.reward_weights.dtype, device=trainer.reward_weights.device)
 
-# %% ../../nbs/run/02_control.ipynb #5408e6bb
+# %% ../../nbs/run/02_control.ipynb #00103073
 SETTINGS = { # name: how to read it, how to set it
     "learning_rate": (learning_rate, set_learning_rate),
-    "beta": (lambda trainer: trainer.beta, set_beta),
+    "beta": (beta, set_beta),
     "temperature": (lambda trainer: trainer.temperature, set_temperature),
     "max_completion_length": (lambda trainer: trainer.max_completion_length, set_max_completion_length),
     "reward_weights": (reward_weights, set_reward_weights),

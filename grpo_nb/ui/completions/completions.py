@@ -19,11 +19,12 @@ from fastcore.basics import patch
 
 from ...ground.check import known_arguments, number, one_of, whole
 from ...ground.events import CompletionsLogged, RunFailed, RunFinished, RunStopped, weakly
+from ...ground.text import csv_text
 from ...record.archive import Spill, read
 from ...record.store import Store, as_text
 from ..parts.cards import (_plain, _signed, advantage_of, card, difference, group_html, plain, scales, style, tokens_html,
                               tokens_key, visible, why_not_coloured)
-from ..parts.save import csv_text, save_buttons
+from ..parts.save import save_buttons
 from ..parts.view import Later, View
 
 # %% ../../../nbs/ui/completions/01_completions.ipynb #f26de237

@@ -63,9 +63,9 @@ def _file(given, kind, chosen) -> Path:
 
 def export_command(given) -> int: # the exit code; `given`: runs, folder, csv, html, png, trackio
     "`grpo-nb export`: files, or a project of trackio."
-    import grpo_nb.record.export # noqa: F401 a record's way to trackio
-    from grpo_nb.ui.runs.report import metrics_csv, metrics_png, report
-    makers = dict(csv=metrics_csv, html=report, png=metrics_png)
+    from grpo_nb.record.export import write_csv
+    from grpo_nb.ui.runs.report import metrics_png, report
+    makers = dict(csv=write_csv, html=report, png=metrics_png)
     asked = [kind for kind in makers if getattr(given, kind) is not None]
     try:
         if not asked and given.trackio is None: raise ValueError("say what to write: --csv, --html, --png or --trackio.")

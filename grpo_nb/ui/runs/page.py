@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from ...ground.check import number
 from ...ground.text import plain
+from ...record.export import as_csv
 from ...record.record import Record
 from ...record.runs import Runs, runs
 from ..charts.chart import look
@@ -26,7 +27,7 @@ from ..parts.save import STATIC, save_buttons
 from ..parts.view import Later, View, css
 from .beside import beside_html, verdict_of
 from . import report as reports
-from .report import charts_of, colours_of, metrics_csv, metrics_png, report_html
+from .report import charts_of, colours_of, metrics_png, report_html
 from .table import (HEADS, HINTS, SORTS, cells, in_order, interval_text, row_of, table_html, told, weights_of,
                                    words_of)
 
@@ -252,7 +253,7 @@ def _answered(self:RunsPage, yes, _=None):
         self.refresh()
         self._draw()
 
-# %% ../../../nbs/ui/runs/04_page.ipynb #e83a313d
+# %% ../../../nbs/ui/runs/04_page.ipynb #e1a119b2
 _FILES = (("html", "Report", "the runs that are ticked as one page: charts, verdict, comparison, completions, settings"),
           ("csv", "CSV", "all metrics of the runs that are ticked"), ("png", "PNG", "the charts as a picture"))
 
@@ -261,7 +262,7 @@ def file_of(self:RunsPage, name) -> tuple: # (a file's name, text or bytes)
     "What a button saves."
     if not self.ticked: raise ValueError("tick at least one run")
     title = "-".join("".join(c if c.isalnum() or c in "-_." else "_" for c in told(r, "name", "run")) for r in self.chosen)[:80]
-    if name == "csv": return f"{title}.csv", metrics_csv(self.chosen, formulas=False)
+    if name == "csv": return f"{title}.csv", as_csv(self.chosen, formulas=False)
     if name == "html": return f"{title}.html", report_html(self.chosen)
     with TemporaryDirectory() as folder:
         return f"{title}.png", metrics_png(self.chosen, Path(folder, "a.png"), self.which).read_bytes()

@@ -236,7 +236,7 @@ class Card {
     const range = this.range(data), peak = Math.max(Math.abs(this.low), Math.abs(this.high));
     const form = peak >= 1e4 ? "~s" : this.log && this.low >= 1e-3 ? "~g" : "";
     return {
-      shapes: this.shapes(), margin: { l: 42, r: share ? 36 : 10, t: 18, b: 22 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      shapes: this.shapes(), margin: { l: 42, r: share ? 36 : 10, t: 18, b: 28 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       font: { size: 11, color: ink }, hovermode: false, dragmode: "zoom", uirevision: "keep",
       xaxis: { ...axis, showgrid: false, nticks: 5, tickformat: options.x === "minutes" ? "" : "~s", uirevision: options.x },
       yaxis: { ...axis, nticks: 5, type: this.log ? "log" : "linear", tickformat: form, exponentformat: "e", ...range, ...(this.log && this.dtick ? { dtick: this.dtick } : {}), uirevision: `${this.log}` },
@@ -331,10 +331,12 @@ class Card {
     this.plot.hidden = this.unit.hidden = this.along.hidden = !any; this.empty.hidden = any;
     if (!any) { this.legend.replaceChildren(); this.flags.replaceChildren(); this.empty.textContent = logged && !there ? `no ${options.x} were logged` : logged ? "nothing above 0, which a log scale needs" : store.length ? this.spec.empty : store.said.waiting; this.generation = -1; return; }
     this.unit.textContent = [this.spec.unit, this.log ? "log scale" : ""].filter(Boolean).join(", "); this.along.textContent = WORDS[options.x];
-    if (!Plotly || !this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out yet: the resize observer calls again
+    this.stale ||= force;
+    if (!Plotly || !this.plot.clientWidth || !this.plot.clientHeight) return; // not laid out, as in a tab behind: the resize observer calls again
     const drawn = p => this.log ? i => { const v = p.of(i); return v > 0 ? v : null; } : p.of; // an average of both signs has gaps
     const limits = `${this.limits}`, marked = store.runs[0].marks.length;
-    if (force || this.generation !== store.generation || this.points > 2 * this.limit || limits !== this.limited || parts.length !== this.parts) {
+    if (this.stale || this.generation !== store.generation || this.points > 2 * this.limit || limits !== this.limited || parts.length !== this.parts) {
+      this.stale = false;
       this.labels();
       const data = parts.map(p => {
         const kept = points(p.x, p.y, 0, this.log, this.limit), { bold, band, ...style } = p.style;
@@ -522,7 +524,8 @@ class View {
     this.root.append(this.bar, this.runs, this.grid); el.append(this.root); this.later();
     this.listener = () => this.later(); store.listeners.add(this.listener);
     this.sizes = new ResizeObserver(() => this.arrange()); this.sizes.observe(this.root);
-    this.themes = new MutationObserver(() => { if (this.theme()) this.later(true); });
+    const themed = () => { if (!this.closed && this.theme()) this.later(true); };
+    this.themes = new MutationObserver(() => { themed(); for (const ms of [300, 1500, 5000]) setTimeout(themed, ms); }); // the colours come after the theme's name
     for (const node of [document.documentElement, document.body])
       this.themes.observe(node, { attributes: true, attributeFilter: ["class", "style", "data-jp-theme-light", "data-jp-theme-name", "data-vscode-theme-kind", "theme", "data-bs-theme"] });
     plotly(model).then(Plotly => { this.Plotly = Plotly; this.theme(); this.arrange(); this.later(true); })
@@ -606,7 +609,7 @@ class View {
     if (!this.Plotly || !width) return;
     if (this.theme()) this.later(true); // made outside the page, as in a tab, it had no colours to read
     this.cards.forEach(card => card.resize());
-    if (this.cards.some(card => card.generation < 0)) this.later();
+    if (this.cards.some(card => card.generation < 0 || card.stale)) this.later();
   }
   later(force) { // at most eight redraws a second, and a third of the time is left to the rest of the page
     this.force ||= force;

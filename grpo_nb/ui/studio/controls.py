@@ -147,10 +147,13 @@ _GLANCE = {"reward": "reward", "kl": "KL", "completion_length": "tokens a comple
 
 
 @patch
-def status_html(self:RunControls) -> str: # HTML
+def status_html(self:RunControls,
+                copy:bool=False, # a copy stays as it is, and may be read when the run is over
+                ) -> str: # HTML
     "State, step and latest reward in one line."
     state, run = self.state, self.run
     said = {"busy": self.busy, "idle": "no run yet"}.get(state, state)
+    if copy and state in ("running", "paused"): said += " when this copy was made"
     parts = [f'<span class="gnb-state gnb-{state}">{escape(said)}</span>']
     if run is None: return parts[0]
     parts.append(_progress(run))
@@ -214,7 +217,7 @@ def notes_html(self:RunControls, most:int=40) -> str:
 @patch
 def static_html(self:RunControls) -> str: # HTML without scripts
     "Status and notes, as a saved notebook keeps them."
-    said = f'<div class="gnb-status">{self.status_html()}</div>{self.failure}{self.notes_html(12)}'
+    said = f'<div class="gnb-status">{self.status_html(copy=True)}</div>{self.failure}{self.notes_html(12)}'
     return f'{css()}<div class="gnb gnb-panel">{visible(self.notice())}{said}</div>'
 
 

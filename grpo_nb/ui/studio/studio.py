@@ -342,6 +342,8 @@ def _heard(self:Studio, event):
     if isinstance(event, (RunFinished, RunStopped)) and self.held_out is not None:
         self._after = threading.Thread(target=self._measure, daemon=True)
         self._after.start()
+    if isinstance(event, (RunStopped, RunFinished, RunFailed)) and self._widget is not None:
+        self._status.value = self._status_html() # at once: a kernel that is restarted stops its run, and lives no longer
     if isinstance(event, (StepLogged, Finding, RunStarted, RunStopped, RunFinished, RunFailed)): self._soon()
     if isinstance(event, _MOMENTS): self.renew_now()
     else: self.renew_soon()
@@ -363,10 +365,10 @@ def _refresh(self:Studio):
 
 
 @patch
-def _status_html(self:Studio): # HTML
+def _status_html(self:Studio, copy=False): # HTML
     "The run's state, and the verdict."
     verdict = f'<div class="gnb-verdict">{visible(self._verdict)}</div>' if self._verdict else ""
-    return f'<div class="gnb-status">{self.controls.status_html()}{verdict}</div>'
+    return f'<div class="gnb-status">{self.controls.status_html(copy)}{verdict}</div>'
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #286bc8dd
 PAGES = "Rewards", "Settings", "Doctor", "Run", "Completions", "Lab", "Runs"
@@ -464,7 +466,7 @@ def _plan_html(self:Studio) -> str: # HTML
             "Writes to": str(free_folder(get("output_dir"))), "Begins from": "the weights as they are given"}
     body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{visible(v)}</td></tr>' for k, v in rows.items())
     wrong = "".join(f'<div class="gnb-problem">{visible(said)}</div>' for said in self.check())
-    said = wrong or says_html("The doctor looks at all of this before anything is trained. Start begins.")
+    said = wrong or says_html("The page Doctor tries all of this without training. Start begins.")
     return f'<table class="gnb-table gnb-plan"><caption>Ready to train</caption>{body}</table>{said}'
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #85888a89
@@ -559,7 +561,7 @@ def static_html(self:Studio) -> str: # HTML without scripts
     "Status, verdict, charts, rewards, settings that were changed, and completions, for the saved notebook."
     self._verdict, notice = self.verdict, self.notice()
     parts = [_framed(f'<div class="gnb-advice gnb-warning"><div>{visible(notice)}</div></div>')] if notice else []
-    parts.append(_framed(self._status_html()))
+    parts.append(_framed(self._status_html(copy=True)))
     if self.charts is not None and len(self.charts): parts.append(self.charts.static_html())
     if self.controls.failure: parts.append(_framed(self.controls.failure))
     parts += [self.rewards.static_html(), _framed(self._changed_html())]
