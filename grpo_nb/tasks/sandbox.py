@@ -140,7 +140,7 @@ def _message(line, most, until=None) -> bytes: # most: bytes; raises `Gone`, `Ti
 
 # %% ../../nbs/tasks/13_sandbox.ipynb #73f60f94
 @patch
-def fork(self:Template, limits:Limits) -> "Room": # raises `Gone` where the template has ended
+def fork(self:Template, limits:Limits): # -> Room; raises `Gone` where the template has ended
     "A process for one completion."
     ours, theirs = socket.socketpair()
     with theirs, self.lock:
