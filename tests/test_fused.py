@@ -385,7 +385,9 @@ def close(call, naive, kernel, inputs, grad):
 @WHICH
 def test_triton_under_the_interpreter(which):
     pytest.importorskip("triton")
-    under_the_interpreter(__file__, which)
+    long = "not every_kind and not attached_and_taken and not optimisers_step and not left_to_peft and not copies"
+    if which == "slow": under_the_interpreter(__file__, "slow or not slow")
+    else: under_the_interpreter(__file__, which, long)
 
 
 def test_a_copy_of_an_installed_model_runs_its_own_weights():

@@ -116,5 +116,5 @@ def test_logs_of_ten_steps_count_as_ten_steps():
 
 def test_a_trend_of_a_long_run_is_cheap():
     watcher = Watcher(Bus(), facts={})
-    for step, value in enumerate(noise(0, 1, 1200)[0]): watcher.events.emit(StepLogged(step=step, metrics={"reward": float(value)}))
+    for step, value in enumerate(noise(0, 1, 1100)[0]): watcher.events.emit(StepLogged(step=step, metrics={"reward": float(value)}))
     assert len(watcher.rewards.values) <= 1024 and watcher.verdict().answer == "no"
