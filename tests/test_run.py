@@ -475,7 +475,7 @@ print(run.state, run.step)
 """
 
 
-@pytest.mark.parametrize("times, last", [(1, "stopped 2"), (2, "stopped 2")])
+@pytest.mark.parametrize("times, last", [pytest.param(1, "stopped 2", marks=pytest.mark.slow), (2, "stopped 2")])
 def test_a_script_ends_cleanly_at_the_first_interrupt_and_breaks_off_at_the_second(tmp_path, times, last):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), times=times)], capture_output=True, text=True, timeout=800

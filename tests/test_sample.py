@@ -48,7 +48,7 @@ SIZES = [(1, torch.float16), (17, torch.float32), (4_096, torch.float16), (4_097
 
 
 @each_form
-@pytest.mark.parametrize("vocabulary,dtype,rules", thinned([(*s, r) for s in SIZES for r in RULES], quick=range(0, 20, 3)), ids=str)
+@pytest.mark.parametrize("vocabulary,dtype,rules", thinned([(*s, r) for s in SIZES for r in RULES], quick=range(0, 20, 5)), ids=str)
 def test_the_token_of_draw(forms, vocabulary, rules, dtype):
     logits, u = made(6, vocabulary, dtype=dtype)
     assert agree(logits, u, forms[0](logits, u, **rules), **rules) <= 1

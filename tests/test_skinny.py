@@ -74,7 +74,7 @@ def test_the_plain_product(rows, k, widths, split):
 @interpreted
 @pytest.mark.parametrize(
     "rows,k,widths,split,dtype",
-    thinned([(*p, s, d) for p in PRODUCTS for s in (None, 1, 3) for d in DTYPES], quick=range(0, 45, 4)),
+    thinned([(*p, s, d) for p in PRODUCTS for s in (None, 1, 3) for d in DTYPES], quick=range(0, 45, 7)),
 )
 def test_the_kernels_product(rows, k, widths, split, dtype):
     make = Made(dtype)
@@ -249,7 +249,7 @@ def in_float64(kind, case, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("kind,case,dtype", thinned([(*e, d) for e in EPILOGUES for d in DTYPES], quick=range(0, 54, 4)))
+@pytest.mark.parametrize("kind,case,dtype", thinned([(*e, d) for e in EPILOGUES for d in DTYPES], quick=range(0, 54, 5)))
 def test_the_kernels(kind, case, dtype):
     it = made(kind, case, dtype)
     theirs, truth = it(it.naive), in_float64(kind, case, dtype)
