@@ -6,10 +6,10 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -206,11 +206,13 @@ def outcome(code, *arguments, seconds=0.4, **options):
 
 def descendants():
     "The processes that this one has begun, and those that they have."
-    listed = subprocess.Popen(["ps", "-eo", "pid=,ppid="], text=True, stdout=subprocess.PIPE)
-    rows = [line.split() for line in listed.communicate()[0].splitlines()]
+    rows = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try: rows.append((stat.parent.name, stat.read_text().rpartition(")")[2].split()[1]))
+        except OSError: continue # it has ended meanwhile
     found, more = set(), {str(os.getpid())}
     while more:
-        more = {pid for pid, parent in rows if parent in more} - {str(listed.pid)}
+        more = {pid for pid, parent in rows if parent in more}
         found |= more
     return found
 
