@@ -558,8 +558,8 @@ def verdict(self:Watcher) -> Learning:
     if self.failed: return self._failure(text, measured, said)
     gamed = len(measured) > 1 and held in (None, "same")
     if answer == "yes": text += ALONE if not measured else GAMED if gamed else ""
-    if held == "same": answer, held = "no" if answer == "yes" else answer, None if answer != "yes" else "no"
-    if held and (held != answer or held == "no"):
+    if held == "same": held = "no" if answer == "yes" else None # only a rise is contradicted by it
+    if held and held != answer:
         text = f"{'Yes' if held == 'yes' else 'No'}, by the held-out accuracy. The reward alone: {text[0].lower()}{text[1:]}"
         answer = held
     if "not_finite" in self.active: answer, text = "worse", f"No: a metric is not a finite number any more. {text}"

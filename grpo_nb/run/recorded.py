@@ -82,7 +82,7 @@ def _open_record(self:Recorded, goes_on):
     "Begin to write, in the folder of the run that goes on or in a new one; never raises."
     if self._writer is None: return
     try: self._open(goes_on)
-    except Exception as error: self._writer.failed(error) # noqa: BLE001 what cannot be written down does not keep a run from training
+    except Exception as error: self._writer.failed(error) # noqa: BLE001 what cannot be written down ends no run
 
 @patch
 def _open(self:Recorded, goes_on):
