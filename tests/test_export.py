@@ -64,8 +64,9 @@ def learn(model):
 
 def good(saved, exact=False):
     "What was written is the trained model, and the adapter is in it."
-    (one,) = saved.proofs
-    assert one.is_good and one.off <= one.allowed and (one.learnt is None or one.learnt > 0.05), str(one)
+    one, *by_llama_cpp = saved.proofs
+    assert all(p.method == f"{one.method} in llama.cpp" for p in by_llama_cpp), saved # where its binding is installed
+    for p in saved.proofs: assert p.is_good and p.off <= p.allowed and (p.learnt is None or p.learnt > 0.05), str(p)
     if exact: assert one.difference < 1e-4 and one.same == one.of, str(one)
     else: assert one.difference <= one.explained + one.allowed, str(one)
     return one
@@ -457,6 +458,68 @@ def test_gguf_is_what_was_trained(kind, name, tokenizer, tmp_path):
     assert set(os.listdir(tmp_path / "g")) == {"Modelfile", "README.md", "export.json", f"g-{name.upper()}.gguf"}
 
 
+# ---- read by llama.cpp itself, where its binding is
+
+def needs_llama_cpp():
+    needs_gguf()
+    pytest.importorskip("llama_cpp", reason="llama.cpp's Python binding is not installed: pip install llama-cpp-python")
+
+
+@slow
+@pytest.mark.parametrize("kind", GGUF)
+def test_llama_cpp_reads_what_was_trained(kind, tokenizer, tmp_path):
+    "To the last bits where nothing is rounded; else as far away as its own rounding, and never in other tokens."
+    needs_llama_cpp()
+    saved = save.gguf(adapted(small(kind, tokenizer)), tmp_path / "g", tokenizer, ["f32", "bf16", "q8_0", "q4_1"], llama_cpp=True)
+    by_name = {p.method: p for p in saved.proofs}
+    assert len(by_name) == 8 and all(p.is_good for p in saved.proofs), saved
+    exact = by_name["F32 in llama.cpp"] # Gemma's activation is looked up in a table of 16-bit numbers there
+    assert exact.difference < (5e-3 if "gemma" in kind else 1e-5) and exact.same == exact.of, str(exact)
+    assert "Q8_0 in llama.cpp" in (tmp_path / "g/README.md").read_text()
+
+
+@slow
+def test_what_llama_cpp_reads_otherwise_is_not_left_behind(tokenizer, tmp_path, monkeypatch):
+    "Positions told wrongly in a key that transformers does not read: found by llama.cpp alone."
+    needs_llama_cpp()
+    from grpo_nb.models import gguf as gguf_module
+    real = gguf_module.tell_settings
+
+    def scaled(writer, base, rows):
+        real(writer, base, rows)
+        gguf_module._linear(writer, {"factor": 8.0})
+    monkeypatch.setattr(gguf_module, "tell_settings", scaled)
+    with pytest.raises(save.ExportError, match="in llama.cpp.*nats away"):
+        save.gguf(small("qwen3", tokenizer), tmp_path / "g", tokenizer, "f32", prompts=FEW)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_reader_that_falls_over_takes_nothing_along(tokenizer, tmp_path, monkeypatch):
+    "llama.cpp ends its process over a file that it takes for wrong: said, and an error only for who asked for it."
+    needs_gguf()
+    from grpo_nb.models import llama_cpp as reader
+    model, seen = small("qwen3", tokenizer), []
+    monkeypatch.setattr(reader, "find_spec", lambda name: True)
+    monkeypatch.setattr(reader, "START", "import os; os.write(2, b'error: unknown architecture'); os.abort()")
+    end = notices.subscribe(lambda event: seen.append(event.message))
+    monkeypatch.setattr(save, "why_not_llama_cpp", lambda: "")
+    try: good(save.gguf(model, tmp_path / "g", tokenizer, "f32", prompts=FEW))
+    finally: end()
+    assert any("ended by signal 6" in s and "transformers alone" in s for s in seen), seen
+    with pytest.raises(save.ExportError, match="signal 6"):
+        save.gguf(model, tmp_path / "h", tokenizer, "f32", prompts=FEW, llama_cpp=True)
+    assert os.listdir(tmp_path) == ["g"]
+
+
+def test_llama_cpp_is_asked_for_in_vain_before_anything_is_written(tokenizer, tmp_path, monkeypatch):
+    needs_gguf()
+    monkeypatch.setattr(save, "why_not_llama_cpp", lambda: "its binding is not installed: pip install llama-cpp-python.")
+    model = small("qwen3", tokenizer)
+    for value, words in (True, "llama_cpp=True.*pip install"), ("yes", "True or False, or None"):
+        with pytest.raises(ValueError, match=words): save.gguf(model, tmp_path / "g", tokenizer, llama_cpp=value)
+    assert not os.listdir(tmp_path)
+
+
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=1e4,
               original_max_position_embeddings=32)
 VARIANTS = {"bias": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True), "no_groups": dict(num_key_value_heads=4),
@@ -481,7 +544,7 @@ def test_gguf_of_llamas_variants(variant, tokenizer, tmp_path):
 def test_a_list_of_quantisations_and_the_way_back(tokenizer, tmp_path):
     needs_gguf()
     model = adapted(small("qwen2", tokenizer))
-    saved = save.gguf(model, tmp_path / "g", tokenizer, ["F16", "q8_0", "fast_quantized"], prompts=FEW)
+    saved = save.gguf(model, tmp_path / "g", tokenizer, ["F16", "q8_0", "fast_quantized"], prompts=FEW, llama_cpp=False)
     assert [p.method for p in saved.proofs] == ["F16", "Q8_0"] and saved.proofs[0].difference < saved.proofs[1].difference
     assert "FROM ./g-F16.gguf" in (tmp_path / "g/Modelfile").read_text()
     folder = save.from_gguf(tmp_path / "g/g-F16.gguf", tmp_path / "back", dtype="float32")

@@ -93,7 +93,7 @@ def read_trained(model:nn.Module, rows:list) -> Trained: # in evaluation mode
     with without_adapter(model) as off: before = log_probs(model, whole) if off else None
     return Trained(rows, completions, logps, before)
 
-# %% ../../nbs/models/15_proof.ipynb #655aa0ef
+# %% ../../nbs/models/15_proof.ipynb #3293dcca
 @dataclass(frozen=True)
 class Proof:
     "How far what was written is from what was trained; all in nats, the largest over all tokens."
@@ -101,7 +101,7 @@ class Proof:
     difference: float # what was written, loaded anew, from the trained model
     explained: float # of that, what rounding the same weights in the same way explains
     off: float # what was written from those rounded weights: nothing, but for the last bits
-    itself: float # what was written from itself, its rows one by one instead of together: those last bits
+    itself: float # what was written from itself, with its rows one by one, or rounded as its reader rounds: those last bits
     learnt: float|None # the trained model from itself without its adapter
     tokens: int # compared
     same: int # greedy completions that are the trained model's, token by token
