@@ -770,3 +770,71 @@ class TestVLLM:
 
 @cache
 def plain_model(): return model_of(tied=False)
+
+
+class TestExports:
+    "What is taken away, served by vLLM itself, and `fast_generate` through vLLM."
+    pytestmark = needs_vllm
+
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        "A model loaded for vLLM, with an adapter that has learnt something."
+        from grpo_nb import FastLanguageModel
+        at = tmp_path_factory.mktemp("origin")
+        own = make_tokenizer(["1 2"], 320)
+        model = model_of(tied=False)
+        model.generation_config = transformers.GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        for part in model, own: part.save_pretrained(at)
+        model, own = FastLanguageModel.from_pretrained(str(at), load_in_4bit=False, fast_inference=True, max_lora_rank=8)
+        model = FastLanguageModel.get_peft_model(model, r=4)
+        shake(model, 0.1, "lora_B")
+        yield model, own
+        from grpo_nb.models.load import settings_of
+        if (engine := settings_of(model).engine) is not None: engine.close()
+
+    @pytest.mark.parametrize("method", ["merged_16bit", "merged_32bit"])
+    def test_vllm_serves_an_export(self, method, trained, tmp_path):
+        "vLLM's own LLM on the folder: the greedy answers and log-probs of the folder in transformers."
+        from vllm import LLM, SamplingParams
+
+        from grpo_nb import save
+        model, own = trained
+        save.merged(model, tmp_path / "m", own, method, dtype="bfloat16" if method == "merged_16bit" else None)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+        llm = LLM(model=str(tmp_path / "m"), dtype="float32", max_model_len=128, enforce_eager=True, seed=0)
+        try:
+            asked = SamplingParams(temperature=0, max_tokens=12, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+            for prompt, out in zip(PROMPTS, llm.generate([dict(prompt_token_ids=p) for p in PROMPTS], asked, use_tqdm=False)):
+                said = out.outputs[0]
+                row = torch.tensor([prompt + list(said.token_ids)])
+                with torch.no_grad(): logits = again(row).logits[0, :-1]
+                assert logits.argmax(-1)[len(prompt) - 1:].tolist() == list(said.token_ids)
+                theirs = [line[t].logprob for t, line in zip(row[0, 1:].tolist(), [*out.prompt_logprobs[1:], *said.logprobs])]
+                ours = logits.log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
+                assert torch.allclose(torch.tensor(theirs), ours, atol=1e-4)
+        finally: llm.llm_engine.engine_core.shutdown()
+
+    def test_fast_generate_with_an_adapter_and_without(self, trained, tmp_path, capsys):
+        "What `load_lora` returned is sampled by vLLM; None is the model as it was before, though vLLM holds the adapter."
+        from grpo_nb.engines.vllm.words import SamplingParams
+        from grpo_nb.models.load import settings_of
+        model, own = trained
+        model.save_lora(tmp_path / "a")
+        first = model.load_lora(tmp_path / "a")
+        params, prompts = SamplingParams(temperature=0, max_tokens=10, logprobs=0), [dict(prompt_token_ids=p) for p in PROMPTS]
+
+        def theirs(): # transformers, with what is in the model now
+            found = [model.generate(torch.tensor([p]), max_new_tokens=10, do_sample=False)[0, len(p):].tolist() for p in PROMPTS]
+            return [f[:f.index(own.eos_token_id) + 1] if own.eos_token_id in f else f for f in found]
+
+        def ours(lora): return [list(o.outputs[0].token_ids) for o in model.fast_generate(prompts, params, lora_request=lora)]
+        expected = theirs()
+        with model.disable_adapter(): plain = theirs()
+        assert expected != plain
+        assert ours(first) == expected and settings_of(model).engine.name == "vllm"
+        assert ours(None) == plain and ours(first) == expected
+        shake(model, 0.2, "lora_B") # trained on
+        assert ours(first) == expected, "a file that was read is that adapter, whatever the model has learnt since"
+        model.save_lora(tmp_path / "b")
+        now = theirs()
+        assert now != expected and ours(model.load_lora(tmp_path / "b")) == now and ours(first) == expected and ours(None) == plain
