@@ -1007,6 +1007,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'grpo_nb.engines.vllm.engine._put_adapter': ( 'engines/vllm/engine.html#_put_adapter',
                                                                                            'grpo_nb/engines/vllm/engine.py'),
                                              'grpo_nb.engines.vllm.engine._reload': ( 'engines/vllm/engine.html#_reload',
+                                                                                      'grpo_nb/engines/vllm/engine.py'),
+                                             'grpo_nb.engines.vllm.engine.running': ( 'engines/vllm/engine.html#running',
                                                                                       'grpo_nb/engines/vllm/engine.py')},
             'grpo_nb.engines.vllm.fast': { 'grpo_nb.engines.vllm.fast._completion': ( 'engines/vllm/fast.html#_completion',
                                                                                       'grpo_nb/engines/vllm/fast.py'),

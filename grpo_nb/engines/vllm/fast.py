@@ -9,8 +9,7 @@ __all__ = ['RIGHT', 'prompts_of', 'room_of', 'limits_of', 'engine_for', 'fast_ge
 from ..base import Engine, Refused
 from ..hf import HuggingFace
 from ..inplace.engine import InPlace
-from . import engine as vllm_engine
-from .engine import VLLMEngine
+from .engine import VLLMEngine, running
 from .words import (CompletionOutput, Logprob, RequestOutput, SamplingParams, as_sampling, check_asked,
                                         differs, get, stops_of)
 from ...ground.check import flag
@@ -83,8 +82,8 @@ def engine_for(model, lora) -> Engine:
 
 def _vllm(model, tokenizer, settings) -> VLLMEngine:
     "The vLLM that runs on this model, a run's or ours, or one that is started now."
-    live = vllm_engine._live() if vllm_engine._live is not None else None
-    if live is not None and live.llm is not None and causal_lm(live.model) is causal_lm(model): return live
+    live = running()
+    if live is not None and causal_lm(live.model) is causal_lm(model): return live
     if settings.engine is not None: settings.engine.close()
     settings.engine = VLLMEngine(model, tokenizer)
     return settings.engine
