@@ -419,8 +419,8 @@ FORMATS = "merged_16bit", "merged_4bit", "lora", "q8_0"
 @slow
 @pytest.mark.parametrize("method", FORMATS)
 @pytest.mark.parametrize("kind,tied,dtype", [
-    ("dora", True, torch.bfloat16), ("rslora", False, torch.float16), ("bias", False, torch.bfloat16), ("both", True, torch.float16),
-    ("tokens", True, torch.bfloat16)])
+    ("dora", True, torch.bfloat16), ("rslora", False, torch.float16), ("bias", False, torch.bfloat16),
+    ("both", True, torch.float16), ("tokens", True, torch.bfloat16)])
 def test_every_format_of_every_kind(method, kind, tied, dtype, tokenizer, tmp_path):
     "What is trained in 16 bits, with all that an adapter can be, in each format: off by rounding and by nothing else."
     if method == "q8_0": needs_gguf()
