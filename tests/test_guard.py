@@ -127,7 +127,7 @@ def failing(prompts, completions, answer, log_metric=None, **columns):
     if log_metric: log_metric("seen", len(completions))
     found = []
     for c, a in zip(completions, answer): # in a comprehension Python 3.12 and later keep no variable for those who come to look
-        found.append(1 / (len(c) - a)) # noqa: PERF401
+        found.append(1 / (len(c) - a))
     return found
 
 
