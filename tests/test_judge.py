@@ -89,7 +89,7 @@ def test_scores_are_shares_and_the_key_is_sent_and_nowhere_said(server, capsys):
     assert headers["authorization"] == f"Bearer {KEY}" and sent["model"] == "stand-in"
     assert sent["messages"][0]["content"].startswith("You are a strict judge. Be short.") and KEY not in json.dumps(sent)
     reward = judge("Be short.", "m", "http://user:pass@host:1/v1?key=s", api_key=lambda: KEY, cache=False)
-    for text in repr(reward), repr(reward.judge), reward.written: assert not [word for word in (KEY, "pass", "key=s") if word in text]
+    for text in repr(reward), repr(reward.judge), reward.written: assert not [w for w in (KEY, "pass", "key=s") if w in text]
     assert KEY not in capsys.readouterr().out
 
 
@@ -264,7 +264,8 @@ def test_a_judge_that_dies_costs_no_step(server, tmp_path):
     alive[0] = 1
     run.start(resume=True)
     assert run.state == "finished" and run.step == 3
-    for a, b in zip(run.trainer.model.parameters(), whole.trainer.model.parameters()): torch.testing.assert_close(a, b, atol=0, rtol=0)
+    pairs = zip(run.trainer.model.parameters(), whole.trainer.model.parameters())
+    for a, b in pairs: torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
 def test_a_stop_leaves_a_judge_that_hangs(server, tmp_path):

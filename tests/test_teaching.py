@@ -1,4 +1,4 @@
-"""Groups that teach: resample= and curriculum= of GRPOConfig, exact, resumable, in several processes, and refused where they fail."""
+"""Groups that teach: resample= and curriculum= of GRPOConfig, exact, resumable, in several processes, refused where they fail."""
 import json
 from types import SimpleNamespace
 
@@ -28,9 +28,9 @@ def rare(completions, **kwargs):
     return [float(sum(map(ord, c[-1]["content"])) % 6 == 0) for c in completions]
 
 
-GIVEN = dict(max_steps=2, per_device_train_batch_size=16, num_generations=4, max_completion_length=3, learning_rate=0.1, optim="sgd",
-             report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False, max_grad_norm=0.0, disable_tqdm=True,
-             use_cpu=True, self_check=False)
+GIVEN = dict(max_steps=2, per_device_train_batch_size=16, num_generations=4, max_completion_length=3, learning_rate=0.1,
+             optim="sgd", report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False, max_grad_norm=0.0,
+             disable_tqdm=True, use_cpu=True, self_check=False)
 
 
 def config(folder, **more):
