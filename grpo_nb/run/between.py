@@ -20,7 +20,7 @@ from ..models.modes import Snapshot
 from .control import Randomness, agreed
 from .turns import left, turns
 from ..trainers.resample import take_drawn
-from ..trainers.state import lookout_of
+from ..trainers.weights import lookout_of
 
 # %% ../../nbs/run/10_between.ipynb #6c358ac9
 class _Listener(TrainerCallback):

@@ -31,7 +31,9 @@ from ..tasks.evaluate import within_limit
 from ..tasks.guard import RewardError
 from ..trainers.resample import take_drawn
 from ..trainers.sampling import LeftSampling, leave_when
-from ..trainers.state import NoMemory, lacks_memory, lookout_of, no_memory, state_of, watching_weights
+from ..trainers.room import NoMemory, lacks_memory, no_memory
+from ..trainers.state import state_of
+from ..trainers.weights import lookout_of, watching_weights
 from .between import Between, _numbers
 from .saving import Saving
 

@@ -16,7 +16,7 @@ from ..ground.events import CheckpointSaved
 from ..models.finite import NotFinite
 from .checkpoints import differences, given, in_words, newest, size_of, thin_out, why_not_fitting, write
 from .control import Randomness, close_training
-from ..trainers.state import lacks_memory
+from ..trainers.room import lacks_memory
 
 # %% ../../nbs/run/11_saving.ipynb #b2a2cc5c
 class Saving:
