@@ -67,7 +67,7 @@ def outcome(run):
 
 def disturb(plan, folder, run):
     "Arrange the kill or the interrupts of a training; `plan` says when."
-    import grpo_nb.run.run as module
+    import grpo_nb.run.saving as module
     def strike():
         (folder / "struck").write_text(f"{run.step} {'saving' if saving else ''}")
         os.kill(os.getpid(), signal.SIGKILL if plan["how"] == "kill" else signal.SIGINT)

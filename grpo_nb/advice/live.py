@@ -311,7 +311,7 @@ class Learning:
     __repr__ = __str__
     def _repr_html_(self): return f'<p style="max-width:62em;color:var(--jp-content-font-color1, inherit)">{shown(self.text)}</p>'
 
-# %% ../../nbs/advice/06_live.ipynb #fad73652
+# %% ../../nbs/advice/06_live.ipynb #c0d51403
 class Watcher:
     "Listens to a run and says what goes wrong; `verdict` answers whether it is learning."
     def __init__(self,
@@ -329,10 +329,10 @@ class Watcher:
         self.rewards, self.bad, self.large, self.step = Thinned(), set(), set(), 0
         self.pairs, self._series = {}, {}
         self._on, self._quiet = {}, {} # by a rule's name: whether it holds, and for how many checks it has not
-        self.failed = "" # what a run failed with, in a line
         self.prompts, self.batches, self.began = set(), 0, 0 # up to two of them; logs of completions; the step at the start
         self._facts, self._course = facts, (0, Course(None, None, None))
-        self._end = events.subscribe(self._heard, StepLogged, CompletionsLogged, RunStarted, RunFailed)
+        self.failed, self._asked, self._latest = "", "", None # a failure in a line, which questions, the latest answers
+        self._end = events.subscribe(self._heard, StepLogged, CompletionsLogged, RunStarted, RunFailed, Measured)
 
     def stop(self) -> None:
         "End the watch."
@@ -421,12 +421,13 @@ def _reward_lost(s):
     more = f", and entropy has risen from {mean(x.first):.3g} to {mean(x.recent()):.3g}: the text falls apart" if risen else ""
     yield found("reward_lost", "error", entropy=more, **lost)
 
-# %% ../../nbs/advice/06_live.ipynb #742ed2d7
+# %% ../../nbs/advice/06_live.ipynb #c6daeb76
 @patch
 def _heard(self:Watcher, event):
     self.step = max(self.step, event.step)
     if isinstance(event, StepLogged): self._logged(event.metrics)
     elif isinstance(event, CompletionsLogged): self._completed(event)
+    elif isinstance(event, Measured): return self._answered(event)
     elif isinstance(event, RunFailed): self.failed = plain(event.error.partition("\n  completion: ")[0]).rstrip(".")
     elif isinstance(event, RunStarted): self.failed, self.began = "", event.step if not self.rewards.values else self.began
     else: return
@@ -484,9 +485,21 @@ def measure(self:Watcher) -> Accuracy: # raises `RuntimeError` while the run tra
     most = self.max_new_tokens or trainer.args.max_completion_length or 256
     right, _ = graded(model, trainer.processing_class, self.held_out, self.reward or exact_answer, most, **rendering_of(trainer))
     known = [r for r in right if r is not None]
-    self.accuracy.append(found := Accuracy(self.run.step, sum(known), len(known)))
-    self.events.emit(Measured(step=found.step, correct=found.right, n=found.n, right=right, questions=_questions(self.held_out)))
+    found = Accuracy(self.run.step, sum(known), len(known))
+    said = Measured(step=found.step, correct=found.right, n=found.n, right=right, questions=_questions(self.held_out))
+    self.events.emit(said)
+    if self._latest is not said: self._answered(said) # after `stop`
     return found
+
+# %% ../../nbs/advice/06_live.ipynb #0da1d947
+@patch
+def _answered(self:Watcher, event):
+    "Keep a held-out accuracy."
+    self._latest = event
+    mine = self._asked or (_questions(self.held_out) if self.held_out is not None else event.questions)
+    if event.name != "held-out" or event.questions != mine: return
+    self._asked = mine
+    self.accuracy.append(Accuracy(event.step, event.correct, event.n))
 
 def _questions(dataset) -> str:
     "A few letters that stand for the questions: two measurements with the same ones can be compared question by question."

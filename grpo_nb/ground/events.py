@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERITIES', 'notices', 'said', 'Event', 'RunStarted', 'StepLogged', 'CompletionsLogged', 'RunPaused', 'RunResumed',
            'RunStopped', 'RunFinished', 'RunFailed', 'in_words', 'short', 'Notice', 'SettingChanged', 'Measured',
-           'CheckpointSaved', 'Finding', 'Bus', 'weakly', 'say']
+           'PromptsDrawn', 'CheckpointSaved', 'Finding', 'Bus', 'weakly', 'say']
 
 # %% ../../nbs/ground/03_events.ipynb #7d6d7430
 import contextvars
@@ -114,11 +114,17 @@ class SettingChanged(Event):
 @dataclass(frozen=True, kw_only=True)
 class Measured(Event):
     "Questions that are in no training data were answered, with the weights as they are."
-    correct: int # right answers
+    correct: float # right answers; of an estimate such as pass@k their expected number
     n: int # questions
     name: str = "held-out" # what was measured
     right: list|None = None # which were right, in the order of the questions; None: not known
     questions: str = "" # the same letters for the same questions
+
+# %% ../../nbs/ground/03_events.ipynb #b9db5661
+@dataclass(frozen=True, kw_only=True)
+class PromptsDrawn(Event):
+    "Which prompts a step was sampled from, where a run chooses them itself."
+    prompts: list # dicts with key (of the prompt or its level), passed, n and extra (sampled beyond the batch)
 
 # %% ../../nbs/ground/03_events.ipynb #f82db59a
 @dataclass(frozen=True, kw_only=True)

@@ -144,7 +144,7 @@ def _written(value) -> bool:
     try: return ast.literal_eval(repr(value)) == value
     except (ValueError, SyntaxError): return False
 
-# %% ../../nbs/recipe/04_script.ipynb #5b19bdd6
+# %% ../../nbs/recipe/04_script.ipynb #0e2575cd
 def definitions(rewards, # functions; those of the library are passed over
                 ) -> str: # as in Recipe.definitions; a function without source is left out
     "The source of the rewards that are your own."
@@ -152,6 +152,10 @@ def definitions(rewards, # functions; those of the library are passed over
     own = [r for r in rewards if not isinstance(r, Reward) and not isinstance(r, str)]
     found = Sources(inline=())
     for reward in own:
+        if hasattr(reward, "written"): # made by a call, which says how
+            head, _, body = reward.written.partition("\n\n")
+            found.imports[head], found.parts[reward.__name__] = None, body
+            continue
         package = (getattr(reward, "__module__", "") or "").split(".")[0]
         if package == "grpo_nb" and getattr(importlib.import_module(reward.__module__), reward.__name__, None) is reward:
             found.imports[f"from {reward.__module__} import {reward.__name__}"] = None

@@ -21,7 +21,7 @@ from ..ground.text import written
 from .archive import read as read_completions
 from .files import Lines, check_name, gives_signs, read_json, tail, this_process, write_json
 from .store import Store
-from .writer import COMPLETIONS, FINDINGS, GROW, HELD_OUT, MARKS, METRICS, NOTES, RUN, written_here
+from .writer import COMPLETIONS, FINDINGS, GROW, HELD_OUT, MARKS, METRICS, NOTES, PROMPTS, RUN, written_here
 
 # %% ../../nbs/record/06_record.ipynb #a4fbcd93
 def is_number(value) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) # NaN too
@@ -166,17 +166,42 @@ def marks(self:Record) -> list: # dicts with step, time, kind and text
     "Changes, pauses, checkpoints and ends, oldest first."
     return [dict(row) for row in self.rows(MARKS)]
 
-# %% ../../nbs/record/06_record.ipynb #2acf3ae8
+# %% ../../nbs/record/06_record.ipynb #26db6bbb
 @patch(as_prop=True)
-def held_out(self:Record) -> list: # dicts with step, name, correct, n, low, high (a 95 % interval), right and questions
-    "Accuracies on questions that are in no training data, oldest first."
+def measured(self:Record) -> list: # dicts with step, name, correct, n, low, high (a 95 % interval), right and questions
+    "Everything that was measured on questions that are in no training data, oldest first."
     out = []
     for row in self.rows(HELD_OUT):
         correct, n = row.get("correct"), row.get("n")
-        if not isinstance(correct, int) or not isinstance(n, int) or not 0 <= correct <= n: continue
+        if not isinstance(correct, (int, float)) or not isinstance(n, int) or not 0 <= correct <= n: continue
         low, high = wilson(correct, n)
         out.append({**row, "step": _step(row), "low": low, "high": high})
     return out
+
+@patch(as_prop=True)
+def held_out(self:Record) -> list: # as `measured`
+    "Accuracies of greedy answers: one answer a question, right or wrong."
+    return [row for row in self.measured if not str(row.get("name")).startswith("pass@")]
+
+@patch(as_prop=True)
+def passes(self:Record) -> list: # as `measured`; `name` is "pass@4"
+    "Estimates of pass@k: whether one of k sampled answers is right."
+    return [row for row in self.measured if str(row.get("name")).startswith("pass@")]
+
+# %% ../../nbs/record/06_record.ipynb #1312a9b4
+@patch(as_prop=True)
+def prompts(self:Record) -> list: # dicts with step, key, passed, n and extra
+    "The prompts that were drawn, group by group."
+    return [{"step": _step(row), **one} for row in self.rows(PROMPTS) for one in row.get("prompts") or () if isinstance(one, dict)]
+
+@patch(as_prop=True)
+def pass_rates(self:Record) -> dict: # key to a share
+    "How often each prompt, or each level, was passed of late."
+    found = {}
+    for one in self.prompts:
+        passed, tried = found.get(one["key"], (0.0, 0.0))
+        if one["n"]: found[one["key"]] = passed / 2 + one["passed"], tried / 2 + one["n"]
+    return {key: passed / tried for key, (passed, tried) in found.items()}
 
 # %% ../../nbs/record/06_record.ipynb #924f5c27
 @patch(as_prop=True)

@@ -57,14 +57,17 @@ PARTS = {
 }
 
 # %% ../../nbs/trainers/18_drift.ipynb #20dd934d
-LOOSE = ("fields", "settings", "own tokenizer", "short names", "choice of vLLM", "cut prompts") # hold whatever TRL computes
-OURS = {*LOOSE, "engine", "vLLM in this process", "inference mode", *(seam.patch for each in SEAMS.values() for seam in each)}
+LOOSE = ("fields", "settings", "own tokenizer", "short names", "choice of vLLM", "cut prompts",
+         "groups can teach") # hold whatever TRL computes
+OURS = {*LOOSE, "engine", "groups that teach", "vLLM in this process", "inference mode",
+        *(seam.patch for each in SEAMS.values() for seam in each)}
 
 
 def part_of(algorithm:str, patch) -> str: # of `PARTS`; empty for a patch of `LOOSE`
     "The part that a patch belongs to."
     if patch.name in LOOSE: return ""
-    return {"engine": f"{algorithm} sampling", "vLLM in this process": "vLLM"}.get(patch.name, algorithm)
+    sampling = f"{algorithm} sampling"
+    return {"engine": sampling, "groups that teach": sampling, "vLLM in this process": "vLLM"}.get(patch.name, algorithm)
 
 # %% ../../nbs/trainers/18_drift.ipynb #1734e549
 FILE = Path(str(files("grpo_nb.trainers")), "trl_sources.json")

@@ -65,6 +65,17 @@ GROUPS["Sampling"] = _rows(
     ("repetition_penalty", "Above 1, tokens that have occurred become less likely."),
     ("use_vllm", "Sample with vLLM.", on_off))
 
+# %% ../../../nbs/ui/parts/05_fields.ipynb #7e65715d
+GROUPS["Prompts"] = _rows(
+    ("resample", "Sample on where the rewards of a group have no spread, until the batch is full; left open, they stay in it.",
+     (None, "zero_spread")),
+    ("resample_limit", "Rounds of further sampling for one batch, at most."),
+    ("curriculum", "Draw prompts by how often they are passed; left open, each once an epoch.", (None, "pass_rate")),
+    ("curriculum_low", "Prompts with a pass rate below it are drawn seldom."),
+    ("curriculum_high", "Prompts with a pass rate above it are drawn seldom."),
+    ("curriculum_pass", "The reward from which a completion passes."),
+    ("curriculum_column", "A column, such as a level, whose values have a pass rate each; left open, each prompt has."))
+
 # %% ../../../nbs/ui/parts/05_fields.ipynb #a6787d67
 GROUPS["Loss"] = _rows(
     ("loss_type", "How the tokens' losses become one number.",
