@@ -1,4 +1,5 @@
 """A run in processes of its own: what goes along, what is said of an end, and whole runs whose processes are killed (slow)."""
+import json
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from grpo_nb.ground import events
 from grpo_nb.launch import launcher, parcel, ranks
 from grpo_nb.launch.channel import place
-from grpo_nb.launch.watched import RunLost, Watched, how_many
+from grpo_nb.launch.watched import RunLost, how_many
 from grpo_nb.record.files import read_json, this_process, write_json
 from grpo_nb.record.runs import runs
 from grpo_nb.run.run import GRPORun
@@ -40,8 +41,8 @@ def parts(): return tiny_model(TASK, steps=0, hidden_size=64, layers=1)
 
 
 def make(parts, folder, rewards=digits, processes=2, run=None, **more):
-    config = dict(output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, num_generations=4, max_completion_length=4, use_cpu=True,
-                  bf16=False, gradient_checkpointing=False, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+    config = dict(output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, num_generations=4, max_completion_length=4,
+                  use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="steps", save_steps=1, learning_rate=1e-2)
     return GRPORun(*parts, rewards, TASK.train, config | more, processes=processes, **(run or {}))
 
 
@@ -75,6 +76,10 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert how_many("auto") == how_many(2) == 2 and how_many(1) == 1
     with pytest.raises(ValueError, match="processes=3: this machine has 2 GPUs"): how_many(3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    server = dict(use_vllm=True, vllm_mode="server")
+    assert how_many("auto", server) == 1 and how_many(2, {**server, "vllm_server_base_url": "http://10.0.0.7:8000"}) == 2
+    with pytest.raises(ValueError, match="this machine has 2 GPUs, and vLLM's server at 0.0.0.0 needs one"): how_many(2, server)
 
 
 def test_what_cannot_go_along_is_named(parts, tmp_path):
@@ -90,7 +95,9 @@ def test_what_cannot_go_along_is_named(parts, tmp_path):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_model_comes_back_as_it_went(tmp_path, adapter):
     model, tokenizer = tiny_model(TASK, steps=0, hidden_size=64, layers=1)
-    if adapter: model = get_peft_model(model.to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    if adapter:
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model.to(torch.bfloat16), lora)
     parcel.pack(tmp_path, dict(model=model, tokenizer=tokenizer, rewards=[digits], dataset=TASK.train, config=None))
     found = parcel.unpack(tmp_path)["model"]
     there, here = dict(found.named_parameters()), dict(model.named_parameters())
@@ -102,7 +109,8 @@ def test_the_model_comes_back_as_it_went(tmp_path, adapter):
 
 def test_a_configuration_object_gives_what_it_changes(tmp_path):
     from trl import GRPOConfig
-    given = GRPOConfig(output_dir=str(tmp_path), learning_rate=3e-4, per_device_train_batch_size=8, num_generations=4, bf16=False, use_cpu=True)
+    own = dict(learning_rate=3e-4, per_device_train_batch_size=8, num_generations=4, bf16=False, use_cpu=True)
+    given = GRPOConfig(output_dir=str(tmp_path), **own)
     kind, fields = parcel.config_given(given)
     assert kind is GRPOConfig and fields["learning_rate"] == 3e-4 and "generation_batch_size" not in fields
     assert parcel.config_made((kind, fields)).generation_batch_size == given.generation_batch_size
@@ -133,7 +141,8 @@ def test_what_ended_it(tmp_path, codes, notes, rank, words):
     place(tmp_path).mkdir()
     write_json(place(tmp_path, "plan.json"), dict(output_dir=str(tmp_path), processes=2, first=0))
     for one, text in notes.items():
-        write_json(place(tmp_path, f"failed-{one}.json"), dict(rank=one, text=text, time=1.0, missing="process 1 of 2 is missing: it is gone"))
+        note = dict(rank=one, text=text, time=1.0, missing="process 1 of 2 is missing: it is gone")
+        write_json(place(tmp_path, f"failed-{one}.json"), note)
     end = launcher.told(tmp_path, codes, 2)
     assert end["rank"] == rank and words in end["error"], end
     (tmp_path / "checkpoint-4").mkdir()
@@ -183,7 +192,8 @@ def test_a_run_in_two_processes(parts, tmp_path):
     assert run.state == "stopped" and Path(run.checkpoint).name == f"checkpoint-{run.step}"
     until(lambda: other.state == "stopped")
     kinds = [kind for kind, _ in seen]
-    assert kinds.count("SettingChanged") == 2 and {"RunStarted", "RunPaused", "RunResumed", "RunStopped", "CompletionsLogged"} <= set(kinds)
+    assert kinds.count("SettingChanged") == 2
+    assert {"RunStarted", "RunPaused", "RunResumed", "RunStopped", "CompletionsLogged"} <= set(kinds)
     assert [step for kind, step in seen if kind == "StepLogged"] == list(range(1, run.step + 1))
     assert len(run.record.completions.groups(run.step)) == 2 # a prompt a process
     at = run.step
@@ -218,7 +228,7 @@ def test_an_error_in_a_reward_comes_back(parts, tmp_path):
     run = make(parts, tmp_path, divides)
     with pytest.raises(Exception, match="divides") as found: run.start(background=False)
     assert type(found.value).__name__ == "RewardError" and isinstance(found.value.__cause__, ZeroDivisionError)
-    assert "test_launch.py" in str(found.value) and "line" in str(found.value)
+    assert "test_launch.py:" in str(found.value) and "in divides" in str(found.value)
     assert "1 / len(kwargs" in "".join(found.value.__notes__)
     assert run.state == "failed" and run.record.state == "failed" and "divides" in run.record.error
 
@@ -235,3 +245,50 @@ def test_a_killed_process_ends_the_run(parts, tmp_path, rank):
     from grpo_nb.run.checkpoints import why_not_whole
     assert why_not_whole(run.checkpoint) is None
     assert not [s for s in ranks.signs_in(run.folder) if not ranks.is_gone(s)]
+
+
+@slow
+def test_a_process_that_hangs_is_named(parts, tmp_path):
+    "The time-out of a collective says who was waited for."
+    run = make(parts, tmp_path, napping, max_steps=400, ddp_timeout=20)
+    run.start(background=True)
+    until(lambda: run.step >= 2)
+    os.kill(read_json(place(run.folder, "ranks", "1.json"))["pid"], signal.SIGSTOP)
+    with pytest.raises(Exception, match="process 1 of 2 is missing: it has given no sign"): run.wait(PATIENCE)
+    assert run.state == "failed" and "Process 0 waited for it" in str(run.record.error)
+    assert not [s for s in ranks.signs_in(run.folder) if not ranks.is_gone(s)]
+
+
+@slow
+def test_it_goes_on_in_another_number_of_processes(parts, tmp_path):
+    "Two processes, then one, then two again: the same prompts in the same order, and it is said what begins anew."
+    def prompts(run):
+        found = run.record.completions
+        return {step: sorted({json.dumps(g.prompt) for g in found.groups(step)}) for step in found.steps}
+    whole = make(parts, tmp_path / "whole", max_steps=6).start(background=False)
+    for steps, processes, rows in ((2, 2, 4), (4, 1, 8), (6, 2, 4)):
+        run = make(parts, tmp_path / "parts", max_steps=steps, processes=processes, per_device_train_batch_size=rows,
+                   lr_scheduler_type="constant")
+        said = []
+        run.events.subscribe(lambda e: said.append(e.message), events.Notice)
+        run.start(resume=steps > 2, background=False)
+        assert run.state == "finished" and run.step == steps
+        for step in (steps - 1, steps): assert prompts(run)[step] == prompts(whole)[step], step
+        assert any("random numbers of sampling begin anew" in message for message in said) == (steps > 2), said
+
+
+@slow
+def test_groups_that_do_not_fit_the_processes(parts, tmp_path):
+    "Six rows of four generations, unpatched: TRL's own sentence, before the first step and in both processes."
+    from grpo_nb.trainers.patch import applied
+    assert not applied
+    run = make(parts, tmp_path, per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match="num_generations"): run.start(background=False)
+    assert run.state == "failed" and not list(tmp_path.glob("checkpoint-*"))
+
+
+@slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills():
+    from launch_kills import main
+    assert main(["--kills", "20", "--jobs", str(max(os.cpu_count() // 4, 1))]) == 0

@@ -101,7 +101,7 @@ def _adapter(model, folder) -> dict:
     kinds = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
     return dict(folder=str(below), name=names[0], dtype=kinds.pop() if len(kinds) == 1 else None)
 
-# %% ../../nbs/launch/02_parcel.ipynb #e775e8c5
+# %% ../../nbs/launch/02_parcel.ipynb #fa6d087a
 def model_made(given:dict) -> tuple: # (model, tokenizer or None)
     "The model in a process that trains."
     tokenizer = None
@@ -124,7 +124,7 @@ def _loaded(base) -> torch.nn.Module:
     module, _, name = *base["kind"][:1], "", base["kind"][1]
     kind = getattr(importlib.import_module(module), name)
     model = kind.from_pretrained(base["folder"], dtype=base["dtype"], attn_implementation=base["attention"])
-    model.config._name_or_path = base["name"] or base["folder"]
+    model.config._name_or_path = base["name"]
     return model
 
 # %% ../../nbs/launch/02_parcel.ipynb #66351334

@@ -40,8 +40,8 @@ from ..models.room import clear, collect
 from ..patch.objects import wrapping
 
 # %% ../../nbs/run/10_run.ipynb #1d5336f3
-from .checkpoints import (described, differences, given, in_words, kept_in, known, newest, settle, size_of, thin_out,
-                                     why_not_fitting, write)
+from .checkpoints import (described, differences, given, in_words, kept_in, known, newest, say_shape, settle, size_of,
+                                     thin_out, why_not_fitting, write)
 from .control import Randomness, Steering, agreed, close_training
 from .folder import Folder
 from .inputs import (OUTPUT_DIR, check_config, check_dataset, check_model, check_reference, check_reward_columns, check_run,
@@ -137,7 +137,7 @@ def _leave_for(cls:GRPORun, processes, *args, **kwargs) -> Watched:
     "The view of a run with these arguments in processes of its own; nothing is started yet."
     taken = inspect.signature(cls.__init__).bind(None, *args, **{"tokenizer": None, **kwargs} if len(args) < 2 else kwargs)
     given = {k: v for k, v in taken.arguments.items() if k not in ("self", "kwargs")}
-    more, n = taken.arguments.get("kwargs", {}), how_many(processes)
+    more, n = taken.arguments.get("kwargs", {}), how_many(processes, given.get("config"))
     own = {k: given.pop(k) for k in ("name", "record") if k in given}
     _check_leaving(given, more, own.get("record", True))
     config = given.get("config")
@@ -626,7 +626,7 @@ def _interrupt(self:GRPORun):
     self._now = self._now or self._stop is not None
     self._stop = self._stop or "interrupt"
 
-# %% ../../nbs/run/10_run.ipynb #21387090
+# %% ../../nbs/run/10_run.ipynb #45167bce
 @patch
 def _checkpoint(self:GRPORun, resume) -> str|None:
     "The checkpoint folder that `resume` means; raises `FileNotFoundError` where there is none, `ValueError` for another model's."
@@ -641,6 +641,7 @@ def _checkpoint(self:GRPORun, resume) -> str|None:
     if resume is True and model is not None and (why := why_not_fitting(found.path, model)):
         raise ValueError(f"resume=True: {found.path} cannot be taken: {why}.")
     if found.run and not differences(what, found.what): self.id = found.run
+    say_shape(found.path, trainer.accelerator.num_processes)
     return str(found.path)
 
 @patch
