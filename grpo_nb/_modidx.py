@@ -1524,6 +1524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grpo_nb.models.card.licence_of': ('models/card.html#licence_of', 'grpo_nb/models/card.py')},
             'grpo_nb.models.device': { 'grpo_nb.models.device._default_device': ( 'models/device.html#_default_device',
                                                                                   'grpo_nb/models/device.py'),
+                                       'grpo_nb.models.device._index': ('models/device.html#_index', 'grpo_nb/models/device.py'),
                                        'grpo_nb.models.device._present': ('models/device.html#_present', 'grpo_nb/models/device.py'),
                                        'grpo_nb.models.device.best_dtype': ('models/device.html#best_dtype', 'grpo_nb/models/device.py'),
                                        'grpo_nb.models.device.dtype_for': ('models/device.html#dtype_for', 'grpo_nb/models/device.py'),

@@ -3,8 +3,8 @@
     python tests/launch_kills.py --kills 20 --jobs 5 --out kills.json
 
 Each kill has a run of two processes (gloo, a tiny model, a checkpoint after every step). One of the processes, or both, is killed
-with SIGKILL at a moment that is drawn; then it is looked at what the kernel says, whether every checkpoint is whole, and whether the
-run goes on from the newest one.
+with SIGKILL at a moment that is drawn. Then: what the kernel says, whether all checkpoints are whole, whether the run goes on from
+the newest one.
 """
 import argparse
 import json
@@ -99,8 +99,8 @@ def main(argv=None):
     paths = os.pathsep.join([root, str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     parts = [part for i in range(given.jobs) if (part := list(range(given.kills))[i::given.jobs])]
-    running = [subprocess.Popen([sys.executable, __file__, "--work", json.dumps(part), "--seed", str(given.seed)], env=env, text=True,
-                                stdout=subprocess.PIPE) for part in parts]
+    running = [subprocess.Popen([sys.executable, __file__, "--work", json.dumps(part), "--seed", str(given.seed)], env=env,
+                                text=True, stdout=subprocess.PIPE) for part in parts]
     lines = [line for process in running for line in process.communicate()[0].splitlines()]
     rows = sorted((json.loads(line[4:]) for line in lines if line.startswith("ROW ")), key=lambda row: row["number"])
     for row in rows: print(json.dumps(row))

@@ -2,18 +2,20 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from runs_made import make_run, write_completions
 
 from grpo_nb.ground import events
-from grpo_nb.launch import launcher, parcel, ranks
+from grpo_nb.launch import channel, launcher, parcel, ranks
 from grpo_nb.launch.channel import place
 from grpo_nb.launch.watched import RunLost, how_many
-from grpo_nb.record.files import read_json, this_process, write_json
+from grpo_nb.record.files import append, lives, read_json, this_process, write_json
 from grpo_nb.record.runs import runs
 from grpo_nb.run.run import GRPORun
 from grpo_nb.tasks.library import get
@@ -38,6 +40,15 @@ def napping(completions, **kwargs):
 
 @pytest.fixture(scope="module")
 def parts(): return tiny_model(TASK, steps=0, hidden_size=64, layers=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path):
+    "A test that fails leaves no processes."
+    yield
+    for plan in tmp_path.glob("**/launch/plan.json"):
+        note = read_json(plan).get("launcher", {})
+        if lives(note): os.kill(note["pid"], signal.SIGTERM)
 
 
 def make(parts, folder, rewards=digits, processes=2, run=None, **more):
@@ -165,6 +176,92 @@ def test_one_card_of_two(monkeypatch, tmp_path):
     assert any('processes="auto"' in e.message for e in events.notices.kept)
 
 
+def test_each_process_has_the_gpu_of_its_rank(monkeypatch):
+    "Where a model is loaded before the trainer is made, as a script under torchrun does."
+    from grpo_nb.models.device import target_device
+    for name, value in dict(is_available=True, current_device=0, device_count=2).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert str(target_device()) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(target_device()) == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert str(target_device()) == "cuda:1" # as somebody has said
+
+
+# ---- the view, of a folder that a run might have written
+
+@pytest.fixture
+def watched(tmp_path):
+    "A run of two processes that another kernel has started, in its third step, and its folder."
+    folder = make_run(tmp_path / "runs", "calm-river-heron", steps=3, total=9, state="running", alive=True, completions=("a", "bc"))
+    place(folder).mkdir()
+    note = read_json(folder / "run.json")
+    launcher = {name: note[name] for name in ("pid", "began", "host")}
+    write_json(place(folder, "plan.json"), dict(processes=2, output_dir=str(tmp_path), since=0.0, first=0.0, launcher=launcher))
+    write_json(place(folder, "status.json"), dict(state="running", step=3, total_steps=9, settings=dict(beta=0.0)))
+    return runs(tmp_path)["calm-river-heron"].watch(), folder
+
+
+def test_a_run_that_is_found_is_watched(watched):
+    "Charts and completions take it for a run; its end is told last."
+    from grpo_nb.ui.charts.charts import LiveCharts
+    from grpo_nb.ui.completions.completions import CompletionBrowser
+    (run, folder), told = watched, []
+    run.events.subscribe(lambda e: told.append((type(e).__name__, e.step)))
+    charts, browser = LiveCharts("main", mode="static").attach(run), CompletionBrowser().attach(run)
+    assert (run.state, run.step, run.total_steps, len(run.logs), run.settings) == ("running", 3, 9, 3, {"beta": 0.0})
+    append(folder / "metrics.jsonl", dict(step=4, time=5.0, metrics=dict(reward=0.75)))
+    write_completions(folder, 4, ("x", "yz"), {"correctness": 1.0})
+    changed = events.SettingChanged(step=4, name="beta", old=0.0, new=0.1)
+    append(place(folder, "events.jsonl"), channel.as_row(changed))
+    until(lambda: browser.store.steps == [4] and ("SettingChanged", 4) in told, 20)
+    assert run.step == 4 and run.history[-1] == dict(step=4, name="reward", value=0.75)
+    assert [s.rewards for s in browser.store.groups(4)[0].samples] == [{"correctness": 0.0}, {"correctness": 1.0}]
+    assert len(charts) == 4
+    run.events.emit(events.Finding(step=4, rule="flat", severity="info", message="nothing moves")) # of a watcher in this kernel
+    assert runs(folder.parent)[0].findings[-1]["rule"] == "flat"
+    append(folder / "metrics.jsonl", dict(step=5, time=6.0, metrics=dict(reward=0.8)))
+    end = events.RunFailed(step=5, error="process 1 of 2 was killed by SIGKILL")
+    write_json(place(folder, "ended.json"), {**channel.as_row(end), "rank": 1})
+    with pytest.raises(RunLost, match="process 1 of 2 was killed"): run.wait(20)
+    assert told[-2:] == [("StepLogged", 5), ("RunFailed", 5)] and run.state == "failed"
+    with pytest.raises(RuntimeError, match="already failed"): run.pause()
+
+
+def test_wishes_are_answered(watched):
+    run, folder = watched
+    wishes, seen, over = channel.Wishes(folder), [], threading.Event()
+
+    def worker():
+        while not over.wait(0.02):
+            for wish in wishes.new():
+                seen.append((wish["do"], wish["given"]))
+                error = ValueError("beta=-1.0 must be 0 or more.") if wish["given"].get("beta") == -1.0 else None
+                channel.answer(folder, wish["id"], error)
+
+    threading.Thread(target=worker, daemon=True).start()
+    try:
+        assert run.pause() is run and run.change(reward_weights={digits: 2.0}) is run
+        with pytest.raises(ValueError, match="beta=-1.0 must be"): run.change(beta=-1.0)
+    finally: over.set()
+    assert seen == [("pause", {}), ("change", {"reward_weights": {"digits": 2.0}}), ("change", {"beta": -1.0})]
+
+
+def test_a_run_of_a_kernel_is_no_run_to_steer(tmp_path):
+    make_run(tmp_path, "calm", steps=3)
+    with pytest.raises(RuntimeError, match="no processes of its own"): runs(tmp_path)[0].watch()
+
+
+def test_what_it_wrote_is_deleted(watched):
+    run, folder = watched
+    write_json(place(folder, "ended.json"), channel.as_row(events.RunFinished(step=3, metrics={})))
+    run.wait(20)
+    note = read_json(folder / "run.json")
+    write_json(folder / "run.json", {**note, "state": "finished"})
+    assert runs(folder.parent)[0].delete(confirm=True) and not folder.exists()
+
+
 # ---- whole runs
 
 @slow
@@ -174,7 +271,7 @@ def test_a_run_in_two_processes(parts, tmp_path):
     run.events.subscribe(lambda e: seen.append((type(e).__name__, e.step)))
     run.start(background=True)
     until(lambda: run.step >= 2)
-    with pytest.raises(ValueError, match="learning_rat"): run.change(learning_rat=1)
+    with pytest.raises(TypeError, match="Did you mean 'learning_rate'"): run.change(learning_rat=1)
     with pytest.raises(ValueError, match="learning_rate"): run.change(learning_rate=-1)
     assert run.change(learning_rate=1e-3, reward_weights={napping: 2.0}) is run
     run.pause()
@@ -201,9 +298,9 @@ def test_a_run_in_two_processes(parts, tmp_path):
     with pytest.raises(RuntimeError, match="already been stopped"): run.pause()
     run.start(resume=True, background=True)
     until(lambda: run.step > at)
-    run.stop()
-    run.wait(PATIENCE)
-    assert run.state == "stopped" and [log["step"] for log in run.logs] == list(range(1, run.step + 1))
+    run.kill()
+    with pytest.raises(RunLost, match="ended from outside.*SIGTERM.*checkpoint-"): run.wait(PATIENCE)
+    assert [log["step"] for log in run.logs] == list(range(1, run.logs[-1]["step"] + 1))
 
 
 @slow

@@ -118,6 +118,8 @@ def main(folder) -> None:
 def _outside(folder, error) -> str:
     "What ended the processes, where none of them failed."
     if type(error).__name__ != "SignalException": return f"the processes could not be started: {error_text(error)}."
-    return f"the run was ended from outside ({error_text(error)}). {way_on(folder)}."
+    try: how = signal.Signals(int(error.sigval)).name
+    except (AttributeError, ValueError): how = error_text(error)
+    return f"the run was ended from outside ({how}). {way_on(folder)}."
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules and len(sys.argv) == 2: main(sys.argv[1])

@@ -63,8 +63,8 @@ def _beside(server, processes, gpus) -> int:
     n = most if processes == "auto" else whole("processes", processes, least=1)
     if 1 <= n <= most: return n
     more = f"Give processes={most}" if most else "Give vllm_mode='colocate', which samples on the GPU that trains"
-    raise ValueError(f"processes={processes!r}: this machine has {gpus} GPU{'s' * (gpus != 1)}, and vLLM's server at {server} needs "
-                     f"one of its own. {more}, or set CUDA_VISIBLE_DEVICES where the server has its GPU already.")
+    raise ValueError(f"processes={processes!r}: this machine has {gpus} GPU{'s' * (gpus != 1)}, and vLLM's server at {server} "
+                     f"needs one of its own. {more}, or set CUDA_VISIBLE_DEVICES where the server has its GPU already.")
 
 # %% ../../nbs/launch/05_watched.ipynb #cabc6797
 class RunLost(RuntimeError):

@@ -14,6 +14,7 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from fastcore.basics import patch
 
 from ..ground.events import CompletionsLogged, Event, Notice, RunFailed, StepLogged, notices
@@ -48,6 +49,7 @@ def make(self:Worker):
     "Make the run from what came along."
     if self.n == 1:
         for name in ALONE: os.environ.pop(name, None)
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     sys.path += [p for p in self.plan["path"] if p not in sys.path]
     parts = unpack(place(self.folder))
     given, more = parts.pop("arguments"), {n: parts[n] for n in ("model", "tokenizer", "rewards", "dataset", "config")}
@@ -172,9 +174,8 @@ def main(folder) -> int: # the exit status
 # %% ../../nbs/run/11_worker.ipynb #965c27f6
 def leave(status:int) -> None:
     "End the process."
-    if not status and "torch" in sys.modules:
-        import torch.distributed as dist
-        if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+    dist = torch.distributed
+    if not status and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
