@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -48,7 +49,7 @@ def nothing_is_left(tmp_path):
     yield
     for plan in tmp_path.glob("**/launch/plan.json"):
         note = read_json(plan).get("launcher", {})
-        if lives(note): os.kill(note["pid"], signal.SIGTERM)
+        if lives(note) and "grpo_nb.launch.launcher" in psutil.Process(note["pid"]).cmdline(): os.kill(note["pid"], signal.SIGTERM)
 
 
 def make(parts, folder, rewards=digits, processes=2, run=None, **more):
@@ -209,7 +210,7 @@ def test_a_run_that_is_found_is_watched(watched):
     from grpo_nb.ui.completions.completions import CompletionBrowser
     (run, folder), told = watched, []
     run.events.subscribe(lambda e: told.append((type(e).__name__, e.step)))
-    charts, browser = LiveCharts("main", mode="static").attach(run), CompletionBrowser().attach(run)
+    charts, browser = LiveCharts(("reward", "kl"), mode="static").attach(run), CompletionBrowser().attach(run)
     assert (run.state, run.step, run.total_steps, len(run.logs), run.settings) == ("running", 3, 9, 3, {"beta": 0.0})
     append(folder / "metrics.jsonl", dict(step=4, time=5.0, metrics=dict(reward=0.75)))
     write_completions(folder, 4, ("x", "yz"), {"correctness": 1.0})
@@ -218,7 +219,7 @@ def test_a_run_that_is_found_is_watched(watched):
     until(lambda: browser.store.steps == [4] and ("SettingChanged", 4) in told, 20)
     assert run.step == 4 and run.history[-1] == dict(step=4, name="reward", value=0.75)
     assert [s.rewards for s in browser.store.groups(4)[0].samples] == [{"correctness": 0.0}, {"correctness": 1.0}]
-    assert len(charts) == 4
+    assert len(charts) == 4, len(charts)
     run.events.emit(events.Finding(step=4, rule="flat", severity="info", message="nothing moves")) # of a watcher in this kernel
     assert runs(folder.parent)[0].findings[-1]["rule"] == "flat"
     append(folder / "metrics.jsonl", dict(step=5, time=6.0, metrics=dict(reward=0.8)))
