@@ -88,6 +88,7 @@ class Watched:
         self._state, self._failure, self._ended, self._over = "ready", None, threading.Event(), threading.Event()
         self._status, self._logs, self._lines, self._seen, self._lock = {}, [], {}, {}, threading.Lock()
         self._theirs, self._waiting = False, [] # whether the event that is told comes from there; completions that may be half read
+        self._last = None # how the first process says that the run has ended
         self.events.subscribe(self._keep, Finding, Measured)
 
 # %% ../../nbs/launch/05_watched.ipynb #72ded7f7
@@ -154,7 +155,7 @@ def _claim(self:Watched):
         raise
     self._parts = None # they are in the folder
 
-# %% ../../nbs/launch/05_watched.ipynb #5e3c22ee
+# %% ../../nbs/launch/05_watched.ipynb #8ae49387
 @patch
 def _launch(self:Watched, resume):
     "Start the launcher."
@@ -169,7 +170,7 @@ def _launch(self:Watched, resume):
     note = dict(name=self.name, id=self.id, state="running", ended=None, error=None, beat=now, **_process(self._launcher.pid))
     write_json(self.folder / RUN, {"started": now, **read_json(self.folder / RUN), **note})
     write_json(place(self.folder, PLAN), {**plan, "launcher": _process(self._launcher.pid)})
-    self._state, self._failure, self._status = "running", None, {}
+    self._state, self._failure, self._status, self._last = "running", None, {}, None
     self._ended.clear()
 
 # %% ../../nbs/launch/05_watched.ipynb #4c9562b3
@@ -207,7 +208,7 @@ def _look_on(self:Watched, over):
         except OSError: continue # a drive that is away for a moment
         if self._ended.is_set(): return
 
-# %% ../../nbs/launch/05_watched.ipynb #0f59bd79
+# %% ../../nbs/launch/05_watched.ipynb #d10af936
 @patch
 def _look(self:Watched):
     "Hand on what is new; at the end, the end."
@@ -216,12 +217,13 @@ def _look(self:Watched):
     events = [as_event(row) for row in self._new(TOLD)]
     self._take_status()
     last = [e for e in events if isinstance(e, (RunFinished, RunStopped, RunFailed))]
+    self._last = last[-1] if last else self._last
     self._tell([e for e in events if isinstance(e, RunStarted)])
     for log in as_logs([row for row in self._new(METRICS) if "from" not in row]): self._take_log(log)
     self._take_completions(bool(end) or gone)
     self._tell([e for e in events if e is not None and e not in last and not isinstance(e, RunStarted)])
     if end: self._end(as_event(end))
-    elif gone: self._end(RunFailed(step=self.step, error=NOBODY))
+    elif gone: self._end(self._last or RunFailed(step=self.step, error=NOBODY)) # the launcher was killed: it could not say so
 
 NOBODY = ("the processes of the run are gone, and nobody wrote down why: the machine was started anew, or all of them were killed. "
           "start(resume=True) goes on from the newest checkpoint")
@@ -403,10 +405,15 @@ def kill(self:Watched) -> Watched:
     if lives(note): os.kill(note["pid"], signal.SIGTERM)
     return self
 
-# %% ../../nbs/launch/05_watched.ipynb #4e33feb8
+# %% ../../nbs/launch/05_watched.ipynb #4e680af4
 @patch(as_prop=True)
 def state(self:Watched) -> str: # ready, running, paused, stopped, finished or failed
     return self._state
+
+@patch(as_prop=True)
+def trainer(self:Watched):
+    raise AttributeError("the trainer of this run is in the run's processes; logs, settings and completions can be read here, and "
+                         "run.load_into(model) brings the trained weights")
 
 @patch(as_prop=True)
 def record(self:Watched) -> Record|None: return Record(self.folder) if self.folder is not None else None
