@@ -1389,6 +1389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'grpo_nb.launch.parcel.config_given': ( 'launch/parcel.html#config_given',
                                                                                'grpo_nb/launch/parcel.py'),
                                        'grpo_nb.launch.parcel.config_made': ('launch/parcel.html#config_made', 'grpo_nb/launch/parcel.py'),
+                                       'grpo_nb.launch.parcel.join': ('launch/parcel.html#join', 'grpo_nb/launch/parcel.py'),
                                        'grpo_nb.launch.parcel.know_lines': ('launch/parcel.html#know_lines', 'grpo_nb/launch/parcel.py'),
                                        'grpo_nb.launch.parcel.lines_of': ('launch/parcel.html#lines_of', 'grpo_nb/launch/parcel.py'),
                                        'grpo_nb.launch.parcel.model_given': ('launch/parcel.html#model_given', 'grpo_nb/launch/parcel.py'),

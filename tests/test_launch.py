@@ -161,6 +161,14 @@ def test_what_ended_it(tmp_path, codes, notes, rank, words):
     assert words == "reward 'f'" or "checkpoint-4" in launcher.told(tmp_path, codes, 2)["error"]
 
 
+@pytest.mark.parametrize("text, is_one", [
+    ("RuntimeError: Application timeout caused pair closure", True), ("RuntimeError: [gloo/transport] Connection closed by peer", True),
+    ("DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", True), ("RewardError: reward 'f' raised TimeoutError", False),
+    ("OutOfMemoryError: CUDA out of memory", False),
+])
+def test_errors_of_collectives(text, is_one): assert ranks.of_a_collective(text) is is_one
+
+
 def test_processes_that_disagree():
     assert ranks.differ([dict(a=1, b=[2])] * 3) == ""
     assert ranks.differ([dict(a=1), dict(a=1), dict(a=2)]) == "a is 1 in process 0 and 2 in process 2"

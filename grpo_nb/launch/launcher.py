@@ -122,4 +122,4 @@ def _outside(folder, error) -> str:
     except (AttributeError, ValueError): how = error_text(error)
     return f"the run was ended from outside ({how}). {way_on(folder)}."
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules and len(sys.argv) == 2: main(sys.argv[1])
+if __name__ == "__main__" and Path(sys.argv[0]).name == "launcher.py": main(sys.argv[1]) # not where this is a notebook

@@ -92,9 +92,9 @@ def missing(signs:list, # as `signs_in` gives them
 
 def _at(note) -> str: return f"it is at {note.get('doing') or 'its start'}, since {note.get('seconds', 0):.0f} s"
 
-# %% ../../nbs/launch/03_ranks.ipynb #31d3a1f8
-COLLECTIVE = re.compile(r"timed out waiting|connection (closed|reset) by peer|broken pipe|gloo|DistBackendError|DistStoreError|"
-                        r"DistNetworkError|NCCL (error|timeout)|Watchdog caught collective", re.I)
+# %% ../../nbs/launch/03_ranks.ipynb #cf7fbb00
+COLLECTIVE = re.compile(r"timed out waiting|timeout caused|distributed_c10d|connection (closed|reset) by peer|gloo|"
+                        r"DistBackendError|DistStoreError|DistNetworkError|NCCL (error|timeout)|Watchdog caught collective", re.I)
 
 def of_a_collective(text:str) -> bool:
     "Whether an error says that processes did not come together."

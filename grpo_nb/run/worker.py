@@ -180,4 +180,4 @@ def leave(status:int) -> None:
     sys.stderr.flush()
     os._exit(status)
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules and len(sys.argv) == 2: leave(main(sys.argv[1]))
+if __name__ == "__main__" and Path(sys.argv[0]).name == "worker.py": leave(main(sys.argv[1])) # not where this is a notebook
