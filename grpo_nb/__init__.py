@@ -28,7 +28,7 @@ __all__ = list(_public)
 
 # What a name has beside it: a step without memory says what the estimate is, which is made on a higher floor than the step
 # for; what shows a run is made where views are; loaded models get `fast_generate`, whose engines stand higher, and the ways out
-_beside = {"PatchFastRL": ("advice.memory",), "GRPORun": ("advice.memory",), "runs": ("ui.runs.page",),
+_beside = {"PatchFastRL": ("advice.memory",), "GRPORun": ("advice.memory",), "runs": ("ui.runs.page", "launch.watched"),
            "FastLanguageModel": ("engines.vllm.fast", "models.save")}
 
 

@@ -21,7 +21,7 @@ FLOORS = {
     "models": 2, "engines": 2, "engines/inplace": 2, "engines/vllm": 2, "tasks": 2,
     "step": 3,
     "trainers": 4,
-    "recipe": 5, "record": 5, "run": 5, "advice": 5,
+    "recipe": 5, "record": 5, "launch": 5, "run": 5, "advice": 5,
     "ui/parts": 6, "ui/charts": 6, "ui/completions": 6, "ui/panels": 6, "ui/lab": 6, "ui/runs": 6, "ui/studio": 6,
     "app": 7,
 }

@@ -479,6 +479,9 @@ def measure(self:Watcher) -> Accuracy: # raises `RuntimeError` while the run tra
     if self.held_out is None: raise ValueError("held_out=None: give watch(run, held_out=...) a data set with prompts and answers.")
     if getattr(self.run, "state", "ready") == "running":
         raise RuntimeError("measure(): the run is training; pause it or wait for its end.")
+    if getattr(self.run, "trainer", None) is None:
+        raise RuntimeError("measure(): the run is in processes of its own, and so is what it trains. run.load_into(model) brings "
+                           "the weights of a run that has finished.")
     from grpo_nb.tasks.evaluate import exact_answer, graded, rendering_of
     trainer = self.run.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -593,7 +596,7 @@ def _holding(self:Watcher, cause) -> str: # empty where nothing does
     said = [latest[name] for name in self.active if name in latest and name not in told]
     return "".join(f" {message[0].upper()}{message[1:]}" for message in said)
 
-# %% ../../nbs/advice/06_live.ipynb #e7346d73
+# %% ../../nbs/advice/06_live.ipynb #c004cd58
 def _earlier(trainer) -> list: # of StepLogged
     "What a trainer has logged so far; the closing log of a run is none of a step."
     logs = list(trainer.state.log_history) if hasattr(trainer, "state") else []
@@ -610,5 +613,5 @@ def watch(run, # a GRPORun, or a bus of events
     if not hasattr(events, "subscribe"): raise TypeError(f"run={run!r} is neither a GRPORun nor a bus of events.")
     watcher = Watcher(events, run if events is not run else None, held_out, reward, max_new_tokens)
     for log in _earlier(getattr(run, "trainer", None)): watcher._heard(log)
-    if held_out is not None and getattr(run, "state", None) == "ready": watcher.measure()
+    if held_out is not None and getattr(run, "state", None) == "ready" and hasattr(run, "trainer"): watcher.measure()
     return watcher

@@ -6,17 +6,24 @@
 __all__ = ['target_device', 'has_bfloat16', 'best_dtype', 'dtype_for', 'slow_dtype', 'why_not_four_bit', 'why_not_eight_bit',
            'keep_gradients', 'machine_precision']
 
-# %% ../../nbs/models/01_device.ipynb #3cd7fd82
+# %% ../../nbs/models/01_device.ipynb #a13be096
+import os
+
 import torch
 
 from ..ground.check import nearest
 from ..ground.text import error_text
 
-# %% ../../nbs/models/01_device.ipynb #d4c119c4
+# %% ../../nbs/models/01_device.ipynb #869102d7
+def _index(kind) -> int: # kind: torch.cuda or torch.xpu
+    "The index of this process's accelerator."
+    current, rank = kind.current_device(), os.environ.get("LOCAL_RANK", "")
+    return int(rank) if current == 0 and rank.isdigit() and int(rank) < kind.device_count() else current
+
 def _default_device() -> torch.device: # with an index where the kind has one
     "The accelerator of this process, or the CPU."
-    if torch.cuda.is_available(): return torch.device("cuda", torch.cuda.current_device())
-    if torch.xpu.is_available(): return torch.device("xpu", torch.xpu.current_device())
+    if torch.cuda.is_available(): return torch.device("cuda", _index(torch.cuda))
+    if torch.xpu.is_available(): return torch.device("xpu", _index(torch.xpu))
     if torch.backends.mps.is_available(): return torch.device("mps")
     return torch.device("cpu")
 

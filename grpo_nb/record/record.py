@@ -295,8 +295,8 @@ def rename(self:Record, name:str) -> Record: # the record itself
     self._noted(name=name)
     return self
 
-# %% ../../nbs/record/06_record.ipynb #0e462d2f
-OWN = (*GROW, NOTES, "patches.json", "settings.yaml", "grpo_rewards.py", f"{COMPLETIONS}/*.jsonl", ".*.part",
+# %% ../../nbs/record/06_record.ipynb #fd5a1bcf
+OWN = (*GROW, NOTES, "patches.json", "settings.yaml", "grpo_rewards.py", f"{COMPLETIONS}/*.jsonl", "launch/**/*", ".*.part",
        RUN) # last: while it is there the run is listed
 
 @patch
@@ -311,7 +311,7 @@ def _answer(question) -> bool|None: # None: nobody can answer
         return input(question).strip().lower() in ("y", "yes")
     except Exception: return None # noqa: BLE001 no terminal, or a kernel that cannot ask: each has its own exception
 
-# %% ../../nbs/record/06_record.ipynb #640fa24e
+# %% ../../nbs/record/06_record.ipynb #e865c32e
 @patch
 def delete(self:Record,
            confirm=None, # True: do not ask
@@ -326,7 +326,8 @@ def delete(self:Record,
     if agreed is None: raise RuntimeError(f"delete() would remove {what}. delete(confirm=True) does it.")
     if not agreed: return False
     for path in files: path.unlink(missing_ok=True)
-    for folder in (self.folder / COMPLETIONS, self.folder):
+    below = sorted((p for p in self.folder.glob("launch/**/") if p != self.folder), key=lambda p: -len(p.parts))
+    for folder in (self.folder / COMPLETIONS, *below, self.folder):
         try: folder.rmdir()
         except OSError: pass # it is not there, or something of somebody else's is in it
     return True

@@ -328,14 +328,18 @@ def add_event(self:Store,
         say(f"completions could not be stored ({error_text(error)}); "
             "the run goes on, and further failures are only counted.")
 
-# %% ../../nbs/record/01_store.ipynb #de6b4362
+# %% ../../nbs/record/01_store.ipynb #985560c4
 def _weights_of(run) -> dict: # name -> weight; empty where it cannot be known
     "The weights of a run's rewards, from the trainer's own list."
     trainer = getattr(run, "trainer", None)
     names, weights = getattr(trainer, "reward_func_names", None), getattr(trainer, "reward_weights", None)
-    if names is None or weights is None: return {}
+    if names is None or weights is None: # of a run in processes of its own, which says what it was told
+        told = getattr(run, "settings", None)
+        found = told.get("reward_weights") if isinstance(told, dict) else None
+        return dict(found) if isinstance(found, dict) else {}
     return dict(zip(names, (float(w) for w in weights)))
 
+# %% ../../nbs/record/01_store.ipynb #d544ccc2
 @patch
 def attach(self:Store,
            run, # anything with a bus as `.events`, or the bus itself

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['GRPORun']
 
-# %% ../../nbs/run/14_run.ipynb #a2b9fb0e
+# %% ../../nbs/run/14_run.ipynb #1b52bd84
 import contextvars
 import html
+import inspect
 import math
 import threading
 from pathlib import Path
@@ -22,19 +23,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..ground.check import flag, number
 from ..ground.events import Bus, say
 from ..ground.text import clock_text
+from ..launch.watched import MayLeave, Watched, how_many
 from .checkpoints import described
 from .control import Steering
 from .folder import Folder
-from .inputs import (check_dataset, check_model, check_reference, check_run, check_template, check_together,
-                                check_tokenizer, first_prompt, make_config)
+from .inputs import (OUTPUT_DIR, check_config, check_dataset, check_model, check_reference, check_reward_columns, check_run,
+                                check_template, check_together, check_tokenizer, first_prompt, make_config)
 from .kernel import accelerators_state, interactive_kernel, on_kernel_interrupt
 from .measure import StepMeter, Stopwatch, seconds_left
 from .owner import check_model_free
-from .recorded import Recorded
+from .recorded import Recorded, check_record
 from .turns import Turn, held, left
 from ..tasks.guard import guard, name_of, names_of
 from ..tasks.rewards import check_rewards
-from .asks import Asks
+from .asks import Asks, check_held_out
 from .between import _Listener
 from .life import Life, RunError as RunError
 
@@ -61,8 +63,8 @@ def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_c
     return dict(model=model, processing_class=tokenizer, reward_funcs=functions, args=config, train_dataset=dataset,
                 eval_dataset=eval_dataset, **kwargs)
 
-# %% ../../nbs/run/14_run.ipynb #19a87e3b
-class GRPORun(Steering, Recorded, Asks, Life):
+# %% ../../nbs/run/14_run.ipynb #e882b30f
+class GRPORun(MayLeave, Steering, Recorded, Asks, Life):
     "One GRPO training run; `start` begins it, `events` tells what happens, `history` what was measured."
     def __init__(self,
                  model, # a loaded model with something to train
@@ -79,6 +81,7 @@ class GRPORun(Steering, Recorded, Asks, Life):
                  name=None, # of the run, for lists and charts; None: three words
                  record=True, # keep the run in output_dir/runs; a path: in that folder of runs; False: nowhere
                  held_out=None, # questions to be asked while it trains: a data set, or a `tasks.passes.HeldOut`
+                 processes=None, # train in processes of their own: a number, or "auto", one on each GPU; None: in this kernel
                  **kwargs, # more arguments of the trainer, such as `peft_config`
                  ):
         trainer_class = check_run(GRPORun, trainer_class, callbacks, reward_timeout, progress, kwargs)
@@ -87,6 +90,41 @@ class GRPORun(Steering, Recorded, Asks, Life):
         parts["reward_funcs"] = self._guard(parts["reward_funcs"], reward_timeout)
         check_model_free(model, "GRPORun()")
         self._make(trainer_class, parts, callbacks, progress)
+
+# %% ../../nbs/run/14_run.ipynb #c214b11e
+@patch(cls_method=True)
+def _leave_for(cls:GRPORun, processes, *args, **kwargs) -> Watched:
+    "The view of a run with these arguments in processes of its own; nothing is started yet."
+    taken = inspect.signature(cls.__init__).bind(None, *args, **{"tokenizer": None, **kwargs} if len(args) < 2 else kwargs)
+    given = {k: v for k, v in taken.arguments.items() if k not in ("self", "kwargs")}
+    more, n = taken.arguments.get("kwargs", {}), how_many(processes, given.get("config"))
+    own = {k: given.pop(k) for k in ("name", "record") if k in given}
+    _check_leaving(given, more, own.get("record", True))
+    config = given.get("config")
+    folder = getattr(config, "output_dir", None) or (config or {}).get("output_dir", OUTPUT_DIR)
+    names = "model", "tokenizer", "rewards", "dataset"
+    parts = {**{name: given.pop(name) for name in names}, "config": given.pop("config", None), "arguments": {**given, **more}}
+    return Watched(parts, n, folder, reader=interactive_kernel, **own)
+
+# %% ../../nbs/run/14_run.ipynb #7aabefe2
+def _check_leaving(given, more, record):
+    "Check what goes along, as far as that can be done without making it."
+    plain = dict(trainer_class=None, callbacks=(), reward_timeout=None, progress=False)
+    check_run(GRPORun, *(given.get(name, value) for name, value in plain.items()), more)
+    if check_record(record) is False:
+        raise ValueError("record=False: a run in processes of its own is seen through its folder; leave record as it is.")
+    model, tokenizer, dataset = given["model"], given["tokenizer"], check_dataset(given["dataset"])
+    if given.get("eval_dataset") is not None: check_dataset(given["eval_dataset"], "eval_dataset")
+    check_held_out(given.get("held_out"))
+    if not isinstance(model, (str, Path, dict)):
+        if more.get("peft_config") is None: check_model(model)
+        check_model_free(model, "GRPORun()")
+    if tokenizer is not None or not isinstance(model, (str, Path, dict)):
+        check_tokenizer(tokenizer, first_prompt(dataset))
+        check_template(tokenizer, first_prompt(dataset))
+    functions, _ = check_rewards(given["rewards"])
+    check_config(given.get("config"))
+    check_reward_columns(functions, dataset.column_names)
 
 # %% ../../nbs/run/14_run.ipynb #d66f8ece
 @patch

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 # %% ../../nbs/run/11_saving.ipynb #db96e480
 from ..ground.events import CheckpointSaved
 from ..models.finite import NotFinite
-from .checkpoints import differences, given, in_words, newest, size_of, thin_out, why_not_fitting, write
+from .checkpoints import differences, given, in_words, newest, say_shape, size_of, thin_out, why_not_fitting, write
 from .control import Randomness, close_training
 from ..trainers.room import lacks_memory
 
@@ -109,6 +109,7 @@ def _checkpoint(self:Saving, resume) -> str|None:
     if resume is True and model is not None and (why := why_not_fitting(found.path, model)):
         raise ValueError(f"resume=True: {found.path} cannot be taken: {why}.")
     if found.run and not differences(what, found.what): self.id = found.run
+    say_shape(found.path, trainer.accelerator.num_processes)
     return str(found.path)
 
 @patch

@@ -6,8 +6,8 @@
 __all__ = ['FIELDS', 'TEACHING', 'EVERY', 'ORDINARY', 'SAMPLED', 'UNUSED', 'NO_MATTER', 'RULES', 'make_field', 'check_fields',
            'check_teaching', 'hints_of', 'table_of', 'check_theirs', 'values_of', 'tell', 'from_sampling_params',
            'name_stops', 'modern', 'cut_prompts', 'prompt_patch', 'next_rows', 'world_size', 'whole_groups',
-           'widen_training', 'widen_evaluation', 'precision', 'init', 'post_init', 'with_fields', 'config_patches',
-           'field_parts']
+           'widen_training', 'widen_evaluation', 'precision', 'one_card', 'init', 'post_init', 'with_fields',
+           'config_patches', 'field_parts']
 
 # %% ../../nbs/trainers/08_config.ipynb #3a252ab6
 import os
@@ -275,7 +275,15 @@ def precision(config) -> None:
         config.bf16, config.fp16 = False, True
         tell("training runs in fp16 (fp16=True)", f"no precision was chosen and {torch.cuda.get_device_name()} has no bfloat16.")
 
-# %% ../../nbs/trainers/08_config.ipynb #f859195e
+# %% ../../nbs/trainers/08_config.ipynb #899d0804
+def one_card(config) -> None:
+    "Let a configuration count one GPU where this process is the only one."
+    if world_size() > 1 or getattr(config, "n_gpu", 1) <= 1: return
+    seen, config._n_gpu = config.n_gpu, 1
+    tell(f"one of this machine's {seen} GPUs trains", f"one process trains on one card, here {config.device}. "
+         'GRPORun(..., processes="auto") trains on all of them, and a script does under torchrun.')
+
+# %% ../../nbs/trainers/08_config.ipynb #1a9493ac
 def init(original, names=tuple(FIELDS)): # -> the replacement of the configuration's `__init__`
     @wraps(original)
     def __init__(self, *args, **kwargs):
@@ -297,6 +305,7 @@ def post_init(original, rules, names=tuple(FIELDS)): # -> the replacement of `__
         if "engine" in names: check_engine(self.engine, self.use_vllm, getattr(self, "vllm_mode", "colocate"))
         for rule in rules: rule(self)
         original(self)
+        one_card(self)
     return __post_init__
 
 # %% ../../nbs/trainers/08_config.ipynb #ab625e7a

@@ -58,7 +58,8 @@ def put_back(self:First, model) -> None:
 def keep_trained(run, # a run that has ended
                  ) -> Path|None: # where they are; None where nothing would be lost
     "Write the weights of a run where none of its checkpoints holds them; raises `OSError` where that cannot be."
-    if not run.step or (run.checkpoint and Path(run.checkpoint).name == f"checkpoint-{run.step}"): return None
+    if not run.step or getattr(run, "trainer", None) is None: return None # in processes of its own: this model was not trained
+    if (run.checkpoint and Path(run.checkpoint).name == f"checkpoint-{run.step}"): return None
     folder = Path(run.trainer.args.output_dir, f"trained-{run.step}")
     model = run.trainer.accelerator.unwrap_model(run.trainer.model)
     chosen = dict(selected_adapters=model.active_adapters) if hasattr(model, "peft_config") else {}

@@ -46,7 +46,7 @@ from .first import First, free_folder, keep_trained
 def _check_more(run, held_out):
     "Raise for arguments that are for the run, and a held-out set, that cannot be."
     given = {name: run.get(name, default) for name, default in dict(callbacks=(), reward_timeout=None, progress=False).items()}
-    more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class", "name", "record")]
+    more = [name for name in run if name not in (*given, "eval_dataset", "trainer_class", "name", "record", "processes")]
     check_run(GRPORun, run.get("trainer_class"), **given, more=more)
     if held_out is not None: check_dataset(held_out, "held_out")
 
@@ -347,6 +347,16 @@ def _heard(self:Studio, event):
     if isinstance(event, (StepLogged, Finding, RunStarted, RunStopped, RunFinished, RunFailed)): self._soon()
     if isinstance(event, _MOMENTS): self.renew_now()
     else: self.renew_soon()
+
+# %% ../../../nbs/ui/studio/04_studio.ipynb #c455bf2a
+@patch
+def _measure(self:Studio):
+    "Held-out accuracy after a run, where this kernel has its weights."
+    if getattr(self.run, "trainer", None) is None: return
+    self._busy("measuring held-out accuracy")
+    try: self.watcher.measure()
+    except Exception as error: self._failed(error) # noqa: BLE001 the run is over; it is reported and counted
+    finally: self._busy("")
 
 # %% ../../../nbs/ui/studio/04_studio.ipynb #fb2f9b58
 @patch(as_prop=True)
