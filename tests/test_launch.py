@@ -162,7 +162,8 @@ def test_what_ended_it(tmp_path, codes, notes, rank, words):
 
 
 @pytest.mark.parametrize("text, is_one", [
-    ("RuntimeError: Application timeout caused pair closure", True), ("RuntimeError: [gloo/transport] Connection closed by peer", True),
+    ("RuntimeError: Application timeout caused pair closure", True),
+    ("RuntimeError: [gloo/transport] Connection closed by peer", True),
     ("DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", True), ("RewardError: reward 'f' raised TimeoutError", False),
     ("OutOfMemoryError: CUDA out of memory", False),
 ])

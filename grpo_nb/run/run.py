@@ -47,7 +47,7 @@ def _free_reference(model):
     model.delete_adapter("ref")
     say("the model had the reference adapter of an earlier run; this run takes the adapter as it now is for its reference.")
 
-# %% ../../nbs/run/14_run.ipynb #9dbd99ca
+# %% ../../nbs/run/14_run.ipynb #ec861ca8
 def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_class, kwargs) -> dict: # arguments of the trainer
     "What a run is given, checked before anything is made of it."
     own_adapter = kwargs.get("peft_config") is not None # the trainer will put one on
@@ -60,6 +60,7 @@ def _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_c
     config = make_config(config, weights)
     check_together(model, tokenizer, functions, dataset, config, trainer_class, kwargs)
     if not own_adapter: check_reference(model, config)
+    check_model_free(model, "GRPORun()")
     return dict(model=model, processing_class=tokenizer, reward_funcs=functions, args=config, train_dataset=dataset,
                 eval_dataset=eval_dataset, **kwargs)
 
@@ -88,7 +89,6 @@ class GRPORun(MayLeave, Steering, Recorded, Asks, Life):
         self._reset(name, record, held_out)
         parts = _checked(model, tokenizer, rewards, dataset, config, eval_dataset, trainer_class, kwargs)
         parts["reward_funcs"] = self._guard(parts["reward_funcs"], reward_timeout)
-        check_model_free(model, "GRPORun()")
         self._make(trainer_class, parts, callbacks, progress)
 
 # %% ../../nbs/run/14_run.ipynb #c214b11e
