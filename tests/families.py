@@ -3,7 +3,7 @@
 `python tests/families.py --jobs 16 --out nbs/explanations/families.json` runs all types, each in a process of its own; `--only
 llama,mamba` runs some. A type is built from its own configuration, shrunk: by rules over the names of fields, and by what stands
 in EXCEPTIONS. One GRPO micro-batch (8 rows, 2 prompts, ragged, padded on the left, off policy, fp32) gives loss and gradients of
-stock TRL and of ours; where the in-place engine takes the model, its greedy completions are compared with `generate`'s."""
+stock TRL and of ours; where one of the two ways in place takes the model, its greedy completions are compared with `generate`'s."""
 import argparse
 import json
 import multiprocessing
@@ -196,15 +196,32 @@ def is_near(trainer, inputs, ours, theirs, loss_of) -> bool:
 
 
 def engine_row(model) -> dict:
-    "Whether the in-place engine takes a model, and whether its greedy completions are `generate`'s."
+    "Which way a model is sampled in place, whether its greedy completions are `generate`'s, and how often as fast."
     from grpo_nb.engines.base import EngineError, Sampling
     from grpo_nb.engines.hf import HuggingFace
     from grpo_nb.engines.inplace.engine import InPlace
-    try: engine = InPlace(model)
+    from grpo_nb.engines.inplace.ways import in_place
+    try: engine = in_place(model)
     except EngineError as error: return dict(engine="generate", why_engine=str(error).partition(": ")[2][:200])
-    how, prompts = Sampling(max_tokens=12, greedy=True), [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
+    how, prompts = Sampling(max_tokens=(12, 5) * 3, greedy=True), [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
     ours, theirs = engine.generate(prompts, 2, how).completions, HuggingFace(model).generate(prompts, 2, how).completions
-    return dict(engine="in place", same=ours == theirs)
+    way = "in place" if isinstance(engine, InPlace) else "own layers"
+    return dict(engine=way, same=ours == theirs, faster=faster(model, engine))
+
+
+def faster(model, engine) -> float:
+    "`generate`'s processor time over an engine's, for 8 prompts of 4 to 32 tokens with 8 completions of 4 to 32 tokens."
+    from statistics import median
+
+    from grpo_nb.engines.base import Sampling
+    from grpo_nb.engines.hf import HuggingFace
+    prompts = [[3 + (i + j) % 60 for j in range(4 * (i + 1))] for i in range(8)]
+    how, found = Sampling(max_tokens=tuple(4 + 7 * i % 29 for i in range(64)), seed=0), {}
+    for each in [HuggingFace(model, logps=False), engine] * 3:
+        began = time.process_time()
+        each.generate(prompts, 8, how)
+        found.setdefault(id(each) if each is engine else "hf", []).append(time.process_time() - began)
+    return round(median(found["hf"]) / median(found[id(engine)]), 2)
 
 
 def row_of(kind:str) -> dict:
@@ -261,7 +278,7 @@ def all_rows(names, jobs:int=1, limit:float=LIMIT, heard=None) -> list:
     from transformers import AutoModelForCausalLM  # noqa: F401
     from trl import GRPOConfig, GRPOTrainer  # noqa: F401
 
-    from grpo_nb.engines.inplace import engine  # noqa: F401
+    from grpo_nb.engines.inplace import ways  # noqa: F401
     from grpo_nb.trainers import grpo  # noqa: F401
     torch.set_num_threads(1)
     def one(name):
@@ -279,14 +296,16 @@ def is_wrong(row) -> bool:
 
 def table(found:dict) -> str:
     "The rows as a table in Markdown."
-    lines = ["| type | layout | worst error | sampled | remark |", "|---|---|---|---|---|"]
+    lines = ["| type | layout | worst error | sampled | times `generate` | remark |", "|---|---|---|---|---|---|"]
     for r in found["rows"]:
         error = f"{r['error']:.1e}" if "error" in r else ""
         remark = r.get("note") or r.get("why") or ""
         if r.get("near"): remark = f"as near fp64 as stock TRL. {remark}"
         if r.get("itself"): remark = f"draws at random: {r['itself']:.1e} from itself. {remark}"
-        sampled = {True: "in place, equal", False: "in place, **not equal**"}.get(r.get("same"), r.get("engine", ""))
-        lines.append(f"| {r['type']} | {r.get('layout', '')} | {error} | {sampled} | {remark.replace('|', '/')} |")
+        equal = {True: ", equal", False: ", **not equal**"}.get(r.get("same"), "")
+        times = f"{r['faster']:.1f}" if "faster" in r else ""
+        lines.append(f"| {r['type']} | {r.get('layout', '')} | {error} | {r.get('engine', '')}{equal} | {times} | "
+                     f"{remark.replace('|', '/')} |")
     return "\n".join(lines)
 
 
