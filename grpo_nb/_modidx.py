@@ -964,6 +964,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'grpo_nb/engines/inplace/own.py'),
                                              'grpo_nb.engines.inplace.own._OwnRun.go': ( 'engines/inplace/own.html#_ownrun.go',
                                                                                          'grpo_nb/engines/inplace/own.py'),
+                                             'grpo_nb.engines.inplace.own._OwnRun.so_far': ( 'engines/inplace/own.html#_ownrun.so_far',
+                                                                                             'grpo_nb/engines/inplace/own.py'),
                                              'grpo_nb.engines.inplace.own.cannot_own': ( 'engines/inplace/own.html#cannot_own',
                                                                                          'grpo_nb/engines/inplace/own.py')},
             'grpo_nb.engines.inplace.seen': { 'grpo_nb.engines.inplace.seen.Sight': ( 'engines/inplace/seen.html#sight',

@@ -158,7 +158,8 @@ def test_it_can_be_interrupted():
     with pytest.MonkeyPatch().context() as m:
         m.setattr(Caller, "newest", lambda *a, **k: (began.set(), step(*a, **k))[1])
         threading.Thread(target=lambda: (began.wait(60), engine.interrupt())).start()
-        with pytest.raises(KeyboardInterrupt): engine.generate(PROMPTS, 2, Sampling(max_tokens=100_000))
+        with pytest.raises(KeyboardInterrupt) as left: engine.generate(PROMPTS, 2, Sampling(max_tokens=100_000))
+    assert all(len(ids) > 0 and not whole for ids, whole in left.value.so_far)
     assert engine.generate(PROMPTS, 1, Sampling(max_tokens=2)).tokens == 6
 
 

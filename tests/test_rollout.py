@@ -230,14 +230,14 @@ def test_a_trainer_with_its_own_turn(tmp_path, capsys):
 
 
 def test_hooks_on_the_whole_model_are_called(tmp_path):
-    "Also one that comes after the engine was made and compared."
+    "Also one that comes after the engine was made and compared: the model's own layers are called then."
     with PatchSet(engine_patches(PATHS["grpo"])):
         trainer, seen = trainer_of("grpo", tmp_path), []
         turn(trainer, [[3, 4]] * 8)
         assert state_of(trainer).turns == 1
         trainer.model.register_forward_hook(lambda *_: seen.append(1))
         turn(trainer, [[3, 4]] * 8)
-    assert seen and state_of(trainer).turns == 1
+    assert seen and state_of(trainer).turns == 2
 
 
 @pytest.mark.parametrize("engine", ["auto", "inplace"])

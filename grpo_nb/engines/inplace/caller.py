@@ -18,6 +18,7 @@ from .seen import Sight, one_token_attention, takes_attention
 from .states import fresh_cache, has_keys, why_not_cache
 from ...models.modes import Snapshot
 from ...models.unwrap import causal_lm
+from ...packs.attention import _configs
 
 # %% ../../../nbs/engines/inplace/09_caller.ipynb #8e114b03
 def why_not_own(model:nn.Module, # possibly wrapped
@@ -61,6 +62,7 @@ def sampling(self:Caller):
     before, weight = Snapshot(self.model), self.base.get_input_embeddings().weight
     mixed = self.dtype is not None and self.dtype != weight.dtype
     cast = torch.autocast(self.device.type, self.dtype, cache_enabled=False) if mixed else nullcontext()
+    self.configs = _configs(self.base)
     try:
         self.base.eval()
         with cast: yield
@@ -95,6 +97,6 @@ def newest(self:Caller, tokens:Tensor, # (rows,)
            positions:Tensor, # (rows,)
            cache, sight:Sight, mask:Tensor|None) -> Tensor: # (rows, V) fp32
     "Run the newest token of each row."
-    around = one_token_attention(self.base, sight) if self.ours else nullcontext()
+    around = one_token_attention(self.configs, sight) if self.ours else nullcontext()
     with around: out = self(tokens[:, None], cache, positions[:, None], mask if any(map(has_keys, cache.layers)) else None)
     return out.logits[:, -1].float()

@@ -142,7 +142,7 @@ class _OwnRun(_Run):
     "One call of `generate`, wave after wave."
     def __init__(self, engine, prompts, counts, limits, sampling):
         self.note(engine, prompts, counts, limits, sampling)
-        self.caller = engine.caller
+        self.caller, self.table = engine.caller, None
         if reason := why_not_own(engine.model, max(map(len, prompts)) + max(limits)): raise cannot_own(reason)
         self.recorder = self.caller.device.type == "cuda" # whether to look at every eighth step alone
         self.budget = self._budget()
@@ -211,6 +211,15 @@ def go(self:_OwnRun) -> None:
             wanted = bucket(live, self.table.room.slots) if self.recorder else live
             if wanted < self.table.used: self.table.compact(wanted)
             for _ in range(self.ahead): self.steps.step()
+
+# %% ../../../nbs/engines/inplace/10_own.ipynb #3855f880
+@patch
+def so_far(self:_OwnRun) -> list: # one a completion: (tokens, whether it has come to its end)
+    "What was drawn by now."
+    t, found = self.table, [(done[0], True) if done else ([], False) for done in self.done]
+    for slot, row in enumerate(t.row_of if t is not None else ()):
+        if row is not None: found[row] = t.out[slot, :int(t.count[slot])].tolist(), not bool(t.alive[slot])
+    return found
 
 # %% ../../../nbs/engines/inplace/10_own.ipynb #c16ae6a0
 class OwnLayers(Engine):
@@ -289,7 +298,7 @@ def _logits_of(self:OwnLayers, prompts:list, texts:Tensor) -> Tensor: # (2, toke
         logits.append(kept.clone())
     return torch.stack(logits, 1)
 
-# %% ../../../nbs/engines/inplace/10_own.ipynb #fffd7b5a
+# %% ../../../nbs/engines/inplace/10_own.ipynb #955f7ed1
 @patch
 @torch.no_grad()
 def generate(self:OwnLayers, prompts, n=1, sampling=Sampling()):
@@ -300,7 +309,10 @@ def generate(self:OwnLayers, prompts, n=1, sampling=Sampling()):
     self._interrupted.clear()
     with self.caller.sampling():
         run = _OwnRun(self, prompts, counts, limits, sampling)
-        run.go()
+        try: run.go()
+        except KeyboardInterrupt as left:
+            left.so_far = run.so_far()
+            raise
     ids, logps, why = zip(*run.done)
     seconds = time.perf_counter() - started
     return Rollouts([list(p) for p in prompts], counts, list(ids), list(logps), list(why),

@@ -15,8 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...packs.attention import _configs
-
 # %% ../../../nbs/engines/inplace/08_seen.ipynb #9b94ffc9
 def one_token(module:nn.Module, # the attention layer
               query:Tensor, # (B, H, 1, D)
@@ -107,9 +105,10 @@ def takes_attention(base:nn.Module) -> bool:
 
 
 @contextmanager
-def one_token_attention(model:nn.Module, sight:Sight):
+def one_token_attention(configs:list, # of a model, from `packs.attention`: to find them is to walk through all modules
+                        sight:Sight):
     "Within it the model's layers take the attention and the masks of this module; afterwards all is as it was."
-    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    before = [(config, config._attn_implementation_internal) for config in configs]
     token = SIGHT.set(sight)
     sight.masks.clear()
     try:
