@@ -19,7 +19,7 @@ from grpo_nb.models.finite import NotFinite
 PROMPTS, ENDS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]], (9, 30, 44)
 RAGGED = Sampling(max_tokens=(12, 7, 1, 12, 9, 12), greedy=True)
 KINDS = dict( # attention, experts, windows and sinks, latent attention; convolutions, linear attention, state spaces; ALiBi
-    smollm3="ours", qwen3_moe="ours", gpt_oss="ours", gemma4_text="ours", deepseek_v3="ours", cohere2="ours", lfm2="ours",
+    smollm3="ours", qwen3_moe="ours", gpt_oss="ours", gemma4_text="ours", deepseek_v3="ours", cohere2="ours", lfm2_moe="ours",
     qwen3_5_text="ours", bamba="ours", mamba="ours", bloom="theirs")
 
 
@@ -40,9 +40,10 @@ def test_greedy_is_hugging_face(kind):
     how = replace(RAGGED, stop_token_ids=(free[0][5], free[2][7]))
     theirs = HuggingFace(model).generate(PROMPTS, 2, how)
     assert set(theirs.finished) == {"length", "eos"}
-    for settings in ({}, dict(static=True)):
+    for settings in ({}, dict(static=True, pads=True)):
         engine = OwnLayers(model, **settings)
         assert engine.caller.ours == (KINDS[kind] == "ours")
+        assert engine.caller.pads == (bool(settings) and kind not in ("lfm2_moe", "qwen3_5_text", "bamba", "mamba"))
         same(engine.generate(PROMPTS, 2, how), theirs)
 
 

@@ -12,11 +12,13 @@ from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from .layers import _why_not_placed, _why_not_rope
 from .seen import Sight, one_token_attention, takes_attention
-from .states import fresh_cache, has_keys, why_not_cache
+from .states import KINDS, cut_apart, fresh_cache, has_keys, why_not_cache
 from ...models.modes import Snapshot
+from ...models.padding import padding_of
 from ...models.unwrap import causal_lm
 from ...packs.attention import _configs
 
@@ -48,6 +50,7 @@ class Caller:
         names = inspect.signature(base.forward).parameters
         self.takes = {name for name in ("position_ids", "attention_mask", "logits_to_keep") if name in names}
         self.ours = takes_attention(base) # whether its layers are given our attention
+        self.pads = False # whether prompts of several lengths run together
 
     def __call__(self, ids, cache, positions, mask, **more): # (B, N), (B, N), (B, columns) or None -> the model's output
         given = dict(position_ids=positions, attention_mask=mask, logits_to_keep=1)
@@ -72,13 +75,24 @@ def sampling(self:Caller):
 @patch
 def chunks(self:Caller, prompts:list, # of lists of token ids
            numbers:list, # which of them
-           most:int): # tokens of one forward -> lists of numbers
-    "Prompts of one length, as many as a forward may have."
-    by_length = {}
-    for i in numbers: by_length.setdefault(len(prompts[i]), []).append(i)
-    for length, alike in sorted(by_length.items()):
-        step = max(1, most // length)
-        for at in range(0, len(alike), step): yield alike[at:at + step]
+           most:int): # tokens of one forward, padding counted -> lists of numbers
+    "Prompts that run together, the shortest first."
+    chunk = []
+    for i in sorted(numbers, key=lambda i: len(prompts[i])):
+        length, other = len(prompts[i]), chunk and not self.pads and len(prompts[chunk[0]]) != len(prompts[i])
+        if chunk and (other or length * (len(chunk) + 1) > most):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk: yield chunk
+
+# %% ../../../nbs/engines/inplace/09_caller.ipynb #411749e5
+@patch
+def can_pad(self:Caller) -> bool:
+    "Whether the model has attention alone, and says so of padding behind a row."
+    plain = all(type(layer).__name__ in KINDS[:2] for layer in fresh_cache(self.base).layers)
+    found = padding_of(self.model) if plain and "logits_to_keep" in self.takes else None
+    return found is not None and found.behind < found.bound
 
 @patch
 def prefill(self:Caller, prompts:list) -> tuple: # of one length -> a cache, (prompts, V) fp32
@@ -90,6 +104,23 @@ def prefill(self:Caller, prompts:list) -> tuple: # of one length -> a cache, (pr
         raise TypeError(f"{type(self.base).__name__} keeps another cache than the one it is given")
     if why := why_not_cache(cache): raise TypeError(why)
     return cache, out.logits[:, -1].float()
+
+# %% ../../../nbs/engines/inplace/09_caller.ipynb #05f464f5
+@patch
+def run_prompts(self:Caller, prompts:list) -> list: # of lists of token ids -> of (places, a cache, (places, V) fp32)
+    "Run prompts together; what each left, those of one length in one cache."
+    lengths = [len(p) for p in prompts]
+    if len(set(lengths)) == 1: return [(list(range(len(prompts))), *self.prefill(prompts))]
+    width, ends = max(lengths), sorted(set(lengths))
+    ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self.device)
+    real = torch.arange(width, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
+    cache, at = DynamicCache(), torch.arange(width, device=self.device).expand_as(ids)
+    keep = torch.tensor([n - 1 for n in ends], device=self.device)
+    given = dict(attention_mask=real.long(), position_ids=at, logits_to_keep=keep)
+    given = {name: value for name, value in given.items() if name in self.takes}
+    out = self.base(input_ids=ids, **given, **{self.cache: cache}, use_cache=True)
+    apart = cut_apart(cache, lengths, lambda: fresh_cache(self.base))
+    return [(rows, made, out.logits[rows, ends.index(lengths[rows[0]])].float()) for rows, made in apart]
 
 # %% ../../../nbs/engines/inplace/09_caller.ipynb #bf8401c4
 @patch

@@ -177,7 +177,7 @@ def _waves(self:_OwnRun): # of lists of rows
         p, c = more
     yield wave
 
-# %% ../../../nbs/engines/inplace/10_own.ipynb #ad5bba7e
+# %% ../../../nbs/engines/inplace/10_own.ipynb #a971e305
 @patch
 def begin(self:_OwnRun, wave:list) -> None: # rows
     "Run the prompts of a wave, and draw the first tokens."
@@ -185,9 +185,9 @@ def begin(self:_OwnRun, wave:list) -> None: # rows
     chunks, logits = [], {}
     for numbers in self.caller.chunks(self.prompts, dict.fromkeys(owner), self.engine.prefill_tokens):
         self.engine._check_interrupt()
-        cache, found = self.caller.prefill([list(self.prompts[i]) for i in numbers])
-        chunks.append((numbers, cache))
-        logits |= dict(zip(numbers, found))
+        for places, cache, found in self.caller.run_prompts([list(self.prompts[i]) for i in numbers]):
+            chunks.append(([numbers[k] for k in places], cache))
+            logits |= dict(zip(chunks[-1][0], found))
     lengths, limits = [len(self.prompts[i]) for i in owner], [self.limits[row] for row in wave]
     t = self.table = Rows(self.caller, chunks, owner, lengths, max(limits), len(found[0]), self.sampling)
     t.admit(list(range(len(wave))), wave, [0] * len(wave), limits, self.seeds[wave])
@@ -221,7 +221,7 @@ def so_far(self:_OwnRun) -> list: # one a completion: (tokens, whether it has co
         if row is not None: found[row] = t.out[slot, :int(t.count[slot])].tolist(), not bool(t.alive[slot])
     return found
 
-# %% ../../../nbs/engines/inplace/10_own.ipynb #c16ae6a0
+# %% ../../../nbs/engines/inplace/10_own.ipynb #7bd15b6f
 class OwnLayers(Engine):
     "Samples from the model that is being trained, by its own layers."
     name = "inplace"
@@ -234,6 +234,7 @@ class OwnLayers(Engine):
                  prefill_tokens:int=8192, # positions of prompts in one forward
                  dtype:torch.dtype|None=None, # of products, where it is not the weights' own
                  static:bool|None=None, # keep all shapes, as a record needs; None: on a GPU
+                 pads:bool|None=None, # let prompts of several lengths run together, where the model allows it; None: on a GPU
                  ):
         super().__init__()
         for name, value in dict(cache_tokens=cache_tokens, slots=slots, prefill_tokens=prefill_tokens).items():
@@ -242,17 +243,17 @@ class OwnLayers(Engine):
         self.model, self.tokenizer, self.cache_tokens, self.prefill_tokens = model, tokenizer, cache_tokens, prefill_tokens
         self.caller, self.per_token, self.per_row = Caller(model, dtype), 1, 0
         on_gpu = self.caller.device.type == "cuda"
-        self.static = on_gpu if static is None else static
+        self.static, self.pads = (on_gpu if given is None else given for given in (static, pads))
         self.slots = slots or (512 if on_gpu else 1 << 30)
         self._settle()
 
-# %% ../../../nbs/engines/inplace/10_own.ipynb #0e146a88
+# %% ../../../nbs/engines/inplace/10_own.ipynb #5d0892df
 @patch
 def _settle(self:OwnLayers) -> None:
     "Whose attention the layers take; `Refused` where the logits are the model's own under neither."
     found, tolerance = [], max(1e-3, rounding(self.caller.base), 0.1 if self.caller.dtype else 0)
-    for ours in (True, False) if self.caller.ours else (False,):
-        self.caller.ours = ours
+    ways = [(ours, pads) for ours in {self.caller.ours, False} for pads in {self.pads and self.caller.can_pad(), False}]
+    for self.caller.ours, self.caller.pads in sorted(ways, reverse=True):
         try: error = self.deviation()
         except Exception as problem: # anybody's model
             if out_of_memory(problem): raise
@@ -278,17 +279,19 @@ def deviation(self:OwnLayers, tokens:int=3) -> float: # that many behind the pro
     error = (ours - theirs).abs().amax(-1) / theirs.abs().max()
     return float(error.max() if rounding(base) < 0.1 and not caller.dtype else error.median())
 
-# %% ../../../nbs/engines/inplace/10_own.ipynb #392e0afa
+# %% ../../../nbs/engines/inplace/10_own.ipynb #583eeb1b
 @patch
 def _logits_of(self:OwnLayers, prompts:list, texts:Tensor) -> Tensor: # (2, tokens) -> (2, 1 + tokens, V) fp32
     "What predicts the first of some tokens and what follows each: from the prompts' forwards, and from steps."
     caller, how = self.caller, Sampling(max_tokens=texts.shape[1] + 1, greedy=True)
-    found = [caller.prefill([p]) for p in prompts]
-    chunks = [([i], cache) for i, (cache, _) in enumerate(found)]
-    self.per_token, self.per_row = sizes(found[0][0])
-    t = Rows(caller, chunks, [0, 1], [len(p) for p in prompts], how.max_tokens, found[0][1].shape[1], how)
+    runs = caller.chunks(prompts, range(len(prompts)), 1 << 20)
+    found = [(run[places[0]], *rest) for run in runs for places, *rest in caller.run_prompts([prompts[i] for i in run])]
+    first = torch.cat([logits for _, _, logits in sorted(found, key=lambda x: x[0])])
+    chunks = [([i], cache) for i, cache, _ in found]
+    self.per_token, self.per_row = sizes(found[0][1])
+    t = Rows(caller, chunks, [0, 1], [len(p) for p in prompts], how.max_tokens, first.shape[1], how)
     t.admit([0, 1], [0, 1], [0, 0], [how.max_tokens] * 2, torch.tensor([0, 1]))
-    steps, logits = Steps(caller, t, how), [torch.cat([first for _, first in found])]
+    steps, logits = Steps(caller, t, how), [first]
     if self.static and (caller.ours or not t.columns()): t.freeze(AHEAD)
     kept = torch.empty_like(logits[0])
     steps.run = lambda: (kept.copy_(steps.logits()), t.sight.now is None or t.move_on())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Columns', 'States', 'why_not_cache', 'fresh_cache', 'has_keys', 'Origin', 'columns_of', 'states_of',
-           'spread', 'tensors_of', 'sizes']
+           'spread', 'tensors_of', 'cut_apart', 'sizes']
 
 # %% ../../../nbs/engines/inplace/07_states.ipynb #2d20d6b0
 import copy
@@ -153,6 +153,23 @@ def tensors_of(layer) -> list:
     "All that a layer of a cache holds."
     states = [t for _, _, t in States(layer).each()] if hasattr(layer, "conv_states") else []
     return [*states, *([layer.keys, layer.values] if has_keys(layer) else [])]
+
+# %% ../../../nbs/engines/inplace/07_states.ipynb #803fd6b2
+def cut_apart(cache, # of a forward of padded rows, all columns kept
+              lengths:list, # of its rows
+              empty) -> list: # empty: makes a cache as the model wants it -> of (places, a cache), one for each length
+    "Caches as if rows of one length had run by themselves."
+    found = []
+    for length in sorted(set(lengths)):
+        rows, made = [i for i, n in enumerate(lengths) if n == length], empty()
+        for layer, full in zip(made.layers, cache.layers):
+            first = max(0, length - layer.sliding_window + 1) if layer.is_sliding else 0
+            keys, values = (t[rows, :, first:length] for t in (full.keys, full.values))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            if layer.is_sliding: layer.cumulative_length = length
+        found.append((rows, made))
+    return found
 
 # %% ../../../nbs/engines/inplace/07_states.ipynb #ad9b89ff
 def sizes(cache) -> tuple: # bytes of a token of a row, bytes of a row
