@@ -196,7 +196,7 @@ def is_near(trainer, inputs, ours, theirs, loss_of) -> bool:
 
 
 def engine_row(model) -> dict:
-    "Which way a model is sampled in place, whether its greedy completions are `generate`'s, and how often as fast."
+    "Which way a model is sampled in place, and whether its greedy completions are `generate`'s."
     from grpo_nb.engines.base import EngineError, Sampling
     from grpo_nb.engines.hf import HuggingFace
     from grpo_nb.engines.inplace.engine import InPlace
@@ -206,22 +206,7 @@ def engine_row(model) -> dict:
     how, prompts = Sampling(max_tokens=(12, 5) * 3, greedy=True), [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
     ours, theirs = engine.generate(prompts, 2, how).completions, HuggingFace(model).generate(prompts, 2, how).completions
     way = "in place" if isinstance(engine, InPlace) else "own layers"
-    return dict(engine=way, same=ours == theirs, faster=faster(model, engine))
-
-
-def faster(model, engine) -> float:
-    "`generate`'s processor time over an engine's, for 8 prompts of 4 to 32 tokens with 8 completions of 4 to 32 tokens."
-    from statistics import median
-
-    from grpo_nb.engines.base import Sampling
-    from grpo_nb.engines.hf import HuggingFace
-    prompts = [[3 + (i + j) % 60 for j in range(4 * (i + 1))] for i in range(8)]
-    how, found = Sampling(max_tokens=tuple(4 + 7 * i % 29 for i in range(64)), seed=0), {}
-    for each in [HuggingFace(model, logps=False), engine] * 3:
-        began = time.process_time()
-        each.generate(prompts, 8, how)
-        found.setdefault(id(each) if each is engine else "hf", []).append(time.process_time() - began)
-    return round(median(found["hf"]) / median(found[id(engine)]), 2)
+    return dict(engine=way, same=ours == theirs)
 
 
 def row_of(kind:str) -> dict:
@@ -296,16 +281,15 @@ def is_wrong(row) -> bool:
 
 def table(found:dict) -> str:
     "The rows as a table in Markdown."
-    lines = ["| type | layout | worst error | sampled | times `generate` | remark |", "|---|---|---|---|---|---|"]
+    lines = ["| type | layout | worst error | sampled | remark |", "|---|---|---|---|---|"]
     for r in found["rows"]:
         error = f"{r['error']:.1e}" if "error" in r else ""
         remark = r.get("note") or r.get("why") or ""
         if r.get("near"): remark = f"as near fp64 as stock TRL. {remark}"
         if r.get("itself"): remark = f"draws at random: {r['itself']:.1e} from itself. {remark}"
         equal = {True: ", equal", False: ", **not equal**"}.get(r.get("same"), "")
-        times = f"{r['faster']:.1f}" if "faster" in r else ""
-        lines.append(f"| {r['type']} | {r.get('layout', '')} | {error} | {r.get('engine', '')}{equal} | {times} | "
-                     f"{remark.replace('|', '/')} |")
+        sampled = f"{r.get('engine', '')}{equal}"
+        lines.append(f"| {r['type']} | {r.get('layout', '')} | {error} | {sampled} | {remark.replace('|', '/')} |")
     return "\n".join(lines)
 
 

@@ -40,10 +40,10 @@ def test_greedy_is_hugging_face(kind):
     how = replace(RAGGED, stop_token_ids=(free[0][5], free[2][7]))
     theirs = HuggingFace(model).generate(PROMPTS, 2, how)
     assert set(theirs.finished) == {"length", "eos"}
-    for settings in ({}, dict(static=True, pads=True)):
+    for settings in (dict(pads=False), dict(static=True)):
         engine = OwnLayers(model, **settings)
         assert engine.caller.ours == (KINDS[kind] == "ours")
-        assert engine.caller.pads == (bool(settings) and kind not in ("lfm2_moe", "qwen3_5_text", "bamba", "mamba"))
+        assert engine.caller.pads == ("static" in settings and kind not in ("lfm2_moe", "qwen3_5_text", "bamba", "mamba"))
         same(engine.generate(PROMPTS, 2, how), theirs)
 
 
@@ -114,10 +114,14 @@ def test_stop_strings():
 def test_a_prompt_runs_once_and_rows_leave():
     "Without padding; and no forward has a row that has ended."
     model, seen = families.small_model("smollm3").eval(), []
-    engine = OwnLayers(model)
+    engine = OwnLayers(model, pads=False)
     model.model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
     engine.generate([*PROMPTS, [8, 8, 8]], 2, Sampling(max_tokens=(1, 2, 3, 4, 5, 6, 7, 8), greedy=True))
     assert seen[:3] == [(1, 1), (2, 3), (1, 9)] and seen[3:] == [(n, 1) for n in range(7, 0, -1)]
+    seen.clear()
+    together, one = OwnLayers(model), ([*PROMPTS, [8, 8, 8]], 1, Sampling(max_tokens=1, greedy=True))
+    found = together.generate(*one)
+    assert seen[-1] == (4, 9) and found.completions == engine.generate(*one).completions
 
 
 def test_what_fits():
