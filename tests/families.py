@@ -3,7 +3,7 @@
 `python tests/families.py --jobs 16 --out nbs/explanations/families.json` runs all types, each in a process of its own; `--only
 llama,mamba` runs some. A type is built from its own configuration, shrunk: by rules over the names of fields, and by what stands
 in EXCEPTIONS. One GRPO micro-batch (8 rows, 2 prompts, ragged, padded on the left, off policy, fp32) gives loss and gradients of
-stock TRL and of ours; where the in-place engine takes the model, its greedy completions are compared with `generate`'s."""
+stock TRL and of ours; where one of the two ways in place takes the model, its greedy completions are compared with `generate`'s."""
 import argparse
 import json
 import multiprocessing
@@ -196,15 +196,17 @@ def is_near(trainer, inputs, ours, theirs, loss_of) -> bool:
 
 
 def engine_row(model) -> dict:
-    "Whether the in-place engine takes a model, and whether its greedy completions are `generate`'s."
+    "Which way a model is sampled in place, and whether its greedy completions are `generate`'s."
     from grpo_nb.engines.base import EngineError, Sampling
     from grpo_nb.engines.hf import HuggingFace
     from grpo_nb.engines.inplace.engine import InPlace
-    try: engine = InPlace(model)
+    from grpo_nb.engines.inplace.ways import in_place
+    try: engine = in_place(model)
     except EngineError as error: return dict(engine="generate", why_engine=str(error).partition(": ")[2][:200])
-    how, prompts = Sampling(max_tokens=12, greedy=True), [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
+    how, prompts = Sampling(max_tokens=(12, 5) * 3, greedy=True), [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12, 13, 14, 15]]
     ours, theirs = engine.generate(prompts, 2, how).completions, HuggingFace(model).generate(prompts, 2, how).completions
-    return dict(engine="in place", same=ours == theirs)
+    way = "in place" if isinstance(engine, InPlace) else "own layers"
+    return dict(engine=way, same=ours == theirs)
 
 
 def row_of(kind:str) -> dict:
@@ -261,7 +263,7 @@ def all_rows(names, jobs:int=1, limit:float=LIMIT, heard=None) -> list:
     from transformers import AutoModelForCausalLM  # noqa: F401
     from trl import GRPOConfig, GRPOTrainer  # noqa: F401
 
-    from grpo_nb.engines.inplace import engine  # noqa: F401
+    from grpo_nb.engines.inplace import ways  # noqa: F401
     from grpo_nb.trainers import grpo  # noqa: F401
     torch.set_num_threads(1)
     def one(name):
@@ -285,7 +287,8 @@ def table(found:dict) -> str:
         remark = r.get("note") or r.get("why") or ""
         if r.get("near"): remark = f"as near fp64 as stock TRL. {remark}"
         if r.get("itself"): remark = f"draws at random: {r['itself']:.1e} from itself. {remark}"
-        sampled = {True: "in place, equal", False: "in place, **not equal**"}.get(r.get("same"), r.get("engine", ""))
+        equal = {True: ", equal", False: ", **not equal**"}.get(r.get("same"), "")
+        sampled = f"{r.get('engine', '')}{equal}"
         lines.append(f"| {r['type']} | {r.get('layout', '')} | {error} | {sampled} | {remark.replace('|', '/')} |")
     return "\n".join(lines)
 

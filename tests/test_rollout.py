@@ -8,6 +8,7 @@ from packaging.version import Version
 from parity import VOCAB, tiny, tokenizer
 
 from grpo_nb.engines.base import EngineError, Sampling
+from grpo_nb.engines.inplace.engine import InPlace
 from grpo_nb.ground.events import said
 from grpo_nb.patch.core import PatchSet
 from grpo_nb.patch.objects import objects
@@ -65,13 +66,13 @@ def test_the_same_completions_in_the_same_places(patched, tmp_path):
 def test_training(patched, engine, tmp_path, monkeypatch):
     "The weights that a step has changed are those of the next sampling."
     trainer, states = trainer_of(patched, tmp_path, engine=engine), []
-    real = rollout.InPlace.generate
+    real = InPlace.generate
 
     def generate(self, *args):
         states.append(self.model.lm_head.weight.detach().clone())
         return real(self, *args)
 
-    monkeypatch.setattr(rollout.InPlace, "generate", generate)
+    monkeypatch.setattr(InPlace, "generate", generate)
     trainer.train()
     assert len(states) == 2 and not torch.equal(*states) and trainer.model.training
     assert not state_of(trainer).engine._interrupted.is_set()
@@ -83,7 +84,7 @@ def test_evaluation(patched, tmp_path):
     assert "eval_loss" in trainer.evaluate() and state_of(trainer).rollouts.tokens
 
 
-def test_unknown_models_are_left_to_trl(patched, tmp_path, capsys):
+def test_unknown_models_are_sampled_by_their_own_layers(patched, tmp_path, capsys):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     said.clear()
@@ -95,7 +96,7 @@ def test_unknown_models_are_left_to_trl(patched, tmp_path, capsys):
         )
     )
     trainer_of(patched, tmp_path, model=other).train()
-    assert capsys.readouterr().out.count("TRL's own path: GPTNeoXForCausalLM is none of the shapes") == 1
+    assert capsys.readouterr().out.count("from the weights that are trained, by the layers of GPTNeoXForCausalLM itself;") == 1
 
 
 def test_settings_that_are_not_known_are_left_to_trl(tmp_path, capsys):
@@ -229,14 +230,14 @@ def test_a_trainer_with_its_own_turn(tmp_path, capsys):
 
 
 def test_hooks_on_the_whole_model_are_called(tmp_path):
-    "Also one that comes after the engine was made and compared."
+    "Also one that comes after the engine was made and compared: the model's own layers are called then."
     with PatchSet(engine_patches(PATHS["grpo"])):
         trainer, seen = trainer_of("grpo", tmp_path), []
         turn(trainer, [[3, 4]] * 8)
         assert state_of(trainer).turns == 1
         trainer.model.register_forward_hook(lambda *_: seen.append(1))
         turn(trainer, [[3, 4]] * 8)
-    assert seen and state_of(trainer).turns == 1
+    assert seen and state_of(trainer).turns == 2
 
 
 @pytest.mark.parametrize("engine", ["auto", "inplace"])
@@ -465,11 +466,11 @@ def test_tools(tmp_path, monkeypatch):
         call = {"type": "function", "function": {"name": "double", "arguments": {"number": 3}}}
         return {"role": "assistant", "content": "w3", **({"tool_calls": [call]} if len(turns) <= 8 else {})}
 
-    real = rollout.InPlace.generate
+    real = InPlace.generate
     sizes = []
     monkeypatch.setattr(theirs, "parse_response", parse)
     monkeypatch.setattr(
-        rollout.InPlace, "generate", lambda self, prompts, n, s: sizes.append((len(prompts), sum(n))) or real(self, prompts, n, s)
+        InPlace, "generate", lambda self, prompts, n, s: sizes.append((len(prompts), sum(n))) or real(self, prompts, n, s)
     )
     tok = tokenizer()
     tok.chat_template, tok.response_schema = TOOL_TEMPLATE, {"type": "object"}
@@ -599,7 +600,6 @@ def test_a_tool_calling_loop(tmp_path, caller, how):
 def test_without_stop_tokens_every_engine_goes_on_to_the_length(greedy):
     "Whatever ends the model's own generation config names."
     from grpo_nb.engines.hf import HuggingFace
-    from grpo_nb.engines.inplace.engine import InPlace
     model = tiny()
     model.generation_config.eos_token_id = list(range(1, VOCAB))
     found = [
@@ -632,7 +632,7 @@ def test_a_trainer_that_is_left(patched, tmp_path, engine):
 
 def test_a_ctrl_c_is_no_request(patched, tmp_path, monkeypatch):
     "A `KeyboardInterrupt` that nobody asked for stays one."
-    monkeypatch.setattr(rollout.InPlace, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("by hand")))
+    monkeypatch.setattr(InPlace, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("by hand")))
     trainer = trainer_of(patched, tmp_path)
     with leave_when(trainer, lambda: False), pytest.raises(KeyboardInterrupt, match="by hand") as caught: trainer.train()
     assert type(caught.value) is KeyboardInterrupt

@@ -23,10 +23,9 @@ import torch
 
 # %% ../../nbs/trainers/07_sampling.ipynb #db77b7ab
 from ..ground.check import one_of
-from ..engines.base import EngineError, Refused, Rollouts
+from ..engines.base import Engine, EngineError, Refused, Rollouts
 from ..engines.hf import read_config
-from ..engines.inplace.engine import InPlace
-from ..engines.inplace.layers import why_not_inplace
+from ..engines.inplace.ways import in_place, still_fits, way_of, why_not_sampled
 from ..ground.events import say
 from ..ground.text import error_text, message_of, place_of
 from ..packs.attention import Reason
@@ -42,11 +41,11 @@ from .room import NoMemory
 from .state import state_of, vllm_engines
 from .weights import lookout_of, lost_words, whole_before_save
 
-# %% ../../nbs/trainers/07_sampling.ipynb #0a2ede14
+# %% ../../nbs/trainers/07_sampling.ipynb #2bc92450
 ENGINES = ("auto", "inplace", "vllm", "vllm-server", "hf")
 ENGINE_FIELD = (str, "auto", "Where completions are sampled: 'inplace' (from the training weights, or an error), 'hf' (generate), "
                 "'vllm' (in this process), 'vllm-server', or 'auto' (vLLM if use_vllm is set or the model was loaded with "
-                "fast_inference=True and vLLM is installed, else in place where the model is known, else generate).")
+                "fast_inference=True and vLLM is installed, else in place where that can be done, else generate).")
 
 
 def check_engine(engine:str, # the field's value
@@ -88,7 +87,7 @@ def why_elsewhere(trainer, multimodal,
 
 def asked_engine(trainer) -> str: return getattr(trainer.args, "engine", "auto")
 
-# %% ../../nbs/trainers/07_sampling.ipynb #c49d2ba1
+# %% ../../nbs/trainers/07_sampling.ipynb #11825dec
 def why_not_in_place(trainer, multimodal, prompts:list=()) -> str: # empty where it can
     "What the in-place engine does not do."
     if multimodal: return "the batch has images"
@@ -99,7 +98,7 @@ def why_not_in_place(trainer, multimodal, prompts:list=()) -> str: # empty where
     lengths = [len(ids) for ids in prompts]
     if lengths and not min(lengths): return "a prompt is empty"
     whole = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    return why_not_inplace(whole, max(lengths, default=0) + max(sampling.limits(1)) if lengths else 0)
+    return why_not_sampled(whole, max(lengths, default=0) + max(sampling.limits(1)) if lengths else 0)
 
 
 def sampling_of(trainer) -> tuple: # Sampling; and the name of a setting that it cannot hold, or an empty string
@@ -246,23 +245,22 @@ def put_back(found:dict, # as `groups` returns it
     for place, value in zip(places, values): done[place] = value
     return done
 
-# %% ../../nbs/trainers/07_sampling.ipynb #bc3aa0fa
-def engine_of(trainer) -> InPlace:
-    "The trainer's engine, made at its first use and whenever the model is another one."
+# %% ../../nbs/trainers/07_sampling.ipynb #0142dd55
+def engine_of(trainer) -> Engine:
+    "The trainer's engine, made at its first use, whenever the model is another one, and where it has come to be passed over."
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     state = state_of(trainer)
     engine = state.engine
-    if engine is None or engine.model is not model:
+    if not still_fits(engine, model):
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-        engine = state.engine = InPlace(model, getattr(trainer, "_tokenizer", trainer.processing_class), dtype=mixed)
+        engine = state.engine = in_place(model, getattr(trainer, "_tokenizer", trainer.processing_class), dtype=mixed)
     return engine
 
 
 def sample_completions(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
-    say("completions are sampled in place, from the weights that are trained; "
-        "engine='hf' in the configuration takes TRL's own generate.")
     found, engine, state, sampling = groups(prompts), engine_of(trainer), state_of(trainer), sampling_of(trainer)[0]
+    say(f"completions are sampled in place, {way_of(engine)}; engine='hf' in the configuration takes TRL's own generate.")
     if state.asked: engine._interrupted = Asking(state.asked)
     try: rollouts = engine.generate([list(p) for p in found], [len(places) for places in found.values()], sampling)
     finally: engine.sleep()

@@ -53,17 +53,17 @@ def room_for(prompts:list, # lengths
                   f"Give cache_tokens={p + c} or more, shorten max_completion_length, or leave out the longest prompts.",
                   "its cache may not hold a prompt and completion of this length")
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #88a793fc
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #0aa1e673
 class Table:
     "Keys, values and the state of each slot."
     def __init__(self, room:Room, decoder, sampling:Sampling):
         self.room = room
         self._take_cache(decoder)
         self.rotary = decoder.tables(room.prompt + room.completion)
-        self._make_state(decoder, sampling)
+        self._make_state(decoder.device, decoder.vocabulary, sampling)
         self.empty()
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #3094710e
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #8a9554a2
 @patch
 def _take_cache(self:Table, decoder):
     "Memory for keys and values; `EngineError` where there is none."
@@ -72,26 +72,25 @@ def _take_cache(self:Table, decoder):
     try:
         self.prompt_kv = torch.zeros(*shape, room.lanes, decoder.kv, room.prompt, decoder.head_dim, **like)
         self.own_kv = torch.zeros(*shape, room.slots, decoder.kv, room.completion, decoder.head_dim, **like)
+        width = decoder.text.norm.weight.shape[0]
+        self.first = torch.zeros(room.lanes, width, device=decoder.device) # hidden states that predict the first tokens
     except RuntimeError as error: # torch has no class of its own for this on a CPU
         size = room.tokens * decoder.bytes_per_token() / 2**20
         raise EngineError(f"There is no memory for a cache of {room.tokens} tokens ({size:,.0f} MiB): "
                           f"give a smaller cache_tokens, or lower max_completion_length. {error}") from error
 
-# %% ../../../nbs/engines/inplace/02_cache.ipynb #8d380d34
+# %% ../../../nbs/engines/inplace/02_cache.ipynb #9fb6ef55
 @patch
-def _make_state(self:Table, decoder, sampling):
+def _make_state(self:Table, device, vocabulary, sampling):
     "What is known of each slot and lane."
-    s, c, d = self.room.slots, self.room.completion, decoder.device
+    s, c, d = self.room.slots, self.room.completion, device
     def zeros(*size, dtype=torch.int64): return torch.zeros(size, dtype=dtype, device=d)
     self.token, self.count, self.limit, self.lane = (zeros(s) for _ in range(4))
     self.alive = zeros(s, dtype=torch.bool)
     self.random = zeros(s, c, dtype=torch.float64)
     self.out, self.logps = zeros(s, c + 1), zeros(s, c + 1, dtype=torch.float32) # the last column takes what finished slots write
     self.length = zeros(self.room.lanes) # of each lane's prompt
-    width = decoder.text.norm.weight.shape[0]
-    self.first = zeros(self.room.lanes, width, dtype=torch.float32) # hidden state that predicts a completion's first token
     self.stops = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=d)
-    vocabulary = decoder.vocabulary
     self.seen = None if sampling.repetition_penalty == 1 else zeros(s, vocabulary, dtype=torch.bool)
 
 # %% ../../../nbs/engines/inplace/02_cache.ipynb #c4892c9c

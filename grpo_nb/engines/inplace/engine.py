@@ -56,17 +56,20 @@ def cannot(reason:str) -> Refused:
 class _Run:
     "One call of `generate`, from the first prompt to the last token."
     def __init__(self, engine, prompts, counts, limits, sampling):
+        self.note(engine, prompts, counts, limits, sampling)
+        self.decoder = engine.decoder
+        room = self._room(counts)
+        if reason := why_not_inplace(engine.model, room.prompt + room.completion): raise cannot(reason)
+        self.table, self.recorder = engine.table(room, sampling)
+        self.seeds = self._seeds() # last: a request that is refused has moved no random state
+
+    def note(self, engine, prompts, counts, limits, sampling) -> None:
+        "What is asked for, and that nothing of it is done."
         self.engine, self.prompts, self.sampling, self.limits = engine, prompts, sampling, limits
         self.owner = [i for i, n in enumerate(counts) for _ in range(n)]
         self.waiting, self.left = deque(range(len(self.owner))), list(counts)
         self.done, self.prefilling, self.matched, self.ahead = [None] * len(self.owner), 0.0, {}, 1
-        self.decoder = engine.decoder
-        room = self._room(counts)
-        if reason := why_not_inplace(engine.model, room.prompt + room.completion): raise cannot(reason)
-        longest = max(map(len, sampling.stop), default=0)
-        self.window = longest + 8 # tokens that a stop string may begin in; some have no text of their own
-        self.table, self.recorder = engine.table(room, sampling)
-        self.seeds = self._seeds() # last: a request that is refused has moved no random state
+        self.window = max(map(len, sampling.stop), default=0) + 8 # tokens that a stop string may begin in; some have no text
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #650709fb
 @patch

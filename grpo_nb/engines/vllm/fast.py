@@ -8,7 +8,7 @@ __all__ = ['RIGHT', 'prompts_of', 'room_of', 'limits_of', 'engine_for', 'fast_ge
 # %% ../../../nbs/engines/vllm/07_fast.ipynb #8cd4f0e9
 from ..base import Engine, Refused
 from ..hf import HuggingFace
-from ..inplace.engine import InPlace
+from ..inplace.ways import in_place, still_fits
 from .engine import VLLMEngine, running
 from .words import (CompletionOutput, Logprob, RequestOutput, SamplingParams, as_sampling, check_asked,
                                         differs, get, stops_of)
@@ -68,10 +68,9 @@ def engine_for(model, lora) -> Engine:
     adapted = hasattr(model, "peft_config") or any(hasattr(m, "lora_A") for m in model.modules())
     if settings is not None and settings.fast_inference and fast_engine()[0] == "vllm" and (lora or not adapted):
         return _vllm(model, tokenizer, settings)
-    kept = getattr(settings, "engine", None)
-    if isinstance(kept, InPlace) and kept.model is model and not own_generation(model): return kept
-    why = own_generation(model)
-    try: engine = None if why else InPlace(model, tokenizer)
+    kept, why = getattr(settings, "engine", None), own_generation(model)
+    if not why and still_fits(kept, model): return kept
+    try: engine = None if why else in_place(model, tokenizer)
     except Refused as error: engine, why = None, str(error).split(":", 1)[-1].strip().rstrip(".").removesuffix(". Use engine='hf'")
     if engine is None:
         say(f"fast_generate samples with Hugging Face's generate: {why}.")
