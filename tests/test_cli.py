@@ -81,7 +81,7 @@ def test_an_interrupt_is_exit_code_130(capsys, monkeypatch):
 
 def test_bars_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    def work(*a, progress):
+    def work(*a, progress, **more):
         for i in range(3): progress("warm start", i + 1, 3, 0.5)
         for i in range(2): progress("training", i + 1, 2, None if i else 0.25)
         return dict(RESULT)
@@ -94,7 +94,7 @@ def test_bars_on_a_terminal(capsys, monkeypatch):
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     "One at the start of a phase, one at its end, and between them one in ten seconds, with the time that is left."
     now = iter([*range(1, 41), *range(100, 103)])
-    def work(*a, progress):
+    def work(*a, progress, **more):
         progress.clock = lambda: next(now)
         for i in range(40): progress("warm start", i + 1, 40, 0.5)
         for i in range(3): progress("training", i + 1, 3, None)
