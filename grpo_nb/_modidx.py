@@ -1475,6 +1475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'grpo_nb.models.gguf.write_gguf': ('models/gguf.html#write_gguf', 'grpo_nb/models/gguf.py')},
             'grpo_nb.models.gguf_read': { 'grpo_nb.models.gguf_read._complete': ( 'models/gguf_read.html#_complete',
                                                                                   'grpo_nb/models/gguf_read.py'),
+                                          'grpo_nb.models.gguf_read._header': ( 'models/gguf_read.html#_header',
+                                                                                'grpo_nb/models/gguf_read.py'),
                                           'grpo_nb.models.gguf_read.field': ('models/gguf_read.html#field', 'grpo_nb/models/gguf_read.py'),
                                           'grpo_nb.models.gguf_read.from_gguf': ( 'models/gguf_read.html#from_gguf',
                                                                                   'grpo_nb/models/gguf_read.py'),
