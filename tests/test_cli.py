@@ -11,7 +11,9 @@ from grpo_nb.app import cli
 from grpo_nb.app import demo
 
 RESULT = dict(
-    task="sort_digits", accuracy_before=0.3, accuracy_after=0.95, steps=100, seconds=20.1, reward_first10=0.4, reward_last10=0.9
+    model="tiny", task="sort_digits", accuracy_before=0.3, accuracy_after=0.95, steps=100, seconds=20.1, reward_first10=0.4,
+    reward_last10=0.9, by_place={"before": {}, "after": {}},
+    examples=[dict(question="Sort the digits: 4913", right="1349", before="9431", after="1349")],
 )
 
 
@@ -25,6 +27,9 @@ def call(capsys, *argv):
 @pytest.mark.parametrize("argv, words", [
     (["demo", "--task", "sort_digit"], ["task='sort_digit'", "Did you mean 'sort_digits'?"]),
     (["demo", "--task", "countdown"], ["task='countdown'", "no tiny model", "'reverse_string'"]),
+    (["demo", "--model", "smal"], ["model='smal'", "Did you mean 'small'?"]),
+    (["demo", "--model", "small", "--task", "countdown"], ["task='countdown'", "'larger'"]),
+    (["demo", "--model", "tiny", "--task", "larger"], ["task='larger'", "no tiny model"]),
     (["demo", "--steps", "0"], ["steps=0", "at least 1"]),
     (["demo", "--steps", "many"], ["--steps", "'many'"]),
     (["demo", "--seed", "-1"], ["seed=-1"]),
@@ -61,9 +66,11 @@ def test_json_and_summary(capsys, monkeypatch):
     code, out, err = call(capsys, "demo", "--json", "--seed", "3", "--steps", "7", "--output-dir", "there")
     assert code == 0 and json.loads(out.splitlines()[-1]) == RESULT and err == ""
     (args, more), = seen
-    assert args == ("sort_digits", 3, 7, "there") and isinstance(more["progress"], cli._Lines) # no bar: this is no terminal
+    assert args == (None, 3, 7, "there") and isinstance(more["progress"], cli._Lines) # no bar: this is no terminal
+    assert more["model"] is None
     code, out, _ = call(capsys, "demo")
-    assert "0.300 before, 0.950 after 100 steps" in out and 3 < len(out.splitlines()) < 7
+    assert "0.300 before, 0.950 after 100 steps" in out and "Sort the digits: 4913  1349   9431    1349" in out
+    assert 3 < len(out.splitlines()) < 9
 
 
 def test_an_interrupt_is_exit_code_130(capsys, monkeypatch):
@@ -74,7 +81,7 @@ def test_an_interrupt_is_exit_code_130(capsys, monkeypatch):
 
 def test_bars_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    def work(*a, progress):
+    def work(*a, progress, **more):
         for i in range(3): progress("warm start", i + 1, 3, 0.5)
         for i in range(2): progress("training", i + 1, 2, None if i else 0.25)
         return dict(RESULT)
@@ -87,7 +94,7 @@ def test_bars_on_a_terminal(capsys, monkeypatch):
 def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
     "One at the start of a phase, one at its end, and between them one in ten seconds, with the time that is left."
     now = iter([*range(1, 41), *range(100, 103)])
-    def work(*a, progress):
+    def work(*a, progress, **more):
         progress.clock = lambda: next(now)
         for i in range(40): progress("warm start", i + 1, 40, 0.5)
         for i in range(3): progress("training", i + 1, 3, None)
@@ -162,7 +169,7 @@ def test_a_short_demo(tmp_path, monkeypatch):
     from grpo_nb.tasks import tiny
     whole, seen = tiny.tiny_model, []
     monkeypatch.setattr(tiny, "tiny_model", lambda task, **k: whole(task, **{**k, "steps": 2, "hidden_size": 64, "layers": 1}))
-    try: found = demo.demo(steps=2, output_dir=tmp_path / "out", progress=lambda *a: seen.append(a))
+    try: found = demo.demo(steps=2, output_dir=tmp_path / "out", progress=lambda *a: seen.append(a), model="tiny")
     finally: UnpatchFastRL("grpo")
     assert set(found) == set(RESULT) and found["steps"] == 2 and 0 <= found["accuracy_after"] <= 1
     assert [s[:3] for s in seen] == [("warm start", 1, 2), ("warm start", 2, 2), ("training", 1, 2), ("training", 2, 2)]
@@ -173,7 +180,8 @@ def test_a_short_demo(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demo_learns(seed):
     done = subprocess.run(
-        [sys.executable, "-c", "from grpo_nb.app.cli import main; raise SystemExit(main())", "demo", "--json", "--seed", str(seed)],
+        [sys.executable, "-c", "from grpo_nb.app.cli import main; raise SystemExit(main())", "demo", "--model", "tiny", "--json",
+         "--seed", str(seed)],
         capture_output=True, text=True, check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])

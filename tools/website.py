@@ -16,7 +16,8 @@ import yaml
 root = Path(__file__).resolve().parent.parent
 START = ("index.ipynb", "map.ipynb", "glossary.ipynb")
 SECTIONS = {"Tutorials": "tutorials", "How it works": "explanations", "How to": "howto"}
-ORDER = {"tutorials": ("quickstart", "studio", "write_a_patch")} # a folder that is not here is in the order of its names
+# A folder that is not here is in the order of its names.
+ORDER = {"tutorials": ("quickstart", "real_model", "real_model_gpu", "studio", "write_a_patch")}
 
 
 def floors():

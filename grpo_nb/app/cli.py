@@ -40,11 +40,12 @@ def _parsed(top, argv): # the arguments; exits with 2 where some are not known
 
 def _add_demo(commands):
     "`grpo-nb demo`."
-    demo = commands.add_parser("demo", help="train a tiny model on a task and measure it before and after", allow_abbrev=False)
-    demo.add_argument("--task", default="sort_digits",
-                      help="a task of grpo_nb.tasks.library with a tiny model (default: %(default)s)")
+    demo = commands.add_parser("demo", help="train a real or a tiny model on a task and measure it before and after",
+                               allow_abbrev=False)
+    demo.add_argument("--model", help="small: SmolLM2-135M-Instruct; tiny: made here (default: small, where it is installed)")
+    demo.add_argument("--task", help="one of grpo_nb.tasks that the model can be trained on (default: larger, or sort_digits)")
     demo.add_argument("--seed", type=int, default=0, help="of the model, the task and the run (default: %(default)s)")
-    demo.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
+    demo.add_argument("--steps", type=int, help="optimiser steps (default: 24, or 100 of the tiny model)")
     demo.add_argument("--json", action="store_true", help="print the result as one line of JSON, the last one")
     demo.add_argument("--output-dir", metavar="DIR", help="keep the trained adapter in this folder")
     demo.set_defaults(run=_demo, its=demo)
@@ -193,22 +194,31 @@ def _summary(found) -> str:
     first, last, few = found["reward_first10"], found["reward_last10"], found["steps"] < 20
     rewards = f"{first:.3f} in the first 10 steps, {last:.3f} in the last 10"
     if few: rewards = f"{last:.3f} in the last {min(10, found['steps'])} steps; fewer than 20 are no two ends to compare"
-    return (f"task                {found['task']}\n"
+    asked = _side_by_side(found.get("examples", ()))
+    return (f"model, task         {found.get('model', 'tiny')}, {found['task']}\n"
             f"held-out accuracy   {before:.3f} before, {after:.3f} after {found['steps']} steps\n"
             f"mean reward         {rewards}\n"
-            f"training            {found['seconds']:.1f} s")
+            f"training            {found['seconds']:.1f} s" + (f"\n\n{asked}" if asked else ""))
+
+
+def _side_by_side(examples) -> str: # dicts with question, right, before, after
+    "A few held-out questions with the answers before and after, as a table."
+    names = ("question", "right", "before", "after")
+    rows = [names, *([" ".join(str(e[name]).split())[:48] for name in names] for e in examples)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows) if examples else ""
 
 # %% ../../nbs/app/04_cli.ipynb #d5fdbd80
 def _demo(given) -> int: # the exit code
     "Run the first job."
     from grpo_nb.app.demo import check_demo, demo
-    check = given.task, given.steps, given.seed, given.output_dir
+    check = given.task, given.steps, given.seed, given.output_dir, given.model
     try: check_demo(*check)
     except (ValueError, OSError) as error:
         print(f"grpo-nb demo: {error}", file=sys.stderr)
         return 2
     bars = _Bars() if sys.stderr.isatty() else _Lines()
-    try: found = demo(given.task, given.seed, given.steps, given.output_dir, progress=bars)
+    try: found = demo(given.task, given.seed, given.steps, given.output_dir, progress=bars, model=given.model)
     except KeyboardInterrupt as error:
         print(f"grpo-nb demo: interrupted{f', {error}' if str(error) else ''}", file=sys.stderr)
         return 130

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'TOLD', 'LARGEST', 'why_not_readable', 'field', 'read_tokenizer', 'read_config', 'load_gguf', 'from_gguf']
 
-# %% ../../nbs/models/19_gguf_read.ipynb #a7b6a860
+# %% ../../nbs/models/19_gguf_read.ipynb #9d0f5938
 import copy
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from .folder import beside
 
-# %% ../../nbs/models/19_gguf_read.ipynb #152d598d
+# %% ../../nbs/models/19_gguf_read.ipynb #369fb805
 def why_not_readable(file) -> str: # empty where it can be read
     "Why a GGUF file cannot be read."
     if find_spec("gguf") is None: return "Reading GGUF needs the package gguf: pip install gguf (or grpo_nb[gguf])."
@@ -25,12 +26,18 @@ def why_not_readable(file) -> str: # empty where it can be read
     with open(file, "rb") as opened: head = opened.read(4)
     return "" if head == b"GGUF" else f"{str(file)!r} is no GGUF file: it begins with {head!r}."
 
+# %% ../../nbs/models/19_gguf_read.ipynb #678e2ed4
+@lru_cache(maxsize=8)
+def _header(file, stamp) -> dict: # stamp: when the file was written, and its size
+    "What is no list in a file's header, by name."
+    from gguf import GGUFReader, GGUFValueType
+    return {n: f.contents() for n, f in GGUFReader(file).fields.items() if f.types and f.types[0] != GGUFValueType.ARRAY}
+
 
 def field(file, name): # None where it is not there
-    "One entry of a file's header."
-    from gguf import GGUFReader
-    found = GGUFReader(file).get_field(name)
-    return None if found is None else found.contents()
+    "One entry of a file's header that is no list."
+    its = Path(file).stat()
+    return _header(str(file), (its.st_mtime_ns, its.st_size)).get(name)
 
 # %% ../../nbs/models/19_gguf_read.ipynb #c124d7be
 def read_tokenizer(file:Path): # -> a tokenizer
