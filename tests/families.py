@@ -72,6 +72,7 @@ EXCEPTIONS = dict(
               ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)),
     cohere_compass_text=dict(rope_parameters={n: dict(rope_type="default", rope_theta=1e4)
                                               for n in ("full_attention", "sliding_attention")}),
+    granitemoehybrid=dict(num_hidden_layers=2, layer_types=["mamba", "attention"]),
     gpt_neo=dict(attention_types=[[["global", "local"], 1]]),
     jamba=dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     lfm2_moe=dict(layer_types=["conv", "full_attention"]),
