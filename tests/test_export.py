@@ -276,6 +276,7 @@ def test_the_adapter_alone(tokenizer, tmp_path):
 def test_what_cannot_be_is_said_before_anything_is_written(tokenizer, tmp_path):
     model = adapted(small("qwen2", tokenizer))
     for how, error, words in [
+        (dict(save_method=["merged_16bit"]), ValueError, "merged_4bit"),
         (dict(save_method="merged_8bit"), ValueError, "merged_4bit"), (dict(dtype="int8"), ValueError, "bfloat16"),
         (dict(base="original"), ValueError, "its own original"), (dict(tokeniser=1), TypeError, "Did you mean 'tokenizer'"),
         (dict(prompts=[]), ValueError, "list of texts"), (dict(max_shard_size=-1), ValueError, "whole number of bytes"),
@@ -623,6 +624,12 @@ def test_a_file_alone_says_all_of_the_model(kind, tokenizer, tmp_path):
     folder, rows = save.from_gguf(tmp_path / "g/g-F32.gguf", tmp_path / "back", dtype="float32"), proof.rows_for(tokenizer, FEW)
     again = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert proof.apart(proof.log_probs(again, rows), proof.log_probs(model, rows)) < 1e-4
+
+
+@pytest.mark.parametrize("value", [None, 8, {"q8_0"}], ids=str)
+def test_what_names_no_quantisation(value, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="quantization_method=.*a list of names"):
+        save.gguf(small("qwen3", tokenizer), tmp_path / "g", tokenizer, value)
 
 
 @pytest.mark.parametrize("name,words", [("q4_k_m", "llama-quantize"), ("quantized", "q4_k_m"), ("int4", "There are")])

@@ -226,8 +226,9 @@ def test_hostile_code_comes_to_this(name, world):
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "time" not in HOSTILE[name][1]])
 def test_hostile_code_earns_nothing(name, world):
-    "Against a value and, with the walls alone, against a `check`, of which the judge reads the expected value."
-    for tests in (TESTS["a value"], TESTS["check"]):
+    "With the walls alone, against a `check`, of which the judge reads the expected value; what a call comes to is the test above."
+    might = HOSTILE[name][1].startswith("= 9") # else no value that is compared earns anything either
+    for tests in [TESTS["check"]] + [TESTS["a value"]] * might:
         assert run_tests(written(HOSTILE[name][0], world), tests, "f", Limits(2, 64, 256), look=False).share == 0, name
 
 

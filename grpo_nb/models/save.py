@@ -161,10 +161,10 @@ def merged(model, # trained, with an adapter or without; not changed
     own = dict(save_method=save_method, dtype=dtype, base=base, record=record, prompts=prompts, shard=max_shard_size)
     return _write(_asked_merged("save_pretrained_merged", model, tokenizer, save_directory, theirs, **own))
 
-# %% ../../nbs/models/22_save.ipynb #6bcf1141
+# %% ../../nbs/models/22_save.ipynb #97cceff0
 def _asked_merged(call, model, tokenizer, folder, theirs, *, save_method, dtype, base, record, prompts, shard) -> SimpleNamespace:
     "The arguments of a merged export, checked."
-    method = one_of("save_method", SAME.get(save_method, save_method), METHODS)
+    method = one_of("save_method", SAME.get(str(save_method), save_method), METHODS)
     shard = parse_size_to_int(shard) if isinstance(shard, str) else whole("max_shard_size", shard, what="bytes")
     return _asked(call, model, tokenizer, folder, theirs, method=method, record=record, prompts=_texts(prompts), shard=shard,
                   dtype=_dtype(causal_lm(model), method, dtype), originals=_originals(model, base))
@@ -330,6 +330,8 @@ def gguf(model, # trained, with an adapter or without; not changed
 # %% ../../nbs/models/22_save.ipynb #d1d4de57
 def _asked_gguf(call, model, tokenizer, folder, theirs, quantisations, base, record, prompts, llama_cpp) -> SimpleNamespace:
     "The arguments of a GGUF export, checked."
+    if not isinstance(quantisations, str | list | tuple):
+        raise TypeError(f"{call}: quantization_method={quantisations!r} must be a name such as 'q8_0', or a list of names.")
     names = [quantisations] if isinstance(quantisations, str) else list(quantisations)
     names = list(dict.fromkeys(ALSO.get(str(n).lower(), str(n).lower()) for n in names))
     if flag("llama_cpp", llama_cpp, open=True) and (problem := why_not_llama_cpp()):
