@@ -49,7 +49,8 @@ def nothing_is_left(tmp_path):
     yield
     for plan in tmp_path.glob("**/launch/plan.json"):
         note = read_json(plan).get("launcher", {})
-        if lives(note) and "grpo_nb.launch.launcher" in psutil.Process(note["pid"]).cmdline(): os.kill(note["pid"], signal.SIGTERM)
+        ours = lives(note) and "grpo_nb.launch.launcher" in psutil.Process(note["pid"]).cmdline()
+        if ours: os.kill(note["pid"], signal.SIGTERM)
 
 
 def make(parts, folder, rewards=digits, processes=2, run=None, **more):
@@ -162,7 +163,8 @@ def test_what_ended_it(tmp_path, codes, notes, rank, words):
 
 
 @pytest.mark.parametrize("text, is_one", [
-    ("RuntimeError: Application timeout caused pair closure", True), ("RuntimeError: [gloo/transport] Connection closed by peer", True),
+    ("RuntimeError: Application timeout caused pair closure", True),
+    ("RuntimeError: [gloo/transport] Connection closed by peer", True),
     ("DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", True), ("RewardError: reward 'f' raised TimeoutError", False),
     ("OutOfMemoryError: CUDA out of memory", False),
 ])
