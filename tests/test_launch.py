@@ -49,7 +49,8 @@ def nothing_is_left(tmp_path):
     yield
     for plan in tmp_path.glob("**/launch/plan.json"):
         note = read_json(plan).get("launcher", {})
-        if lives(note) and "grpo_nb.launch.launcher" in psutil.Process(note["pid"]).cmdline(): os.kill(note["pid"], signal.SIGTERM)
+        ours = lives(note) and "grpo_nb.launch.launcher" in psutil.Process(note["pid"]).cmdline()
+        if ours: os.kill(note["pid"], signal.SIGTERM)
 
 
 def make(parts, folder, rewards=digits, processes=2, run=None, **more):
