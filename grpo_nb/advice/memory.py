@@ -7,7 +7,7 @@ __all__ = ['REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', 'REACHED_BANDWIDTH', '
            'read_model', 'anatomy', 'read_config', 'Load', 'default_budget', 'load_of', 'adapted', 'adapter_numbers',
            'weight_bytes', 'optimiser_bytes', 'layer_numbers', 'activation_bytes', 'head_bytes', 'cache_bytes',
            'logits_bytes', 'training_seconds', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'estimate',
-           'of_trainer']
+           'note_answers', 'noted_answers', 'of_run', 'of_trainer']
 
 # %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
@@ -18,6 +18,7 @@ from functools import cache
 from html import escape
 from math import ceil, comb
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from fastcore.basics import patch
@@ -27,6 +28,7 @@ from .finding import PAGE
 from ..ground.check import flag, known_arguments, number, one_of, whole
 from ..models.room import ESTIMATES
 from ..trainers.config import FIELDS, next_rows
+from ..models.unwrap import causal_lm
 from ..models.specs import DeviceSpec, published, this_device
 
 # %% ../../nbs/advice/02_memory.ipynb #0e10cc67
@@ -572,6 +574,33 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
     seconds = {"sampling": sampling_seconds(a, load, c, spec, parts["weights"], n.computed),
                "training": training_seconds(a, load, c, spec, n.count, n.full)}
     return Estimate({name: round(size) for name, size in parts.items()}, seconds, spec, load, _steps(c, load, rows))
+
+# %% ../../nbs/advice/02_memory.ipynb #42604473
+_noted = WeakKeyDictionary() # model -> (max_completion_length, tokens of a completion on average)
+
+def note_answers(model:nn.Module,
+                 config, # as `estimate` takes it
+                 lengths, # tokens of completions of it
+                 ) -> None:
+    "Remember how long a model's completions are under a limit."
+    lengths = list(lengths)
+    if lengths: _noted[causal_lm(model)] = read_config(config).max_completion_length, sum(lengths) / len(lengths)
+
+def noted_answers(model, config) -> float|None: # None where nobody has looked
+    "Tokens of a completion on average, when the doctor last looked under this limit."
+    limit, mean = _noted.get(causal_lm(model), (None, None)) if isinstance(model, nn.Module) else (None, None)
+    return mean if limit == read_config(config).max_completion_length else None
+
+def of_run(model, # as `estimate` takes it
+           config=None, # as `estimate` takes it
+           prompts=(), # tokens of some of the run's prompts
+           answers=(), # tokens of some completions; none: as many as were noted, else all reach max_completion_length
+           **more, # further arguments of `estimate`
+           ) -> Estimate:
+    "The estimate for a run whose prompts are known."
+    prompts, answers = list(prompts), list(answers)
+    mean = sum(answers) / len(answers) if answers else noted_answers(model, config)
+    return estimate(model, config, prompt_length=sum(prompts) / len(prompts) if prompts else None, completion_length=mean, **more)
 
 # %% ../../nbs/advice/02_memory.ipynb #7d4883db
 def of_trainer(trainer) -> str:

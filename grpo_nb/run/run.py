@@ -44,7 +44,7 @@ from .folder import Folder
 from .inputs import (check_dataset, check_model, check_reference, check_run, check_template, check_together,
                                 check_tokenizer, first_prompt, make_config)
 from .kernel import accelerators_state, first_interrupt, interactive_kernel, on_kernel_interrupt, own_accelerator
-from .measure import StepMeter, Stopwatch, seconds_left
+from .measure import StepMeter, Stopwatch, round_of, seconds_left
 from .owner import base_of, check_model_free, own
 from .recorded import Recorded
 from .turns import Turn, held, left, turns
@@ -222,7 +222,7 @@ def _logged(self:GRPORun, logs, control):
         self._log_due = False
         self._between_steps(control)
 
-# %% ../../nbs/run/10_run.ipynb #8b4b9eb8
+# %% ../../nbs/run/10_run.ipynb #aed84540
 @patch
 def _step_begins(self:GRPORun, epoch=False):
     "Start the step's clock, and keep the random numbers where a checkpoint's are loaded: before an epoch, or before a step."
@@ -237,6 +237,7 @@ def _step_begins(self:GRPORun, epoch=False):
 def _step_ended(self:GRPORun, control):
     "Answer requests now, or after the log that the trainer is about to write."
     self._meter.step_ends()
+    self._watch.lap()
     self._random = Randomness()
     self._log_due = control.should_log
     if not self._log_due: self._between_steps(control)
@@ -778,7 +779,7 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../../nbs/run/10_run.ipynb #fcc10c97
+# %% ../../nbs/run/10_run.ipynb #05a0874b
 @patch(as_prop=True)
 def elapsed(self:GRPORun) -> float: # seconds
     "The time of training since the last start, without pauses."
@@ -786,9 +787,9 @@ def elapsed(self:GRPORun) -> float: # seconds
 
 @patch(as_prop=True)
 def left(self:GRPORun) -> float|None: # seconds; None before the first step and once the run has ended
-    "The time that the remaining steps will take, at the pace so far."
+    "The time that the remaining steps will take, at the pace of the latest ones."
     if self.state not in ("running", "paused") or not self.total_steps: return None
-    return seconds_left(self.elapsed, self.step - self._began_at, self.total_steps - self.step)
+    return seconds_left(list(self._watch.laps), self.total_steps - self.step, self.elapsed, round_of(self.trainer.args))
 
 @patch(as_prop=True)
 def error(self:GRPORun) -> BaseException|None:

@@ -244,7 +244,7 @@ def put_back(found:dict, # as `groups` returns it
     for place, value in zip(places, values): done[place] = value
     return done
 
-# %% ../../nbs/trainers/03_sampling.ipynb #bc3aa0fa
+# %% ../../nbs/trainers/03_sampling.ipynb #63dc313f
 def engine_of(trainer) -> InPlace:
     "The trainer's engine, made at its first use and whenever the model is another one."
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -258,8 +258,9 @@ def engine_of(trainer) -> InPlace:
 
 def sample_completions(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
-    say("completions are sampled in place, from the weights that are trained; "
-        "engine='hf' in the configuration takes TRL's own generate.")
+    if not getattr(trainer, "looks", False): # `trainers.rehearsal` is no run
+        say("completions are sampled in place, from the weights that are trained; "
+            "engine='hf' in the configuration takes TRL's own generate.")
     found, engine, state, sampling = groups(prompts), engine_of(trainer), state_of(trainer), sampling_of(trainer)[0]
     if state.asked: engine._interrupted = Asking(state.asked)
     try: rollouts = engine.generate([list(p) for p in found], [len(places) for places in found.values()], sampling)
