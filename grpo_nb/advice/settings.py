@@ -371,7 +371,7 @@ def rates_for(adapter:bool, # whether an adapter is trained, or all weights
     "The learning rates that suit what is trained."
     usual = min(1e-3, max(1e-5, 1e-4 * ((size or 1e9) / 135e6) ** -0.3))
     if adapter: rates = "adapters", usual / 20, usual * 12, usual
-    else: rates = "all weights", usual / 3000, usual * 4, usual / 30
+    else: rates = "all weights", usual / 3000, usual * 2.5, usual / 30
     rates = Rates(rates[0], *map(_one_digit, rates[1:]))
     return rates if size else replace(rates, low=1e-6 if adapter else 1e-8, high=5e-3 if adapter else 1e-4)
 
