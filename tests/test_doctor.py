@@ -238,6 +238,17 @@ def test_what_is_sampled_is_scored_when_the_time_is_up(world, monkeypatch):
     assert any("the time was up" in said for said in report.unreached)
 
 
+def test_doctor_and_panel_have_one_estimate(world):
+    "The same configuration costs the same in both, and what the doctor has learnt of the completions counts in both."
+    from grpo_nb.ui.panels.panels import HyperparameterPanel
+    config = {**GOOD, "max_completion_length": 33, "per_device_train_batch_size": 16}
+    panel = HyperparameterPanel(world.model, config, rewards=["correctness"], dataset=world.task.train, tokenizer=world.tokenizer)
+    def both(prompts): return panel.estimate(), examine(world, config=config, prompts=prompts).estimate
+    (shown, said), (_, later) = both(0), both(2)
+    assert shown.parts == said.parts and shown.seconds == said.seconds and shown.steps == said.steps
+    assert later.load.mean < 33 and panel.estimate().parts == later.parts and panel.estimate().seconds == later.seconds
+
+
 def test_all_prompts_are_sampled_in_one_call(world, monkeypatch):
     from grpo_nb.engines.inplace.engine import InPlace
     calls, generate = [], InPlace.generate
@@ -334,7 +345,7 @@ def test_the_time_is_kept(world):
         now[0] += 7.0
         return now[0] # each look at the clock takes seven seconds
     report = examine(world, chance_reward, {"max_completion_length": 24}, prompts=8, seconds=100, clock=clock)
-    assert now[0] < 130 and report.unreached and "the time was up" in str(report)
+    assert now[0] < 140 and report.unreached and "the time was up" in str(report)
     assert rules(report, "good") # what needs no sampling was done all the same
 
 

@@ -129,20 +129,13 @@ sampling
     → It is the trainer's own method that raised this, called with the settings of the run.
 """)
 
-# %% ../../nbs/advice/07_doctor.ipynb #91922d9c
-def _spread(data, n) -> list: # of dicts
-    "Up to `n` rows, evenly over the data set; the first ones of a stream."
-    if not hasattr(data, "__len__"): return [dict(row) for row, _ in zip(data, range(n))]
-    n = min(n, len(data))
-    places = sorted({round(i * (len(data) - 1) / max(1, n - 1)) for i in range(n)})
-    return [dict(data[i]) for i in places]
-
+# %% ../../nbs/advice/07_doctor.ipynb #fa13049a
 def _asked(config) -> SimpleNamespace: # as Case.asked
     "Every field of a config as it was given, without what TRL's own configuration filled in."
     given = changes_of(config) if hasattr(config, "to_dict") else config or {}
     return SimpleNamespace(**{**config_fields(), **given})
 
-# %% ../../nbs/advice/07_doctor.ipynb #a86a32d5
+# %% ../../nbs/advice/07_doctor.ipynb #59e738c2
 def _read(findings:list, name:str, kinds, default, read, *args):
     "What `read` makes of an argument; where it raises one of `kinds`, that is a finding, and the default stands in."
     try: return read(*args)
@@ -160,7 +153,7 @@ def _prepare(model, tokenizer, rewards, dataset, config) -> tuple: # (Case, list
     data = _read(findings, "dataset", wrong, None, inputs.check_dataset, dataset)
     functions, weights = _read(findings, "rewards", wrong, ([], None), check_rewards, rewards)
     if weights is None: weights = settings.reward_weights
-    rows = _spread(data, 256) if data is not None else []
+    rows = memory.some_rows(data) if data is not None else []
     return Case(model, tokenizer, functions, weights, data, settings, rows, device=_device(model), asked=asked), findings
 
 def _device(model) -> torch.device:
@@ -274,7 +267,7 @@ def _otherwise(case) -> list: # sentences
 
 def _sampled(case, prompts, until, clock, unreached) -> list: # of Finding
     "Sample, score, and apply the rules on completions."
-    rows = _spread(case.data, prompts)
+    rows = memory.some_rows(case.data, prompts)
     try: failed = _sample_all(case, rows, until, clock, unreached)
     finally: close(case.trainer)
     if len(case.groups) < len(rows): unreached.append(f"{len(rows) - len(case.groups)} of {len(rows)} prompts: the time was up")

@@ -8,7 +8,7 @@ __all__ = ['KEPT_MORE', 'KEPT', 'REACHED', 'REACHED_PLAIN', 'LAUNCH', 'TOKEN', '
            'default_budget', 'load_of', 'adapted', 'adapter_numbers', 'weight_bytes', 'optimiser_bytes',
            'layer_numbers', 'activation_bytes', 'head_bytes', 'in_place', 'cache_bytes', 'logits_bytes', 'kept_bytes',
            'training_seconds', 'engine_of', 'sampling_seconds', 'Estimate', 'size_text', 'time_text', 'check_bytes',
-           'estimate', 'note_answers', 'noted_answers', 'of_run', 'of_trainer']
+           'estimate', 'some_rows', 'note_answers', 'noted_answers', 'of_run', 'of_trainer']
 
 # %% ../../nbs/advice/02_memory.ipynb #2290a641
 import json
@@ -641,6 +641,16 @@ def estimate(model, # a loaded model, a transformers configuration, or the name 
     seconds = {"sampling": sampling_seconds(a, load, c, spec, parts["weights"], n.computed, load_in_4bit),
                "training": training_seconds(a, load, c, spec, n.count, n.full), "rest": REST[spec.kind]}
     return _with_reserve(Estimate({name: round(size) for name, size in parts.items()}, seconds, spec, load, _steps(c, load, rows)))
+
+# %% ../../nbs/advice/02_memory.ipynb #3e94cf5b
+def some_rows(data, # a data set, or a list of rows
+              n:int=256, # at most
+              ) -> list: # of dicts
+    "Rows spread evenly over a data set; the first ones of a stream."
+    if not hasattr(data, "__len__"): return [dict(row) for row, _ in zip(data, range(n))]
+    n = min(n, len(data))
+    places = sorted({round(i * (len(data) - 1) / max(1, n - 1)) for i in range(n)})
+    return [dict(data[i]) for i in places]
 
 # %% ../../nbs/advice/02_memory.ipynb #42604473
 _noted = WeakKeyDictionary() # model -> (max_completion_length, tokens of a completion on average)
