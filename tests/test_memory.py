@@ -194,3 +194,15 @@ def test_more_is_never_less(rows, longest, prompt):
             device="T4", prompt_length=prompt,
         )
     assert at().peak <= at(max_completion_length=longest * 2).peak and at().peak <= at(per_device_train_batch_size=rows * 2).peak
+
+
+@pytest.mark.parametrize("laps,left,gone,round_,said", [
+    ([], 9, 5.0, 1, None), ([30.0], 9, 30.0, 1, 270.0), ([30.0, 32.0, 34.0], 9, 34.0, 1, 18.0), # 30 s were compiling
+    ([30.0, 32.0, 34.0], 9, 35.5, 1, 16.5), ([30.0, 32.0], 0, 32.0, 1, 0.0), # a step that is nearly done
+    ([40.0, *(40.0 + 5 * i for i in range(1, 11)), *(90.0 + i for i in range(1, 31))], 10, 120.0, 1, 10.0), # it has become quicker
+    ([9.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0], 8, 23.0, 4, 22.0), # every fourth step samples
+])
+def test_the_time_left_is_learnt_from_the_latest_steps(laps, left, gone, round_, said):
+    from grpo_nb.run.measure import seconds_left
+    found = seconds_left(laps, left, gone, round_)
+    assert found == (said if said is None else pytest.approx(said))
