@@ -557,8 +557,8 @@ def _numbers_of(a:Anatomy, c, spec:DeviceSpec, peft, four_bit:bool, dtype) -> _N
     trained = kept if not adapter else 2 if four_bit else 4
     return _Numbers(kept, 2 if mixed else kept, trained, own, adapter, mixed)
 
-# %% ../../nbs/advice/02_memory.ipynb #21d07e20
-CHECKED = 4 # rows, as `trainers.state` takes them
+# %% ../../nbs/advice/02_memory.ipynb #f4684a55
+CHECKED = 4 # rows, as `trainers.self_check` takes them
 
 def check_bytes(a:Anatomy, load:Load, c, n, spec:DeviceSpec) -> int: # n: from `_numbers_of`
     "What the comparison of the first step holds."
