@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_nb.tasks import shapes
 from grpo_nb.advice.memory import anatomy, estimate, load_of, read_config
 from grpo_nb.models.specs import DeviceSpec, published, this_device
 
@@ -48,32 +47,27 @@ def test_adapters_are_peft_s_own():
     assert loaded.parts["activations"] == said.parts["activations"]
 
 
-def test_against_the_recorded_steps():
-    "Memory within 10 % of what an H200 recorded; the packed step's time within 15 %."
+MEASURED = json.loads((Path(__file__).parent / "data/estimates.json").read_text())
+THREAD = DeviceSpec("one thread", "cpu", 24 * 2**30, 100e9, 10e9, bfloat16=False, measured=True) # of the machine of the CPU's rows
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda r: r["name"])
+def test_against_what_was_measured(row):
+    "Memory never below and at most 10 % above; sampling and whole steps within 25 %."
     import transformers
-    for line in (Path(__file__).parent.parent / "benchmarks/results/h200.jsonl").read_text().splitlines():
-        r = json.loads(line)
-        if "shape" not in r: continue
-        shape = shapes.SHAPES[r["shape"]]
-        kind, v, h, m, layers, heads, kv = shapes.MODELS[shape.model]
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=v, hidden_size=h, intermediate_size=m, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, head_dim=128 if kind == "Qwen3" else h // heads, tie_word_embeddings=True,
-        )
-        e = estimate(
-            config,
-            dict(
-                per_device_train_batch_size=shape.prompts * shape.completions, num_generations=shape.completions, bf16=True,
-                max_completion_length=shape.longest, step="packed" if r["impl"] == "grpo_nb" else "trl",
-            ),
-            device=GPU,
-            peft=dict(r=64),
-            prompt_length=shape.prompt,
-            completion_length=shape.mean,
-        )
-        mine = max(e.moments["training"], e.moments["head"]) - e.parts["overhead"]
-        assert abs(mine / r["peak_bytes"] - 1) < 0.1, r
-        if r["impl"] == "grpo_nb": assert abs(e.seconds["training"] / r["seconds"] - 1) < 0.15, r
+    numbers = {k: v for k, v in row["model"].items() if k != "kind"}
+    e = estimate(getattr(transformers, f"{row['model']['kind']}Config")(**numbers), row["config"],
+                 device=THREAD if row["device"] == "cpu" else row["device"], peft=dict(r=row["lora"]) if row["lora"] else None,
+                 prompt_length=row["prompt"], completion_length=row["completion"])
+    measured, cuda = row["measured"], row["device"] != "cpu"
+    if "peak_gib" in measured:
+        mine = (e.of_moments(row.get("moments")) - cuda * e.parts["overhead"]) / 2**30 # what PyTorch allocated knows no overhead
+        left_out = "left out of the step" in row.get("note", "") # rows without spread, which no estimate can know
+        assert 1 <= mine / measured["peak_gib"] <= (1.14 if left_out else 1.1), (mine, measured)
+    packed = row["config"].get("step") != "trl"
+    if "sampling" in measured: assert abs(e.seconds["sampling"] / measured["sampling"] - 1) < 0.25, (e.seconds, measured)
+    if "training" in measured and packed: assert abs(e.seconds["training"] / measured["training"] - 1) < 0.15, (e.seconds, measured)
+    if "step" in measured: assert abs(e.step_seconds / measured["step"] - 1) < 0.26, (e.step_seconds, measured)
 
 
 def peak(config=None, model=BIG, **kwargs): return estimate(model, config, **{"device": GPU, "peft": dict(r=16), **kwargs})
@@ -200,3 +194,15 @@ def test_more_is_never_less(rows, longest, prompt):
             device="T4", prompt_length=prompt,
         )
     assert at().peak <= at(max_completion_length=longest * 2).peak and at().peak <= at(per_device_train_batch_size=rows * 2).peak
+
+
+@pytest.mark.parametrize("laps,left,gone,round_,said", [
+    ([], 9, 5.0, 1, None), ([30.0], 9, 30.0, 1, 270.0), ([30.0, 32.0, 34.0], 9, 34.0, 1, 18.0), # 30 s were compiling
+    ([30.0, 32.0, 34.0], 9, 35.5, 1, 16.5), ([30.0, 32.0], 0, 32.0, 1, 0.0), # a step that is nearly done
+    ([40.0, *(40.0 + 5 * i for i in range(1, 11)), *(90.0 + i for i in range(1, 31))], 10, 120.0, 1, 10.0), # it has become quicker
+    ([9.0, 10.0, 11.0, 12.0, 20.0, 21.0, 22.0, 23.0], 8, 23.0, 4, 22.0), # every fourth step samples
+])
+def test_the_time_left_is_learnt_from_the_latest_steps(laps, left, gone, round_, said):
+    from grpo_nb.run.measure import seconds_left
+    found = seconds_left(laps, left, gone, round_)
+    assert found == (said if said is None else pytest.approx(said))

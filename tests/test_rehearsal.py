@@ -183,11 +183,16 @@ def test_a_prompt_that_cannot_be_read_is_shown(world):
     assert "None" in report["prompt"].message and any("prompt must be right" in u for u in report.unreached)
 
 
-def test_the_doctors_own_clock_is_no_fault_of_a_reward(world):
+def test_the_doctors_own_clock_is_no_fault_of_a_reward(world, monkeypatch):
     import time
+    from grpo_nb.advice import doctor as module
     def slow(completions, **_):
         time.sleep(1.4)
         return [1.0] * len(completions)
+    report = doctor(world.model, world.tokenizer, slow, world.task.train, BASE, prompts=1, seconds=1.2)
+    assert "reward_error" not in [f.rule for f in report]
+    if report.samples: assert report.samples[0]["rewards"] and "zero_spread" in [f.rule for f in report] # what is sampled is scored
+    monkeypatch.setattr(module, "GRACE", 0)
     report = doctor(world.model, world.tokenizer, slow, world.task.train, BASE, prompts=1, seconds=1.2)
     assert "reward_error" not in [f.rule for f in report] and "the time was up" in str(report)
 

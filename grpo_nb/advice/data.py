@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHEAPER', 'Sampled', 'Case', 'setup_of_case', 'lacks', 'reward_failed']
 
-# %% ../../nbs/advice/04_data.ipynb #99d86461
+# %% ../../nbs/advice/04_data.ipynb #a78811e0
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import mean, pstdev
@@ -19,7 +20,7 @@ from .memory import Estimate, size_text, time_text
 from .settings import Setup, context_of
 from ..run import inputs
 from ..tasks.evaluate import as_dict, call_reward, reward_arguments, within_limit
-from ..tasks.guard import RewardError, guard, is_model, name_of, names_of
+from ..tasks.guard import RewardError, guard, is_model, name_of, names_of, needed, parts_of
 from ..tasks.rewards import text_of
 from ..trainers.rehearsal import columns_kept
 
@@ -281,12 +282,13 @@ def _memory(c):
     if e.fits: yield found("memory.fits", "good", times=times, **seen)
     else: yield found("memory.mended" if change else "memory", "error", change, **seen)
 
-# %% ../../nbs/advice/04_data.ipynb #7134becf
+# %% ../../nbs/advice/04_data.ipynb #b061c666
 words("""
 zero_because_cut_off
     all rewards are {total:g}, and {cut} of {n} completions are cut off at max_completion_length={limit}: the answer is
     never reached, so nothing can be learnt.
-    → Let completions be longer, or ask for shorter ones.
+    → Let completions be longer, or ask for shorter ones. Where they should have ended by then, compare tokenizer.eos_token
+    with what the chat template puts after an answer.
 
 cut_off
     {cut} of {n} completions are cut off at max_completion_length={limit} ({part:.0%}); what they would have answered is
@@ -300,8 +302,9 @@ cut_off.none
     no completion is cut off; the longest has {longest} of {limit} tokens.
 
 eos_never
-    no completion ended by itself with {eos!r}. Either all are too long, or the model ends its turns with another token.
-    → Compare tokenizer.eos_token with the token that the chat template puts after an answer.
+    {without} of {cut} completions that were cut off at max_completion_length={limit} have {token!r} in them: the model ends its
+    turns with it, and the run waits for {eos!r}.
+    → Set tokenizer.eos_token to {token!r} before the model is given to the run.
 """)
 
 # %% ../../nbs/advice/04_data.ipynb #7351e58f
@@ -316,97 +319,165 @@ def _cut(c) -> dict:
 
 def _all_zero_and_cut(c) -> bool:
     "The classic: nothing is scored because hardly anything comes to its end."
-    return _cut(c)["part"] >= 0.5 and len(set(_totals(c))) == 1
+    totals = set(_totals(c))
+    return _cut(c)["part"] >= 0.5 and len(totals) == 1 and max(totals) <= 0
 
 def _longer(c) -> dict|None:
     "A larger max_completion_length, if the context has room for it."
-    limit = c.config.max_completion_length
+    limit, times = c.config.max_completion_length, 4 if _cut(c)["part"] > 0.9 else 2 # where hardly any ends, twice is a guess
     room = c.context - max(c.lengths) if c.context and c.lengths else 4 * limit
-    return {"max_completion_length": min(2 * limit, room)} if room > limit else None
+    return {"max_completion_length": min(times * limit, room)} if room > limit else None
 
-# %% ../../nbs/advice/04_data.ipynb #bf76671c
+# %% ../../nbs/advice/04_data.ipynb #a3884314
+def _other_end(c) -> tuple: # (token, completions that have it); ("", 0) where there is none
+    "A special token, and no end of the run's, that stands in most of the completions that were cut off."
+    if c.trainer is None: return "", 0
+    text = getattr(c.tokenizer, "tokenizer", c.tokenizer)
+    special = {*text.all_special_ids, *text.get_added_vocab().values()} - {*c.trainer.eos_token_ids, text.pad_token_id}
+    endless = [set(ids) & special for g in c.groups for ids, ended in zip(g.ids, g.ended) if not ended]
+    counts = Counter(token for found in endless for token in found)
+    if not counts: return "", 0
+    token, n = counts.most_common(1)[0]
+    return (text.convert_ids_to_tokens(token), n) if n > len(endless) / 2 else ("", 0)
+
+def _told_by_lengths(c) -> bool:
+    "Whether the rules on lengths name the cause of rewards that are all equal."
+    return bool(_all_zero_and_cut(c) or (_cut(c)["part"] >= 0.5 and _other_end(c)[0]) or _all_empty(c))
+
+def _all_empty(c) -> bool: return not any(t.strip() for g in c.groups for t in g.texts)
+
+# %% ../../nbs/advice/04_data.ipynb #39230212
 @rule("completions")
 def _zero_because_cut_off(c):
     "Rewards that are all the same because the answers are never reached."
-    if _all_zero_and_cut(c): yield found("zero_because_cut_off", "error", _longer(c), total=_totals(c)[0], **_cut(c))
+    if _all_zero_and_cut(c) and not _other_end(c)[0]:
+        yield found("zero_because_cut_off", "error", _longer(c), total=_totals(c)[0], **_cut(c))
 
 @rule("completions")
 def _cut_off(c):
     "Completions that end at the limit."
     seen = _cut(c)
-    if _all_zero_and_cut(c): return
+    if _all_zero_and_cut(c) or _other_end(c)[0]: return
     if seen["part"] >= 0.3: yield found("cut_off", "error" if seen["part"] > 0.9 else "warning", _longer(c), **seen)
     elif seen["cut"]: yield found("cut_off.few", "good", **seen)
     else: yield found("cut_off.none", "good", longest=max(n for g in c.groups for n in g.lengths), **seen)
 
 @rule("completions")
 def _eos_never(c):
-    "An end that never comes."
-    if _cut(c)["cut"] == _cut(c)["n"]: yield found("eos_never", "warning", eos=getattr(c.tokenizer, "eos_token", None))
+    "An end that the run does not wait for."
+    token, without = _other_end(c)
+    seen = _cut(c)
+    if token and seen["part"] >= 0.3:
+        yield found("eos_never", "error", token=token, without=without, eos=getattr(c.tokenizer, "eos_token", None), **seen)
 
-# %% ../../nbs/advice/04_data.ipynb #0121ed95
+# %% ../../nbs/advice/04_data.ipynb #41fccb91
 words("""
 empty
     {empty} of {n} completions are empty.
     → Look at the rendered prompt: it may end the turn already.
-
-duplicates_in_group
-    {same:.0%} of the completions repeat another one of their group: they carry no more than it does.
-    → The model is very sure of these prompts; take harder ones.
-
-duplicates_in_group.cold
-    {same:.0%} of the completions repeat another one of their group: they carry no more than it does.
-    → Sample at a higher temperature.
 """)
 
-# %% ../../nbs/advice/04_data.ipynb #1dfc45da
 @rule("completions")
 def _empty(c):
     "Completions that say nothing."
     texts = [t for g in c.groups for t in g.texts]
     empty = sum(not t.strip() for t in texts)
-    if empty: yield found("empty", "error" if empty == len(texts) else "warning", empty=empty, n=len(texts))
+    if empty: yield found("empty", "error" if _all_empty(c) else "warning", empty=empty, n=len(texts))
 
-@rule("completions")
-def _duplicates_in_group(c):
-    "Groups that say the same thing."
-    same = mean(1 - len(set(g.texts)) / len(g.texts) for g in c.groups)
-    scored = [known for g in c.groups if (known := _known(g.totals))]
-    spread = mean(len(set(known)) > 1 for known in scored) if scored else 0
-    if same <= 0.5 or spread > 0.5: return # short answers repeat by nature; where rewards differ there is something to learn
-    if c.config.temperature < 0.7: yield found("duplicates_in_group.cold", "warning", {"temperature": 1.0}, same=same)
-    else: yield found("duplicates_in_group", "warning", same=same)
-
-# %% ../../nbs/advice/04_data.ipynb #543bd851
+# %% ../../nbs/advice/04_data.ipynb #91dd7986
 words("""
 zero_spread
-    {flat} of {n} groups have no spread in their rewards and contribute no gradient.
+    {flat} of {n} groups have no spread in their rewards and contribute no gradient: {low} with the lowest reward for all,
+    {high} with the highest.
     → Take prompts of middling difficulty, more generations a prompt, or a graded reward.
 
-zero_spread.solved
-    {flat} of {n} groups have no spread in their rewards and contribute no gradient: every completion got {total:g}, so
-    these prompts may be solved already.
-    → Take harder prompts.
+zero_spread.cold
+    {flat} of {n} groups have no spread in their rewards and contribute no gradient; in {same} of them all completions are one and
+    the same text, at temperature={temperature:g}.
+    → Sample at a higher temperature.
 
-zero_spread.nothing
-    {flat} of {n} groups have no spread in their rewards and contribute no gradient: every completion got {total:g}.
-    → Take easier prompts, or a reward with steps in between (for the format, for a part of the answer).
+zero_spread.solved
+    the model is always right: all {many} completions of {n} prompts got {total:g}, so no group has a spread and none contributes a
+    gradient. With 95 % certainty it is wrong in fewer than {bound:.2g} of 100.
+    → Take harder prompts.
 
 zero_spread.few
     {some} of {n} groups have a spread in their rewards to learn from.
 """)
 
-# %% ../../nbs/advice/04_data.ipynb #7f8570f9
+# %% ../../nbs/advice/04_data.ipynb #2ffebbaf
+words("""
+zero_spread.never
+    the model is never right: all {many} completions of {n} prompts got {total:g}, and the right answer gets {right:g}. With 95 %
+    certainty it is right in fewer than {bound:.2g} of 100, and what never happens cannot be reinforced.
+    → Take easier prompts, show worked examples in the prompt, or reward a part of the way.
+
+zero_spread.deaf
+    all {many} completions of {n} prompts got {total:g}, and so does the right answer ({answer!r}): the reward does not know it,
+    or looks for a form that it does not have.
+    → Score a right answer in the form that you expect with it, and say in the prompt what that form is.
+
+zero_spread.nothing
+    all {many} completions of {n} prompts got {total:g}: no group has a spread, and none contributes a gradient.
+    → Score an answer that you know to be right with the reward. If it gets more, take easier prompts, or a reward with steps in
+    between (for the format, for a part of the answer).
+""")
+
+# %% ../../nbs/advice/04_data.ipynb #2d5a600b
+def _answers(c, group) -> list: # of texts
+    "What the data set has for a right answer to one prompt: the columns that a reward asks for by name."
+    asked = [n for f in c.functions if not is_model(f) for part in parts_of(f) for n in (needed(part) or ())]
+    values = [(group.row or {}).get(n) for n in asked if n != "prompt"]
+    return [str(v) for v in values if isinstance(v, (str, int, float)) and str(v).strip()]
+
+def _total_of(c, group, text) -> float|None: # None: no reward applies
+    "What a text would earn as the completion of a group's prompt; raises what a reward raises."
+    chat = bool(group.completions) and isinstance(group.completions[0], list)
+    completion = [{"role": "assistant", "content": text}] if chat else text
+    weights = c.weights or [1.0] * len(c.functions)
+    values = [(w, _asked_once(c, group, f, completion)) for w, f in zip(weights, c.functions)]
+    known = [w * v for w, v in values if v is not None]
+    return sum(known) if known else None
+
+def _right(c) -> tuple: # (what it earns, the answer); (None, "") where it is not known
+    "The most that a right answer of the data set would earn, over the first prompts."
+    if c.trainer is None or any(map(is_model, c.functions)): return None, ""
+    best = None, ""
+    for group in c.groups[:3]:
+        for text in _answers(c, group)[:2]:
+            try: total = _total_of(c, group, text)
+            except Exception: continue # noqa: BLE001 a reward that raises for it has said nothing
+            if total is not None and (best[0] is None or total > best[0]): best = total, text
+    return best
+
+# %% ../../nbs/advice/04_data.ipynb #af82396e
+def _all_alike(c, seen) -> Finding:
+    "Why every completion of every group earned the same."
+    right, answer = _right(c)
+    total = seen["total"]
+    if right is not None and right > total: return found("zero_spread.never", "error", right=right, **seen)
+    if total > 0: return found("zero_spread.solved", "warning", **seen)
+    if right is not None: return found("zero_spread.deaf", "error", answer=cut(plain(answer), 60), **seen)
+    return found("zero_spread.nothing", "error", **seen)
+
+# %% ../../nbs/advice/04_data.ipynb #2ff4ce28
+def _flat(c) -> dict:
+    "What groups without spread are made of."
+    scored, totals = [(g, known) for g in c.groups if (known := _known(g.totals))], _totals(c)
+    flat = [(g, known[0]) for g, known in scored if pstdev(known) == 0]
+    return dict(flat=len(flat), n=len(scored), some=len(scored) - len(flat), total=totals[0], many=len(totals),
+                bound=300 / len(totals), low=sum(v <= min(totals) for _, v in flat), high=sum(v >= max(totals) for _, v in flat),
+                same=sum(len(set(g.texts)) == 1 for g, _ in flat), temperature=getattr(c.config, "temperature", 1.0))
+
 @rule("completions")
 def _zero_spread(c):
     "Groups whose rewards are all equal."
-    scored, totals = [known for g in c.groups if (known := _known(g.totals))], _totals(c)
-    if not scored or _all_zero_and_cut(c): return # that is said already, with its cause
-    flat, n = sum(pstdev(known) == 0 for known in scored), len(scored)
-    seen = dict(flat=flat, n=n, some=n - flat, total=totals[0])
-    if len(set(totals)) == 1 and totals[0] > 0: yield found("zero_spread.solved", "warning", **seen)
-    elif len(set(totals)) == 1: yield found("zero_spread.nothing", "error", **seen)
-    elif flat >= 0.5 * n: yield found("zero_spread", "warning", **seen)
+    if not _totals(c) or _told_by_lengths(c): return # that is said already, with its cause
+    seen = _flat(c)
+    cold = seen["temperature"] < 0.7 and seen["same"] >= 0.5 * seen["flat"]
+    if seen["flat"] >= 0.5 * seen["n"] and cold: yield found("zero_spread.cold", "warning", {"temperature": 1.0}, **seen)
+    elif len(set(_totals(c))) == 1: yield _all_alike(c, seen)
+    elif seen["flat"] >= 0.5 * seen["n"]: yield found("zero_spread", "warning", **seen)
     else: yield found("zero_spread.few", "good", **seen)
 
 # %% ../../nbs/advice/04_data.ipynb #309aa248
@@ -452,16 +523,16 @@ def _values(c) -> dict: # reward's name to its numbers, None left out
     names = dict.fromkeys(name for g in c.groups for name in g.scores)
     return {name: [v for g in c.groups for v in _known(g.scores.get(name, ()))] for name in names}
 
-# %% ../../nbs/advice/04_data.ipynb #a5fb8c5f
-def _about_reward(name:str, values:list): # yields Finding
+# %% ../../nbs/advice/04_data.ipynb #70c93722
+def _about_reward(name:str, values:list, told:bool): # yields Finding; `told`: why all totals are equal is said already
     "What one reward's numbers say."
     if not values:
         yield found("reward.none", "warning", name=name)
         return
     low, high, largest = min(values), max(values), max(values, key=abs)
     seen = dict(low=low, high=high, mean=mean(values), n=len(values), largest=largest)
-    if low == high: yield found("reward.constant", "warning" if low <= 0 else "info", name=name, **seen)
-    else: yield found("reward", "good", name=name, **seen)
+    if low < high: yield found("reward", "good", name=name, **seen)
+    elif not told: yield found("reward.constant", "warning" if low <= 0 else "info", name=name, **seen)
     if abs(largest) > 1000: yield found("reward.large", "warning", name=name, **seen)
 
 @rule("completions")
@@ -471,8 +542,8 @@ def _reward(c):
     for name, values in _values(c).items():
         flat = len(set(values)) == 1
         pair = _taken_for_text(c, functions.get(name)) if flat else None
-        told = [_messages(name, values, *pair)] if pair else _about_reward(name, values)
-        for one in told: yield replace(one, rule=f"reward:{name}")
+        said = [_messages(name, values, *pair)] if pair else _about_reward(name, values, len(set(_totals(c))) == 1)
+        for one in said: yield replace(one, rule=f"reward:{name}")
 
 # %% ../../nbs/advice/04_data.ipynb #1cd1fb2b
 def _messages(name, values, text, chat) -> Finding:

@@ -85,6 +85,7 @@ def _step_begins(self:Between, epoch=False):
 def _step_ended(self:Between, control):
     "Answer requests now, or after the log that the trainer is about to write."
     self._meter.step_ends()
+    self._watch.lap()
     if drawn := take_drawn(self.trainer): self._emit(PromptsDrawn, prompts=drawn)
     self._ask()
     self._random = Randomness()

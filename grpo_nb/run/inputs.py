@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'RESERVED', 'SURVIVE', 'OUTPUT_DIR', 'THEIRS', 'check_model', 'why_not_prompt', 'spread_rows',
            'check_prompts', 'check_dataset', 'first_prompt', 'check_tokenizer', 'check_template',
-           'check_reward_columns', 'check_calls', 'check_config', 'make_config', 'check_weights', 'rows_needed',
-           'check_enough_rows', 'prompt_text', 'rendered', 'check_room', 'check_opened_tags', 'trainer_arguments',
-           'check_more', 'check_trainer_class', 'check_callbacks', 'check_run', 'check_together', 'check_reference']
+           'check_reward_columns', 'check_config', 'make_config', 'check_weights', 'rows_needed', 'check_enough_rows',
+           'prompt_text', 'rendered', 'check_room', 'check_opened_tags', 'trainer_arguments', 'check_more',
+           'check_trainer_class', 'check_callbacks', 'check_run', 'check_together', 'check_reference']
 
 # %% ../../nbs/run/01_inputs.ipynb #99d5d44c
 import copy
@@ -24,7 +24,7 @@ from ..models.device import machine_precision
 from ..models.load import settings_of
 from ..ground.events import say
 from ..tasks.evaluate import within_limit
-from ..tasks.guard import PASSED, is_model, name_of, why_not_called
+from ..tasks.guard import PASSED, name_of, parts_of, why_not_called
 from ..trainers.config import check_theirs, modern, one_card, values_of
 
 # %% ../../nbs/run/01_inputs.ipynb #a72c0f0a
@@ -176,45 +176,20 @@ def check_template(tokenizer, # as for `check_tokenizer`
         if "tokenizer.chat_template took longer" in str(error): raise
     except Exception: pass # noqa: BLE001 what else a template raises it says itself, with the arguments of the run
 
-# %% ../../nbs/run/01_inputs.ipynb #cb70ac16
+# %% ../../nbs/run/01_inputs.ipynb #108acf18
 SURVIVE = ("prompt", "image", "images") # the columns that remove_unused_columns leaves to a trainer that samples
 
-def _needed(function) -> dict|None: # parameter -> whether it has to be filled; None: it takes anything, or does not tell
-    "What a reward asks for by name."
-    function = getattr(function, "_guards", function)
-    if hasattr(function, "needs"): # of the library: the answer may be in another column
-        column = function.options.get("column", function.defaults.get("column", "answer"))
-        return {column if name == "answer" else name: required for name, required in function.needs.items()}
-    try: parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError): return None # a builtin without a signature
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {p.name: p.default is p.empty for p in named}
-
-# %% ../../nbs/run/01_inputs.ipynb #dc26993f
 def check_reward_columns(functions, # the reward functions
                          columns, # the data set's columns, or None where they are not known
                          removed:bool=False, # whether the config has remove_unused_columns=True
                          ) -> None:
-    "Raise `ValueError` for a reward parameter that neither the data set nor the trainer fills."
-    left = columns if not removed or columns is None else [c for c in columns if c in SURVIVE]
-    for function in (f for f in functions if columns is not None and not is_model(f)):
-        for part in getattr(function, "parts", (function,)):
-            name = next((n for n, required in (_needed(part) or {}).items() if required and n not in (*RESERVED, *left)), None)
-            if name is None: continue
-            what = f"rewards: {name_of(part)!r} needs {name!r}"
-            if name in columns:
-                raise ValueError(f"{what}, and remove_unused_columns=True takes that column away; leave it False.")
-            raise ValueError(f"{what}, and the dataset has no such "
-                             f"column.{nearest(name, columns)} Its columns: {', '.join(map(repr, columns))}.")
-    check_calls([f for f in functions if not is_model(f)] if columns is not None else [], left)
-
-# %% ../../nbs/run/01_inputs.ipynb #576dca81
-def check_calls(functions, columns) -> None:
     "Raise `ValueError` for a reward that cannot be called with what the data set and the trainer fill."
-    for function in functions:
-        why = why_not_called(function, columns)
-        if why and why_not_called(function, columns, RESERVED):
-            raise ValueError(f"rewards: {name_of(function)!r} {why}.")
+    if columns is None: return
+    left = [c for c in columns if c in SURVIVE or not removed]
+    dropped = [c for c in columns if c not in left]
+    for part in (one for f in functions for one in (*parts_of(f), f)):
+        why = why_not_called(part, left, PASSED, dropped)
+        if why and why_not_called(part, left, RESERVED, dropped): raise ValueError(f"rewards: {name_of(part)!r} {why}.")
 
 # %% ../../nbs/run/01_inputs.ipynb #f0be714d
 def _fields(config_class) -> set:

@@ -30,7 +30,7 @@ from .folder import Folder
 from .inputs import (OUTPUT_DIR, check_config, check_dataset, check_model, check_reference, check_reward_columns, check_run,
                                 check_template, check_together, check_tokenizer, first_prompt, make_config)
 from .kernel import accelerators_state, interactive_kernel, on_kernel_interrupt
-from .measure import StepMeter, Stopwatch, seconds_left
+from .measure import StepMeter, Stopwatch, round_of, seconds_left
 from .owner import check_model_free
 from .recorded import Recorded, check_record
 from .turns import Turn, held, left
@@ -356,7 +356,7 @@ def wait(self:GRPORun,
     if self._ended.is_set() and self._failure: raise self._failure[0].with_traceback(self._failure[1])
     return self
 
-# %% ../../nbs/run/14_run.ipynb #fcc10c97
+# %% ../../nbs/run/14_run.ipynb #f4027b89
 @patch(as_prop=True)
 def elapsed(self:GRPORun) -> float: # seconds
     "The time of training since the last start, without pauses."
@@ -364,9 +364,9 @@ def elapsed(self:GRPORun) -> float: # seconds
 
 @patch(as_prop=True)
 def left(self:GRPORun) -> float|None: # seconds; None before the first step and once the run has ended
-    "The time that the remaining steps will take, at the pace so far."
+    "The time that the remaining steps will take, at the pace of the latest ones."
     if self.state not in ("running", "paused") or not self.total_steps: return None
-    return seconds_left(self.elapsed, self.step - self._began_at, self.total_steps - self.step)
+    return seconds_left(list(self._watch.laps), self.total_steps - self.step, self.elapsed, round_of(self.trainer.args))
 
 @patch(as_prop=True)
 def error(self:GRPORun) -> BaseException|None:

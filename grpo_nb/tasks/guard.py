@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PASSED', 'QUICK', 'SEARCH', 'shorten', 'RewardError', 'name_of', 'is_async', 'is_model', 'numbered', 'names_of',
-           'why_not_called', 'shape_of', 'check_value', 'check_values', 'Cut', 'read', 'listed', 'why_not_values',
-           'may_be_asked_again', 'locate', 'guard']
+           'parts_of', 'needed', 'why_not_called', 'shape_of', 'check_value', 'check_values', 'Cut', 'read', 'listed',
+           'why_not_values', 'may_be_asked_again', 'locate', 'guard']
 
 # %% ../../nbs/tasks/03_guard.ipynb #41870d9d
 import asyncio
@@ -84,30 +84,53 @@ def names_of(functions) -> list: # as many, each once
 # %% ../../nbs/tasks/03_guard.ipynb #ec082bb7
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric") # by TRL, beside the columns
 
+def parts_of(function) -> tuple: # itself, where it is one
+    "The rewards that a reward is the sum of."
+    return tuple(getattr(function, "parts", (function,)))
+
+def needed(function) -> dict|None: # parameter -> whether it has to be filled; None: it does not tell
+    "What a reward asks for by name."
+    function = getattr(function, "_guards", function)
+    if hasattr(function, "needs"): # of the library: the answer may be in another column
+        column = function.options.get("column", function.defaults.get("column", "answer"))
+        return {column if name == "answer" else name: required for name, required in function.needs.items()}
+    try: parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError): return None # a builtin without a signature
+    return {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+# %% ../../nbs/tasks/03_guard.ipynb #4f9286df
 def why_not_called(function, # a reward
                    columns, # names of the data set's columns that reach it
                    passed=PASSED, # what the trainer passes beside them
+                   dropped=(), # columns that the data set has and the trainer takes away
                    ) -> str: # empty where the call fits
     "Why a reward cannot be called as TRL calls it."
     if is_model(function): return ""
     if inspect.isclass(function) and not issubclass(function, Iterable):
         return f"is a class; give an instance of it, such as {function.__name__}()"
+    for part in parts_of(function):
+        if part is not function and (why := why_not_called(part, columns, passed, dropped)):
+            return f"has a part, {name_of(part)!r}, that {why}"
     given = dict.fromkeys([*passed, *(c for c in columns if c not in ("prompt", "completion", "completion_ids"))])
-    try: parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError): return "" # a builtin without a signature
-    return _why_not_bound(parameters, given, columns)
+    if (asked := needed(function)) is None: return ""
+    if why := _why_not_bound(function, given): return why
+    name = next((n for n, required in asked.items() if required and n not in given), None)
+    if name is None: return ""
+    if name in dropped: return f"needs {name!r}, and remove_unused_columns=True takes that column away; leave it False"
+    every = [*columns, *dropped]
+    return (f"needs {name!r}, and the dataset has no such column.{nearest(name, every)} Its columns: "
+            f"{', '.join(map(repr, every)) or 'none'}")
 
-# %% ../../nbs/tasks/03_guard.ipynb #f67bea32
-def _why_not_bound(parameters, given, columns) -> str: # empty where they can be bound
-    "Why parameters cannot be filled by name."
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    for p in parameters:
-        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or (p in named and p.name in given): continue
-        if p.kind is p.POSITIONAL_ONLY: return f"takes {p.name!r} by position, and TRL passes everything by name"
-        return (f"needs {p.name!r}, and the dataset has no such column.{nearest(p.name, columns)} Its columns: "
-                f"{', '.join(map(repr, columns)) or 'none'}")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters): return ""
-    more = [name for name in given if name not in {p.name for p in named}]
+# %% ../../nbs/tasks/03_guard.ipynb #41a0f15a
+def _why_not_bound(function, given) -> str: # empty where they can be
+    "Why names cannot be bound to a reward's parameters."
+    parameters = inspect.signature(getattr(function, "_guards", function)).parameters.values()
+    by_place = next((p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty), None)
+    if by_place: return f"takes {by_place!r} by position, and TRL passes everything by name"
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    missing = any(p.default is p.empty and n not in given for n, p in named.items()) # that is told first
+    if missing or any(p.kind is p.VAR_KEYWORD for p in parameters): return ""
+    more = [name for name in given if name not in named]
     return f"does not take {', '.join(map(repr, more))}, which TRL passes by name: add **kwargs to its parameters" if more else ""
 
 # %% ../../nbs/tasks/03_guard.ipynb #4fba21ce

@@ -245,7 +245,7 @@ def put_back(found:dict, # as `groups` returns it
     for place, value in zip(places, values): done[place] = value
     return done
 
-# %% ../../nbs/trainers/07_sampling.ipynb #0142dd55
+# %% ../../nbs/trainers/07_sampling.ipynb #8bc69ebd
 def engine_of(trainer) -> Engine:
     "The trainer's engine, made at its first use, whenever the model is another one, and where it has come to be passed over."
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -260,7 +260,8 @@ def engine_of(trainer) -> Engine:
 def sample_completions(trainer, prompts:list) -> list: # of lists of token ids
     "A completion for each prompt, from the in-place engine."
     found, engine, state, sampling = groups(prompts), engine_of(trainer), state_of(trainer), sampling_of(trainer)[0]
-    say(f"completions are sampled in place, {way_of(engine)}; engine='hf' in the configuration takes TRL's own generate.")
+    if not getattr(trainer, "looks", False): # `trainers.rehearsal` is no run
+        say(f"completions are sampled in place, {way_of(engine)}; engine='hf' in the configuration takes TRL's own generate.")
     if state.asked: engine._interrupted = Asking(state.asked)
     try: rollouts = engine.generate([list(p) for p in found], [len(places) for places in found.values()], sampling)
     finally: engine.sleep()

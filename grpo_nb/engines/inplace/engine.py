@@ -241,6 +241,15 @@ def go(self:_Run) -> None:
             onward, changed = self.arrange(), False
         for _ in range(self.ahead): onward()
 
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #0f5df560
+@patch
+def so_far(self:_Run) -> list: # one a completion: (tokens, whether it has come to its end)
+    "What was drawn by now."
+    t, found = self.table, [(done[0], True) if done else ([], False) for done in self.done]
+    for slot, row in enumerate(t.row_of):
+        if row is not None: found[row] = t.out[slot, :int(t.count[slot])].tolist(), not bool(t.alive[slot])
+    return found
+
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #9023fa39
 class InPlace(Engine):
     "Samples from the model that is being trained."
@@ -283,7 +292,7 @@ def _check_logits(self:InPlace):
                   f"{tolerance:g}: this {type(self.decoder.base).__name__} does something that is not known here. "
                   "Use engine='hf'.")
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #0c3ca244
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #abb9ce47
 @patch
 @torch.no_grad()
 def generate(self:InPlace, prompts, n=1, sampling=Sampling()):
@@ -296,7 +305,10 @@ def generate(self:InPlace, prompts, n=1, sampling=Sampling()):
     self.decoder.refresh(self.dtype)
     with self.decoder.evaluating():
         run = _Run(self, prompts, counts, limits, sampling)
-        run.go()
+        try: run.go()
+        except KeyboardInterrupt as left:
+            left.so_far = run.so_far() # whoever asked for the end may look at what there is
+            raise
     ids, logps, why = zip(*run.done)
     seconds = time.perf_counter() - started
     return Rollouts([list(p) for p in prompts], counts, list(ids), list(logps), list(why),

@@ -244,23 +244,28 @@ def _is_program(text):
     except SyntaxError: return "from_pretrained" in text
     return any(isinstance(node, (ast.Call, ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #ddde4a8c
+# %% ../../../nbs/ui/panels/03_panels.ipynb #12e138c8
 @patch
 def prompt_length(self:HyperparameterPanel) -> int|None: # tokens
     "The longest prompt, where data set and tokenizer are known."
-    if self.rows is None or self.tokenizer is None: return None
-    options = self._base.config.get("chat_template_kwargs")
-    if self._prompt is None or self._prompt[0] != options: self._prompt = options, self._longest(options)
-    return self._prompt[1]
+    return max(self.prompt_lengths(), default=None)
 
 
 @patch
-def _longest(self:HyperparameterPanel, options) -> int|None: # None where the template cannot render them; the doctor says why
-    "The longest of the first prompts, in the template with these arguments."
+def prompt_lengths(self:HyperparameterPanel) -> list: # tokens of each; none where data set and tokenizer are not known
+    "The lengths of the prompts that are looked at, measured once for a way to render them."
+    if self.rows is None or self.tokenizer is None: return []
+    options = self._base.config.get("chat_template_kwargs")
+    if self._prompt is None or self._prompt[0] != options: self._prompt = options, self._measured(options)
+    return self._prompt[1]
+
+# %% ../../../nbs/ui/panels/03_panels.ipynb #215cfa0d
+@patch
+def _measured(self:HyperparameterPanel, options) -> list: # empty where the template cannot render them; the doctor says why
+    "The lengths of some prompts, in the template with these arguments."
     from grpo_nb.tasks.evaluate import prompt_ids
-    first = [row["prompt"] for row, _ in zip(self.rows, range(200))]
-    try: return max(map(len, prompt_ids(self.tokenizer, first, options)))
-    except Exception: return None # noqa: BLE001 a template is a program of its own, and a panel is drawn all the same
+    try: return list(map(len, prompt_ids(self.tokenizer, [row["prompt"] for row in memory.some_rows(self.rows)], options)))
+    except Exception: return [] # noqa: BLE001 a template is a program of its own, and a panel is drawn all the same
 
 
 @patch
@@ -268,12 +273,12 @@ def check(self:HyperparameterPanel) -> list: # of Finding
     "What is to be said about these settings."
     return advise(self._base.changed(rewards=self.rewards.choices()), self.loaded, self.prompt_length())
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #4a81a953
+# %% ../../../nbs/ui/panels/03_panels.ipynb #6a03f87e
 @patch
 def estimate(self:HyperparameterPanel): # a memory.Estimate; None where there is none, and `cost_note` says why
     "Peak memory and time of a step, by part."
     self.cost_note, rows = "", len(self.rows) if hasattr(self.rows, "__len__") else None
-    try: return self._estimate(prompt_length=self.prompt_length(), rows=rows)
+    try: return self._estimate(rows=rows)
     except OSError: self.cost_note = "The model's configuration is not on this machine yet; the estimate appears once it is."
     except (ValueError, TypeError) as error: self.cost_note = f"No estimate: {error}"
 
@@ -281,12 +286,13 @@ def estimate(self:HyperparameterPanel): # a memory.Estimate; None where there is
 @patch
 def _estimate(self:HyperparameterPanel, **more):
     "The estimate for the model that is loaded, or for the one that would be."
-    if self.loaded is not None: return memory.estimate(self.loaded, self._base.config, **more)
+    prompts = self.prompt_lengths()
+    if self.loaded is not None: return memory.of_run(self.loaded, self._base.config, prompts, **more)
     import torch
     dtype, four = weights_alone(self._base)
     lora = None if self._base.lora is None else {"r": self.get("r"), "target_modules": self.get("target_modules")}
     more |= dict(peft=lora, load_in_4bit=four, dtype=getattr(torch, dtype))
-    return memory.estimate(self._base.model["model_name"], self._base.config, **more)
+    return memory.of_run(self._base.model["model_name"], self._base.config, prompts, **more)
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #d50e4b87
 @patch
