@@ -23,8 +23,8 @@ def rare(completions, log_extra, **kwargs):
     return [float(sum(map(ord, text)) % 6 == 0) for text in texts]
 
 
-args = GRPOConfig(output_dir=str(folder), max_steps=2, per_device_train_batch_size=12, num_generations=8, max_completion_length=3,
-                  use_cpu=True,
+args = GRPOConfig(output_dir=str(folder), max_steps=2, logging_steps=1, per_device_train_batch_size=12, num_generations=8,
+                  max_completion_length=3, use_cpu=True,
                   learning_rate=0.1, optim="sgd", report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False,
                   disable_tqdm=True, self_check=False, resample="zero_spread", curriculum="pass_rate")
 trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=rare, args=args, train_dataset=task.train)
