@@ -1,4 +1,5 @@
 """The gallery's notebooks have one form: what they need and what came of it up front, short cells, outputs that are real and of no machine."""
+import ast
 import json
 import re
 import sys
@@ -13,7 +14,6 @@ import website
 
 NOTEBOOKS = sorted((root / "nbs/gallery").glob("*.ipynb"))
 NO_RUN = ("is_it_learning", "it_does_not_fit") # nothing is trained, or nothing worth measuring
-CODE = re.compile(r"^(#\||%|try: import grpo_nb|except ImportError)", re.M)
 
 
 def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -69,6 +69,13 @@ def test_cells_are_short_and_lines_can_be_read(notebook):
         assert not re.search(r";\s*$|= lambda\b", source(cell), re.M), source(cell)
 
 
+def test_imports_stand_in_cells_of_their_own(notebook):
+    "The site's build runs the cells that import something, and those alone."
+    for cell in code(notebook)[1:]:
+        kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source(cell)).body}
+        assert len(kinds) < 2, source(cell)
+
+
 def test_outputs_are_kept(notebook):
     for cell in code(notebook):
         for output in cell["outputs"]:
@@ -76,6 +83,8 @@ def test_outputs_are_kept(notebook):
             assert output.get("name") != "stderr", source(cell)
     drawn = sum("<svg" in "".join(o.get("data", {}).get("text/html", "")) for c in code(notebook) for o in c["outputs"])
     assert drawn or notebook.stem == "it_does_not_fit", "no chart was kept"
+    for output in (o for c in code(notebook) for o in c["outputs"] if "<svg" in "".join(o.get("data", {}).get("text/html", ""))):
+        assert "image/svg+xml" in output["data"], "GitHub shows no SVG that stands in HTML"
     printing = [c for c in code(notebook) if re.search(r"^(print|show|answer)\(", source(c).splitlines()[-1] if source(c) else "")]
     assert printing and all(c["outputs"] for c in printing), [source(c) for c in printing if not c["outputs"]]
 

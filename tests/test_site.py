@@ -99,3 +99,9 @@ def test_the_changes_are_a_page_and_the_search_is_on():
     assert (nbs / "changelog.md").resolve() == root / "CHANGELOG.md" and "changelog.md" in website.START
     assert "search: true" in (root / "_quarto.yml").read_text(encoding="utf-8")
     assert "changelog.html)" in website.llms() and "gallery.html.md)" in website.llms()
+
+
+def test_no_text_was_left_in_the_middle_of_a_merge():
+    marks = re.compile(r"^(<{7} |>{7} |={7}$)", re.M)
+    texts = [*root.glob("*.md"), *(root / "tests").glob("*.md"), *(root / "benchmarks").glob("*.md"), *nbs.rglob("[!.]*.ipynb")]
+    assert not [path.name for path in texts if marks.search(path.read_text(encoding="utf-8"))]
