@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 N ?= 2
 
-.PHONY: demo test test-gallery check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
+.PHONY: demo test test-gallery pages check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -136,6 +136,12 @@ export: setup
 
 readme: setup
 	$(BIN)/python tools/checks.py readme --write
+
+# The two pages that are made from something else: the gallery's table and the glossary of settings.
+pages: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/gallery.ipynb nbs/settings.ipynb
+	$(BIN)/nbdev-clean --fname nbs/gallery.ipynb
+	$(BIN)/nbdev-clean --fname nbs/settings.ipynb
 
 sidebar: setup
 	$(BIN)/python tools/website.py sidebar

@@ -45,11 +45,11 @@ FAR = clicks()
 
 
 def test_the_gallery_page_is_what_the_notebooks_say():
-    assert shown("gallery.ipynb").strip() == pages.gallery_table().strip(), "run nbs/gallery.ipynb again"
+    assert shown("gallery.ipynb").strip() == pages.gallery_table().strip(), "make pages"
 
 
 def test_the_settings_page_is_what_the_panel_says():
-    assert shown("settings.ipynb").strip() == pages.settings_text().strip(), "run nbs/settings.ipynb again"
+    assert shown("settings.ipynb").strip() == pages.settings_text().strip(), "make pages"
 
 
 def test_every_setting_of_the_panel_has_its_sentence_and_an_anchor():

@@ -31,7 +31,7 @@ def gallery_row(path):
 def gallery_table():
     "Every notebook that says what it needs, in the sidebar's order."
     paths = [p for folder in ("tutorials", "gallery") for p in website.chapters(folder) if website.front(p)]
-    head = "| notebook | machine | time | cost | held-out, before and after | open in |\n|---|---|---|---|---|---|"
+    head = "| notebook | machine | time | cost | held-out, before and after | open in |\n|" + "|".join("-" * n for n in (40, 14, 8, 14, 18, 12)) + "|" # their lengths are the columns' widths
     return "\n".join([head, *map(gallery_row, paths)])
 
 
@@ -42,7 +42,7 @@ def written(value):
 
 def settings_row(s):
     "A setting's line: its name, which can be linked to, its default, its sentence and what it takes."
-    takes = ", ".join(f"`{choice!r}`" for choice in s.choices if choice is not None)
+    takes = ", ".join(f"`{choice!r}`" for choice in s.choices if type(choice) is str)
     return f'| <a id="{s.name}"></a>`{s.name}` | {written(s.default)} | {s.says}{f" Takes {takes}." if takes else ""} |'
 
 
@@ -55,7 +55,7 @@ def settings_text():
     from grpo_nb.trainers.config import FIELDS
     from grpo_nb.ui.parts.fields import GROUPS, settings
 
-    lines, head = [], ["", "| setting | default | what it does |", "|---|---|---|"]
+    lines, head = [], ["", "| setting | default | what it does |", f"|{'-' * 26}|{'-' * 16}|{'-' * 58}|"]
     for name, rows in GROUPS.items(): lines += [f"## {name}", "", CALLS[rows[0].part], *head, *map(settings_row, rows), ""]
     lines += ["## Fields without a row in the panel", "", "Ours, beside TRL's; they work in `GRPOConfig` once TRL is patched.", *head]
     for name, (_, default, text) in FIELDS.items():
