@@ -18,7 +18,8 @@ def cells(path): return json.loads((nbs / path).read_text(encoding="utf-8"))["ce
 
 def shown(path):
     "The Markdown that a page's cells have made."
-    return "".join("".join(o["data"]["text/markdown"]) for c in cells(path) for o in c.get("outputs", []) if "text/markdown" in o.get("data", {}))
+    outputs = [o.get("data", {}) for c in cells(path) for o in c.get("outputs", [])]
+    return "".join("".join(data["text/markdown"]) for data in outputs if "text/markdown" in data)
 
 
 def links(path):
