@@ -99,8 +99,9 @@ def test_numbers_up_front_are_those_that_were_measured(notebook):
     "A share that is promised stands in an output, as a share or in percent."
     held_out = website.front(notebook.relative_to(root / "nbs").as_posix())["Held-out"]
     if notebook.stem not in NO_RUN: assert "→" in held_out, held_out
-    for number in re.findall(r"\b[01]\.\d\d\b", held_out):
-        assert number in said(notebook) or f"{100 * float(number):.1f}%" in said(notebook), number
+    measured = {f"{float(percent) / 100:.2f}" for percent in re.findall(r"([\d.]+)%", said(notebook))}
+    measured |= set(re.findall(r"\b[01]\.\d\d\b", said(notebook)))
+    assert set(re.findall(r"\b[01]\.\d\d\b", held_out)) <= measured
 
 
 def test_what_a_run_needs_is_in_it(notebook):
