@@ -86,7 +86,7 @@ def test_outputs_are_kept(notebook):
     for output in (o for c in code(notebook) for o in c["outputs"] if "<svg" in "".join(o.get("data", {}).get("text/html", ""))):
         assert "image/svg+xml" in output["data"], "GitHub shows no SVG that stands in HTML"
     printing = [c for c in code(notebook) if re.search(r"^(print|show|answer)\(", source(c).splitlines()[-1] if source(c) else "")]
-    assert printing and all(c["outputs"] for c in printing), [source(c) for c in printing if not c["outputs"]]
+    assert said(notebook) and all(c["outputs"] for c in printing), [source(c) for c in printing if not c["outputs"]]
 
 
 def test_nothing_in_it_is_of_one_machine(notebook):
