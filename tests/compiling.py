@@ -22,7 +22,7 @@ def under_the_interpreter(file, which, chosen=""):
 
 def thinned(cases, quick):
     "Parameters of a test: those at the places of `quick` are run by `make test`, the others by name."
-    return [case if i in quick else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
+    return [pytest.param(*case, marks=[] if i in quick else pytest.mark.slow) for i, case in enumerate(cases)]
 
 
 def compiled_kernel(kernel, signature, constants, aligned, capability, options):

@@ -21,7 +21,8 @@ assert trainer.accelerator.num_processes == 2
 
 
 def shard(model):
-    "FSDP2, as accelerate sets it up; in bf16 with outputs cast to bf16 too."
+    "FSDP2, as accelerate sets it up; in bf16 with outputs cast to bf16 and with checkpoints too."
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -32,6 +33,7 @@ def shard(model):
         else MixedPrecisionPolicy()
     )
     mesh = init_device_mesh("cpu", (2,))
+    if kind == "fsdp2-bf16": model.model.layers = torch.nn.ModuleList(checkpoint_wrapper(layer) for layer in model.model.layers)
     for layer in model.model.layers: fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -45,7 +47,9 @@ trainer.current_gradient_accumulation_steps = 1
 trainer.args.max_tokens_per_pack = 20 if rank == 0 else 45
 
 
-def full(grads): return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in grads.items()}
+def full(grads):
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in grads.items()}
+    return {k.replace("_checkpoint_wrapped_module.", ""): v for k, v in whole.items()}
 
 
 def truth(batches):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from compiling import compiled_kernel, resources, under_the_interpreter
+from compiling import WHICH, compiled_kernel, resources, thinned, under_the_interpreter
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -134,26 +134,27 @@ def close(case, ours, **rules):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape,dtype", thinned(
+    [(s, d) for s in SHAPES for d in (torch.float32, torch.float16)], quick=(2, 7, 8), # two in fp32, eight in fp16, narrow in fp32
+))
 def test_shapes(shape, dtype):
     case = Case(**GROUPS, **SHAPES[shape], dtype=dtype)
     close(case, case.kernel(launch=Launch(64, 64) if dtype is torch.float16 else None))
 
 
 @interpreted
-@pytest.mark.parametrize("rules,launch", [
+@pytest.mark.parametrize("rules,launch", thinned([
     *((rules, Launch(64, 64)) for rules in RULES),
     (RULES[4], Launch(64, 128, rows=32, block=64)),
     (RULES[4], Launch(128, 64, rows=16, block=16)),
-], ids=str)
+], quick=(0, 4, 6)), ids=str)
 def test_windows_and_caps(rules, launch):
     case = Case(**GROUPS, heads=6, kv=1)
     close(case, case.kernel(launch=launch, **rules), **rules)
 
 
 @interpreted
-@pytest.mark.parametrize("rules", [{}, dict(window=100)], ids=str)
+@pytest.mark.parametrize("rules", [pytest.param({}, marks=pytest.mark.slow), dict(window=100)], ids=str)
 def test_many_parts_and_slots(rules):
     g = torch.Generator().manual_seed(1)
     owns = torch.randint(0, 131, (9,), generator=g).tolist()
@@ -163,7 +164,9 @@ def test_many_parts_and_slots(rules):
 
 
 @interpreted
-@pytest.mark.parametrize("lanes", [[0], [0, 1, 2], [1, 1, 1, 1, 1], [-1, 0, -1], [-1, -1]], ids=str)
+@pytest.mark.parametrize("lanes", thinned(
+    [([0],), ([0, 1, 2],), ([1, 1, 1, 1, 1],), ([-1, 0, -1],), ([-1, -1],)], quick=(3, 4)), ids=str,
+)
 def test_few_slots(lanes):
     case = Case(lanes, [64, 128, 1], [0 if lane < 0 else 64 * (i + 1) for i, lane in enumerate(lanes)])
     for launch in (None, Launch(64, 64)): close(case, case.kernel(launch=launch))
@@ -216,9 +219,10 @@ def test_bad_input_is_named():
 
 
 @compiled
-def test_kernels_under_the_interpreter():
+@WHICH
+def test_kernels_under_the_interpreter(which):
     assert not runs_on(torch.device("cpu"))
-    under_the_interpreter(__file__, "not slow")
+    under_the_interpreter(__file__, which)
 
 
 def build(kernel, types, constants, capability, warps, stages):

@@ -20,7 +20,7 @@ from grpo_nb.tasks.guard import RewardError
 from grpo_nb.tasks.library import get
 from grpo_nb.tasks.tiny import tiny_model
 from grpo_nb.trainers.patch import PatchFastRL
-from grpo_nb.trainers.state import NoMemory
+from grpo_nb.trainers.room import NoMemory
 
 TASK = get("sort_digits", n_train=64, n_test=8)
 SMALL = dict(steps=0, hidden_size=64, layers=1)

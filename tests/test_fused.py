@@ -2,10 +2,11 @@
 import copy
 import io
 import os
+from itertools import product
 
 import pytest
 import torch
-from compiling import WHICH, under_the_interpreter
+from compiling import WHICH, thinned, under_the_interpreter
 from parity import FAMILIES, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -289,10 +290,10 @@ def test_every_kind_in_every_family(family):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weight", [torch.float32, None], ids=["wide weight", "same weight"])
-@pytest.mark.parametrize("shape", [(1, 3), (5, 7), (2, 3, 65), (3, 2, 4, 128), (130, 33)])
-@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("offset,shape,weight,dtype", thinned(list(product(
+    [False, True], [(1, 3), (5, 7), (2, 3, 65), (3, 2, 4, 128), (130, 33)], [torch.float32, None], # None: the same type as x
+    [torch.float32, torch.bfloat16, torch.float16],
+)), quick=range(0, 60, 13)), ids=str)
 def test_rms_norm(offset, shape, weight, dtype):
     from grpo_nb.ops.layer.rms_norm import rms_norm, rms_norm_naive
     g = torch.Generator().manual_seed(0)
@@ -311,9 +312,9 @@ def test_rms_norm_with_several_blocks_of_rows_a_program(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1,), (3, 683), (2, 5, 1024)])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation,shape,dtype", thinned(list(product(
+    ["silu", "gelu_tanh"], [(1,), (3, 683), (2, 5, 1024)], [torch.float32, torch.bfloat16, torch.float16],
+)), quick=(0, 4, 11)), ids=str)
 def test_gated(activation, shape, dtype):
     from grpo_nb.ops.layer.gated_mlp import gated, gated_naive
     g = torch.Generator().manual_seed(0)
@@ -352,9 +353,9 @@ def test_what_a_function_gives_back_can_be_changed_in_place(kind):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 5, 6), (2, 12, 2, 9, 128)])
-@pytest.mark.parametrize("rows", ["each", "one"])
+@pytest.mark.parametrize("rows,sizes,dtype", thinned(list(product(
+    ["each", "one"], [(1, 1, 1, 1, 2), (2, 3, 1, 5, 6), (2, 12, 2, 9, 128)], [torch.float32, torch.bfloat16],
+)), quick=(3, 8)), ids=str)
 def test_rotary(rows, sizes, dtype):
     from grpo_nb.ops.layer.rotary import fits, rotary, rotary_naive
     (b, h, k, n, d), g = sizes, torch.Generator().manual_seed(0)
@@ -385,9 +386,9 @@ def close(call, naive, kernel, inputs, grad):
 @WHICH
 def test_triton_under_the_interpreter(which):
     pytest.importorskip("triton")
-    long = "not every_kind and not attached_and_taken and not optimisers_step and not left_to_peft and not copies"
+    kernels = "rms_norm or gated or rotary or under_autocast or given_back or changed_in_place or (pefts_to_rounding and qwen2)"
     if which == "slow": under_the_interpreter(__file__, "slow or not slow")
-    else: under_the_interpreter(__file__, which, long)
+    else: under_the_interpreter(__file__, which, kernels)
 
 
 def test_a_copy_of_an_installed_model_runs_its_own_weights():

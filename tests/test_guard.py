@@ -125,7 +125,10 @@ def test_not_a_list_is_never_broadcast(values, make):
 
 def failing(prompts, completions, answer, log_metric=None, **columns):
     if log_metric: log_metric("seen", len(completions))
-    return [1 / (len(c) - a) for c, a in zip(completions, answer)]
+    found = []
+    for c, a in zip(completions, answer): # in a comprehension Python 3.12 and later keep no variable for those who come to look
+        found.append(1 / (len(c) - a))
+    return found
 
 
 async def failing_async(prompts, completions, answer, log_metric=None, **columns):

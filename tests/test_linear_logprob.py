@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from compiling import under_the_interpreter
+from compiling import WHICH, under_the_interpreter
 from hypothesis import given, settings, strategies as st
 
 from grpo_nb.ops.head.linear_logprob import has_triton, linear_logprob, linear_logprob_naive
@@ -300,10 +300,12 @@ def test_triton_is_refused_without_a_gpu():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own run")
-def test_triton_under_the_interpreter():
+@WHICH
+def test_triton_under_the_interpreter(which):
     pytest.importorskip("triton")
     some = "(both and ((everything and bfloat16) or (plain and float32)))"
-    under_the_interpreter(__file__, "not slow", f"triton and not test_triton and (not no_further or {some})")
+    quick = " and not huge_and and not contiguous and not is_a_hint and not frozen" if which == "not slow" else ""
+    under_the_interpreter(__file__, "not slow", f"triton and not test_triton and (not no_further or {some}){quick}")
 
 
 @pytest.mark.gpu

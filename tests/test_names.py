@@ -322,7 +322,7 @@ def test_checkpoints_here_and_there_have_the_same_gradients(folder, monkeypatch)
     class Copied:
         def __init__(self, x): self.x = x.clone()
     def put(x):
-        moved.append(x.shape)
+        if x.numel(): moved.append(x.shape) # PyTorch 2.11 saves an empty tensor beside each
         return Copied(x)
     monkeypatch.setattr(host, "put", put)
     monkeypatch.setattr(host, "get", lambda kept: kept.x.clone())

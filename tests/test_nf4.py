@@ -1,20 +1,15 @@
 """Weights in NF4: bitsandbytes' values to the bit; products, training and sampling with them; what is left to bitsandbytes."""
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from compiling import compiled_kernel, resources
+from compiling import WHICH, compiled_kernel, resources, thinned, under_the_interpreter
 
 pytest.importorskip("triton")
 bnb = pytest.importorskip("bitsandbytes")
 import grpo_nb.ops.decode.skinny_nf4 as S
-import grpo_nb.ops.layer.fuse as F
 import grpo_nb.ops.layer.nf4 as L
-from grpo_nb.ground import events
 from grpo_nb.ops.decode.skinny_nf4 import nf4_split_for, skinny_nf4, skinny_nf4_naive
-from grpo_nb.ops.layer.fuse import fuse, fused, unfuse
 from grpo_nb.ops.layer.nf4 import Desk, Nf4, Sheet, expand, expand_naive, nf4_of, why_not_nf4
 from grpo_nb.ops.layer.rms_norm import runs_on
 
@@ -105,10 +100,10 @@ def test_other_blocks_are_left_alone():
 # --- products
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows,k,widths,rank,split", [
-    (1, 64, (64,), 0, None), (5, 192, (33, 7, 70), 9, 3), (40, 128, (20, 8), 4, None),
-])
+@pytest.mark.parametrize("rows,k,widths,rank,split,dtype", thinned([
+    (*case, dtype) for case in [(1, 64, (64,), 0, None), (5, 192, (33, 7, 70), 9, 3), (40, 128, (20, 8), 4, None)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+], quick=(0, 4, 8)))
 def test_the_kernels_product(rows, k, widths, rank, split, dtype):
     g = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(rows, k, generator=g).to(dtype), torch.full((rows, 3), torch.nan, dtype=dtype)], 1)[:, :k]
@@ -141,58 +136,6 @@ def test_products_are_cut_into_parts_none_of_which_is_empty():
 def test_a_product_that_cannot_be(change, said):
     with pytest.raises(ValueError, match=said):
         skinny_nf4(**{"x": torch.ones(3, 64), "weights": [nf4_of(layer(8, 64))], "thin": None, **change})
-
-
-# --- training
-
-def gradients(peft, ids):
-    peft.zero_grad()
-    out = peft(ids).logits
-    out.square().mean().backward()
-    return [out.detach(), *(p.grad.clone() for p in peft.parameters() if p.grad is not None)]
-
-
-@pytest.fixture
-def only_linear(monkeypatch):
-    "No other kernel than those of this file: the interpreter takes its time."
-    for name in ("_norm_kind", "_mlp_kind", "_rotary_forward"): monkeypatch.setattr(F, name, lambda it: None)
-
-
-@interpreted
-@pytest.mark.usefixtures("only_linear")
-@pytest.mark.parametrize("bias,recomputed", [(True, False), (False, True)])
-def test_a_layers_matrices_are_expanded_once_a_direction(bias, recomputed, monkeypatch):
-    filled, fill = [], L._fill
-    monkeypatch.setattr(L, "_fill", lambda sheet, out: filled.append(len(sheet.matrices)) or fill(sheet, out))
-    peft, ids = four_bit_model(bias), torch.arange(2, 22).view(2, 10)
-    model = peft.get_base_model()
-    if recomputed: model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
-    want = gradients(peft, ids)
-    fuse(model, expand=True)
-    with fused(model):
-        found = gradients(peft, ids)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t): peft(ids)
-    buffers = [d.buffer for d in model.__dict__["_grpo_nb_switch"].sheets.values() if isinstance(d, Desk)]
-    unfuse(model)
-    assert len(want) == len(found) and max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(want, found)) < 1e-5
-    # two layers: 2 forward, 1 backward (the last one stands there still), and 1 in the forward after it (the first one does)
-    assert filled == [7] * 4 and not buffers, (filled, buffers)
-    assert recomputed or not {(64, 64), (128, 64), (64, 128), (32, 64)} & {tuple(s) for s in saved}, "no weight is kept"
-
-
-@interpreted
-@pytest.mark.usefixtures("only_linear")
-def test_what_is_not_nf4_trains_as_before_and_says_so_once(capsys):
-    events.said.clear()
-    peft, ids = four_bit_model(quant_type="fp4"), torch.arange(2, 22).view(2, 10)
-    model, want = peft.get_base_model(), None
-    want = gradients(peft, ids)
-    fuse(model, expand=True)
-    with fused(model): found = gradients(peft, ids)
-    unfuse(model)
-    assert max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(want, found)) < 1e-5
-    assert capsys.readouterr().out.count("one matrix at a time: its 4-bit weights are fp4, not nf4") == 1
 
 
 # --- sampling
@@ -247,13 +190,10 @@ def test_adapters_of_another_type_beside_layers_that_are_called(monkeypatch):
 
 
 @compiled
-def test_kernels_under_the_interpreter():
+@WHICH
+def test_kernels_under_the_interpreter(which):
     assert not runs_on(torch.device("cpu"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", __file__], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    under_the_interpreter(__file__, which)
 
 
 # --- what the compiler makes of the very launches

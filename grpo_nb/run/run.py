@@ -52,7 +52,9 @@ from ..tasks.evaluate import within_limit
 from ..tasks.guard import RewardError, guard, name_of, names_of
 from ..tasks.rewards import check_rewards
 from ..trainers.sampling import LeftSampling, leave_when
-from ..trainers.state import NoMemory, lacks_memory, lookout_of, no_memory, state_of, watching_weights
+from ..trainers.room import NoMemory, lacks_memory, no_memory
+from ..trainers.state import state_of
+from ..trainers.weights import lookout_of, watching_weights
 
 # %% ../../nbs/run/10_run.ipynb #d9023db9
 class _Listener(TrainerCallback):

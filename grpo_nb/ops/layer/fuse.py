@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'GROUP', 'GROUPS', 'LORA_LAYERS', 'MLP_PARTS', 'ROTARY', 'FORWARDS', 'SHARDED', 'Switch', 'fused', 'is_lora',
            'is_plain', 'fuse', 'unfuse']
 
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #2f2ae98e
+# %% ../../../nbs/ops/layer/06_fuse.ipynb #19466263
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -15,24 +15,22 @@ from types import FunctionType, MethodType
 import torch
 from torch import Tensor, nn
 
-from ...ground.events import say
 from .lora import lora_add, lora_group, lora_linear, prepare, prepare_group, product_dtype
 from ...patch.objects import change, restore
 
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #745146cf
+# %% ../../../nbs/ops/layer/06_fuse.ipynb #0988b56f
 NAME = "_grpo_nb_switch"
 
 
 class Switch:
     "Whether a model's fused forms are in use, and what they keep meanwhile."
-    def __init__(self):
-        self.depth, self.plans, self.held, self.modules = 0, {}, {}, {}
-        self.expand, self.blocks, self.sheets = False, {}, {} # of 4-bit layers
+    def __init__(self): self.depth, self.plans, self.held, self.modules = 0, {}, {}, {}
 
     def turn(self, by):
         "Turn on (1) or off (-1), forgetting what was kept."
         self.depth += by
-        for kept in self.plans, self.held, self.sheets: kept.clear()
+        self.plans.clear()
+        self.held.clear()
 
 # %% ../../../nbs/ops/layer/06_fuse.ipynb #b937cc69
 @contextmanager
@@ -79,45 +77,8 @@ def _adapter(layer) -> str|None: # its name
     draws = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1.0) > 0
     return None if draws else name
 
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #0d15d3a7
-def _blocks(model) -> dict: # {a LoRA layer: the layers of its decoder layer}
-    "Which LoRA layers stand in one decoder layer."
-    owner, members = {}, {}
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)] # an outer one before those in it
-    for block in (child for m in lists for child in m): owner.update((m, block) for m in block.modules() if is_lora(m))
-    for layer, block in owner.items(): members.setdefault(block, []).append(layer)
-    return {layer: members[block] for layer, block in owner.items()}
-
-
-def _sheet_of(layer, switch): # -> {a layer: its `Late` weight}, made once a turn of the switch
-    "The 4-bit matrices of a layer's decoder layer."
-    from grpo_nb.ops.layer.nf4 import Desk, Late, Sheet, nf4_of, why_not_nf4
-    together = switch.blocks.get(layer, [layer])
-    if together[0] not in switch.sheets:
-        found = [la for la in together if not why_not_nf4(la.base_layer) and not _hooked(la.base_layer)]
-        held = {la: nf4_of(la.base_layer) for la in found}
-        alike, late = {}, {}
-        for la, w in held.items(): alike.setdefault((w.nested, w.packed.device), []).append(la)
-        for (_, device), layers in alike.items():
-            sheet = Sheet([held[la] for la in layers], switch.sheets.setdefault(device, Desk()))
-            late |= {la: Late(sheet, i) for i, la in enumerate(layers)}
-        switch.sheets[together[0]] = late
-    return switch.sheets[together[0]]
-
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #ca35bd07
-def _late(layer, dtype): # a `Late` weight, or None
-    "A layer's 4-bit weight, to be expanded when it is wanted."
-    base, switch = layer.base_layer, layer.__dict__.get(NAME)
-    if switch is None or not switch.expand or type(base.weight).__name__ != "Params4bit": return None
-    if not _kernels_on(base.weight.device): return None
-    from grpo_nb.ops.layer.nf4 import why_not_nf4
-    if reason := why_not_nf4(base):
-        say(f"Training multiplies with the 4-bit weights as bitsandbytes does it, one matrix at a time: {reason}.")
-        return None
-    return _sheet_of(layer, switch).get(layer) if base.compute_dtype == dtype else None
-
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #fe23bf0c
-def _parts(layer, dtype, autocast): # A, B, the scale, and the weight where it is computed with them; or None
+# %% ../../../nbs/ops/layer/06_fuse.ipynb #0c30dcef
+def _parts(layer, dtype, autocast): # A, B, the scale, and whether the base is computed with them; or None
     "What a layer is computed from."
     name, base = _adapter(layer), layer.base_layer
     if name is None: return None
@@ -125,24 +86,24 @@ def _parts(layer, dtype, autocast): # A, B, the scale, and the weight where it i
     whole = type(base) is nn.Linear and is_plain(base.weight) and not _hooked(base)
     kinds = {A.dtype, B.dtype, base.weight.dtype} if whole else {A.dtype, B.dtype}
     if not autocast and kinds != {dtype}: return None
-    return A, B, layer.scaling[name], base.weight if whole else _late(layer, dtype)
+    return A, B, layer.scaling[name], whole
 
 
 def _plan(layer, dtype, autocast): # a function of x, or None
     "How a layer is computed while the switch stays on."
     if (parts := _parts(layer, dtype, autocast)) is None: return None
-    A, B, scale, weight = parts
+    A, B, scale, whole = parts
     base, prepared = layer.base_layer, prepare(A, B, scale, dtype)
-    if weight is not None: return lambda x: lora_linear(x, weight, base.bias, A, B, scale, prepared)
+    if whole: return lambda x: lora_linear(x, base.weight, base.bias, A, B, scale, prepared)
     return lambda x: lora_add(base(x), x, A, B, scale, prepared)
 
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #a8c56182
+# %% ../../../nbs/ops/layer/06_fuse.ipynb #76713d85
 def _group_plan(layers, dtype, autocast): # a function of x, or None
     "How layers that share an input are computed while the switch stays on."
     parts = [_parts(layer, dtype, autocast) for layer in layers]
-    if any(p is None or p[3] is None for p in parts) or len({p[0].dtype for p in parts}) > 1: return None
+    if any(p is None or not p[3] for p in parts) or len({p[0].dtype for p in parts}) > 1: return None
     A, B, scales = ([p[i] for p in parts] for i in range(3))
-    weights, biases = [p[3] for p in parts], [layer.base_layer.bias for layer in layers]
+    weights, biases = [layer.base_layer.weight for layer in layers], [layer.base_layer.bias for layer in layers]
     trained = any(t is not None and t.requires_grad for t in (*weights, *biases))
     if trained or len({t.device for t in (*weights, *A)}) > 1: return None
     prepared = prepare_group(A, B, scales, dtype)
@@ -345,14 +306,12 @@ def _attach(module, **entries): # an entry of ours that is there already is repl
         if name in module.__dict__: restore(module, name, by=_BY)
         change(module, name, value, why=_WHY, by=_BY, new=name != "forward")
 
-# %% ../../../nbs/ops/layer/06_fuse.ipynb #65990d85
+# %% ../../../nbs/ops/layer/06_fuse.ipynb #1839954e
 def fuse(model:nn.Module, # a Transformers model, with or without PEFT's layers in it
-         expand:bool=False, # the matrices in NF4 of a decoder layer by one launch
          ) -> dict: # how many modules of each kind have a fused form
     "Attach the fused forms; doing it again finds what was added since."
     if NAME not in model.__dict__: _attach(model, **{NAME: Switch()})
     switch, mlps = model.__dict__[NAME], {}
-    switch.expand, switch.blocks = expand, _blocks(model)
     if not _sharded(model):
         for module in model.modules():
             if module is model or module in switch.modules or "forward" in module.__dict__: continue

@@ -87,19 +87,7 @@ def _adapter_grads(ctx, dy, thin, x, xa, needs_a, needs_b):
     d_b = _grad_product(dy, xa, ctx.adapter) if needs_b else None
     return d_a, d_b if d_b is None or ctx.scale == 1 else d_b.mul_(ctx.scale)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #42e83541
-def _keep(ctx, weights, *tensors):
-    "Save tensors for the backward, and weights beside them, tensors or not."
-    ctx.late = [None if isinstance(w, Tensor) else w for w in weights]
-    ctx.save_for_backward(*tensors, *(w for w in weights if isinstance(w, Tensor)))
-
-
-def _kept(ctx, tensors): # how many tensors were saved beside the weights -> these, and the weights
-    saved = list(ctx.saved_tensors)
-    held = iter(saved[tensors:])
-    return *saved[:tensors], [next(held) if w is None else w for w in ctx.late]
-
-# %% ../../../nbs/ops/layer/01_lora.ipynb #d3231f39
+# %% ../../../nbs/ops/layer/01_lora.ipynb #14dc3258
 class LoraLinear(torch.autograd.Function):
     "A linear layer with its adapter: one product with the weight, two thin ones, nothing else."
     @staticmethod
@@ -109,13 +97,13 @@ class LoraLinear(torch.autograd.Function):
         y = _out(flat, weight.to(a.dtype), _cast(bias, a.dtype), xa, b)
         ctx.scale, ctx.adapter, ctx.x_dtype = scale, A.dtype, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        _keep(ctx, [weight], flat, a, b, xa)
+        ctx.save_for_backward(flat, weight, a, b, xa)
         return shaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, a, b, xa, (weight,) = _kept(ctx, 4)
+        x, weight, a, b, xa = ctx.saved_tensors
         needs = ctx.needs_input_grad
         shape, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
         thin = dy @ b if needs[0] or needs[3] else None
@@ -166,7 +154,7 @@ def _group_grads(ctx, dys, thin, x, xa):
         d_b.append(found if found is None or scale == 1 else found.mul_(scale))
     return *d_a, *d_b
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #32ba2e2b
+# %% ../../../nbs/ops/layer/01_lora.ipynb #21649acf
 class LoraGroup(torch.autograd.Function):
     "Several frozen linear layers with adapters, on one input."
     @staticmethod
@@ -178,21 +166,21 @@ class LoraGroup(torch.autograd.Function):
         kinds, each = [(p.dtype, q.dtype) for p, q in zip(A, B)], zip(weights, biases, xa.split(ranks, 1), b)
         ys = [_out(flat, w.to(a.dtype), _cast(c, a.dtype), part, t) for w, c, part, t in each]
         ctx.scales, ctx.x_dtype, ctx.adapters, ctx.ranks = scales, x.dtype, kinds, ranks
-        _keep(ctx, weights, flat, a, xa, *b)
+        ctx.save_for_backward(flat, a, xa, *weights, *b)
         return tuple(shaped(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
+        x, a, xa, *rest = ctx.saved_tensors
         n, shape, dys = len(ctx.scales), dys[0].shape[:-1], [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        x, a, xa, *b, weights = _kept(ctx, 3 + n)
         thin = torch.empty_like(xa)
-        for dy, t, out in zip(dys, b, thin.split(ctx.ranks, 1)): torch.mm(dy, t, out=out)
+        for dy, t, out in zip(dys, rest[n:], thin.split(ctx.ranks, 1)): torch.mm(dy, t, out=out)
         wanted = ctx.needs_input_grad[0]
-        d_x = _back_together(dys, weights, thin, a).to(ctx.x_dtype).view(*shape, -1) if wanted else None
+        d_x = _back_together(dys, rest[:n], thin, a).to(ctx.x_dtype).view(*shape, -1) if wanted else None
         return d_x, None, None, *[None] * (2 * n), *_group_grads(ctx, dys, thin, x, xa), *[None] * n
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #4740c7c1
+# %% ../../../nbs/ops/layer/01_lora.ipynb #1a35f60f
 def prepare_group(A:list, # of (r_i, d), of one type
                   B:list, # of (o_i, r_i)
                   scales:list, # of s_i
@@ -203,7 +191,7 @@ def prepare_group(A:list, # of (r_i, d), of one type
 
 
 def lora_group(x:Tensor, # (..., d)
-               weights:list, # of (o_i, d), all frozen; `ops.layer.nf4.Late` ones too
+               weights:list, # of (o_i, d), all frozen
                biases:list, # of (o_i,) or None, all frozen
                A:list, # of (r_i, d), of one type
                B:list, # of (o_i, r_i)
@@ -214,9 +202,9 @@ def lora_group(x:Tensor, # (..., d)
     a, b = prepared or prepare_group(A, B, scales, product_dtype(x))
     return LoraGroup.apply(x, a, tuple(scales), *weights, *biases, *A, *B, *b)
 
-# %% ../../../nbs/ops/layer/01_lora.ipynb #a03c2e07
+# %% ../../../nbs/ops/layer/01_lora.ipynb #425b3bc1
 def lora_linear(x:Tensor, # (..., d)
-                weight:Tensor, # (o, d), frozen or trained; or a `Late` one of `ops.layer.nf4`
+                weight:Tensor, # (o, d), frozen or trained
                 bias:Tensor|None, # (o,)
                 A:Tensor, # (r, d)
                 B:Tensor, # (o, r)

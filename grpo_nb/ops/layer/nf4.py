@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'NEST', 'LOOKUP', 'ROWS', 'Nf4', 'is_four_bit', 'why_not_nf4', 'nf4_of', 'scales_naive', 'expand_naive',
-           'scale_of', 'levels_of', 'Desk', 'Sheet', 'shuffles', 'why_not_expanded', 'expand', 'Late']
+           'scale_of', 'levels_of', 'Desk', 'Sheet', 'shuffles', 'why_not_expanded', 'expand']
 
 # %% ../../../nbs/ops/layer/05_nf4.ipynb #da89977d
 from math import ceil
@@ -204,17 +204,3 @@ def dense(self:Sheet, place:int, # of a matrix
 def expand(w:Nf4, dtype:torch.dtype) -> Tensor: # (N, K)
     "`expand_naive` by one kernel."
     return Sheet([w], Desk()).dense(0, dtype)
-
-# %% ../../../nbs/ops/layer/05_nf4.ipynb #5eb3c791
-class Late(NamedTuple):
-    "A frozen weight that is expanded when it is wanted."
-    sheet: Sheet
-    place: int # in the sheet
-
-    def to(self, dtype): return self.sheet.dense(self.place, dtype)
-
-    @property
-    def shape(self): return self.sheet.matrices[self.place].shape
-    @property
-    def device(self): return self.sheet.matrices[self.place].packed.device
-    requires_grad = False
