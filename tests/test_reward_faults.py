@@ -390,7 +390,8 @@ def test_a_reward_may_ask_for_environments_that_the_first_batch_makes():
 
     def won(environments, **columns): return [float(game.won) for game in environments]
 
-    trainer = SimpleNamespace(reward_funcs=[won], reward_func_names=["won"], environments=None, environment_factories={None: object})
+    trainer = SimpleNamespace(reward_funcs=[won], reward_func_names=["won"], environments=None)
+    trainer.environment_factories = {None: object}
     check_call(trainer, ["prompt", "secret"])
     trainer.environment_factories = None
     with pytest.raises(RewardError, match="environments"): check_call(trainer, ["prompt", "secret"])
