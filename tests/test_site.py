@@ -106,3 +106,16 @@ def test_no_text_was_left_in_the_middle_of_a_merge():
     marks = re.compile(r"^(<{7} |>{7} |={7}$)", re.M)
     texts = [*root.glob("*.md"), *(root / "tests").glob("*.md"), *(root / "benchmarks").glob("*.md"), *nbs.rglob("[!.]*.ipynb")]
     assert not [path.name for path in texts if marks.search(path.read_text(encoding="utf-8"))]
+
+
+PAGES = [p for folder in ("tutorials", "howto", "explanations") for p in website.chapters(folder)]
+PAGES += [p for p in website.START if p.endswith(".ipynb")]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_of_pages_for_users_lead_somewhere(path):
+    "Without the site's build; `tools/checks.py docs` looks at every page as it is built, anchors too."
+    text = "\n".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "markdown") + shown(path)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target = link.partition("#")[0]
+        if target and ":" not in target: assert (nbs / path).parent.joinpath(target).exists(), link
