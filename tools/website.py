@@ -18,8 +18,8 @@ START = ("index.ipynb", "gallery.ipynb", "settings.ipynb", "glossary.ipynb", "ma
 SECTIONS = {"Tutorials": "tutorials", "Gallery": "gallery", "How to": "howto", "How it works": "explanations"}
 ORDER = { # a folder that is not here, and what is not named in one, is in the order of its names
     "tutorials": ("quickstart", "studio", "write_a_patch"),
-    "gallery": ("writing_rewards", "is_it_learning", "it_does_not_fit", "loss_types", "code_rewards", "preference_data",
-                "stop_resume_branch"),
+    "gallery": ("writing_rewards", "is_it_learning", "it_does_not_fit", "loss_types", "calculator_agent", "code_rewards",
+                "preference_data", "stop_resume_branch"),
     "howto": ("add_a_reward", "read_the_charts", "why_it_does_not_learn", "memory_by_card", "log_elsewhere", "use_vllm",
               "several_gpus", "ship_it", "coming_from_trl", "coming_from_unsloth"),
     "explanations": ("the_packed_step", "sampling_in_place", "what_is_exact", "how_patching_works", "which_models"),
