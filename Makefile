@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 N ?= 2
 
-.PHONY: demo test check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
+.PHONY: demo test test-gallery pages check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -45,7 +45,7 @@ demo: setup
 test:
 	$(MAKE) -j2 setup chromium
 	$(MAKE) check-sources
-	$(BIN)/nbdev-test --n-workers $(N) --do-print --timing --skip-folder-re '^([_.].*|ops)$$'
+	$(BIN)/nbdev-test --n-workers $(N) --do-print --timing --skip-folder-re '^([_.].*|ops|gallery)$$'
 	$(MAKE) -j2 check-docs test-kernel-notebooks
 	$(BIN)/pytest -n $(N) --dist worksteal --durations=20
 	$(MAKE) -j2 test-trl-quick test-browser-quick
@@ -102,6 +102,10 @@ test-slow: setup test-drawn
 test-drawn: setup
 	$(BIN)/pytest -n 2 --fresh-draws -m "hypothesis and not slow and not gpu and not browser and not vllm"
 
+# The gallery's notebooks, each a training run or several: weekly. tests/test_gallery.py holds their form in `make test`.
+test-gallery: setup
+	$(BIN)/nbdev-test --n-workers $(N) --do-print --timing nbs/gallery
+
 # A real JupyterLab in Chromium. `make test` runs a whole session in the studio, and completions that try to break out of the page.
 BROWSER_QUICK := tests/test_browser_studio.py::test_a_session_in_the_studio tests/test_browser_completions.py::test_hostile_completions_are_only_text
 BROWSER_TESTS ?= tests
@@ -134,6 +138,12 @@ export: setup
 
 readme: setup
 	$(BIN)/python tools/checks.py readme --write
+
+# The two pages that are made from something else: the gallery's table and the glossary of settings.
+pages: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/gallery.ipynb nbs/settings.ipynb
+	$(BIN)/nbdev-clean --fname nbs/gallery.ipynb
+	$(BIN)/nbdev-clean --fname nbs/settings.ipynb
 
 sidebar: setup
 	$(BIN)/python tools/website.py sidebar

@@ -4700,6 +4700,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.guarded_rewards': ( 'trainers/grpo.html#guarded_rewards',
                                                                                   'grpo_nb/trainers/grpo.py'),
+                                       'grpo_nb.trainers.grpo.has_environments': ( 'trainers/grpo.html#has_environments',
+                                                                                   'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.held_at': ('trainers/grpo.html#held_at', 'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.init': ('trainers/grpo.html#init', 'grpo_nb/trainers/grpo.py'),
                                        'grpo_nb.trainers.grpo.is_fresh': ('trainers/grpo.html#is_fresh', 'grpo_nb/trainers/grpo.py'),

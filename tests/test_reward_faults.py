@@ -383,3 +383,15 @@ def test_the_table_of_reward_faults(parts, tmp_path, kind, background):
         if run.state == "failed" and after.state == "finished" and time.monotonic() - began < 50: survived.append(name)
         if isinstance(error, RewardError) and "reward '" in str(error) and len(str(error)) < 3000: clear.append(name)
     assert survived == clear == list(table), SimpleNamespace(survived=survived, clear=clear)
+
+
+def test_a_reward_may_ask_for_environments_that_the_first_batch_makes():
+    from grpo_nb.trainers.grpo import check_call
+
+    def won(environments, **columns): return [float(game.won) for game in environments]
+
+    trainer = SimpleNamespace(reward_funcs=[won], reward_func_names=["won"], environments=None)
+    trainer.environment_factories = {None: object}
+    check_call(trainer, ["prompt", "secret"])
+    trainer.environment_factories = None
+    with pytest.raises(RewardError, match="environments"): check_call(trainer, ["prompt", "secret"])

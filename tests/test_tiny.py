@@ -130,6 +130,8 @@ def test_bad_input(task, call, error, words):
 @pytest.mark.parametrize("completion, text", [
     ("a ", "a"), ([{"role": "assistant", "content": "a"}], "a"), ([], ""), ([{"role": "assistant", "content": None}], ""),
     ("<think>b</think>a", "a"), ("x <answer> a </answer> y", "a"),
+    ([{"role": "assistant", "content": "", "tool_calls": [1]}, {"role": "tool", "content": "a"}], ""), # cut off behind a call
+    ([{"role": "tool", "content": "b"}, {"role": "assistant", "content": "a"}], "a"),
 ])
 def test_final_text(completion, text): assert final_text(completion) == text
 

@@ -14,10 +14,16 @@ from pathlib import Path
 import yaml
 
 root = Path(__file__).resolve().parent.parent
-START = ("index.ipynb", "map.ipynb", "glossary.ipynb")
-SECTIONS = {"Tutorials": "tutorials", "How it works": "explanations", "How to": "howto"}
-# A folder that is not here is in the order of its names.
-ORDER = {"tutorials": ("quickstart", "real_model", "real_model_gpu", "studio", "write_a_patch")}
+START = ("index.ipynb", "gallery.ipynb", "settings.ipynb", "glossary.ipynb", "map.ipynb", "changelog.md")
+SECTIONS = {"Tutorials": "tutorials", "Gallery": "gallery", "How to": "howto", "How it works": "explanations"}
+ORDER = { # a folder that is not here, and what is not named in one, is in the order of its names
+    "tutorials": ("quickstart", "real_model", "real_model_gpu", "studio", "write_a_patch"),
+    "gallery": ("writing_rewards", "is_it_learning", "it_does_not_fit", "loss_types", "calculator_agent", "code_rewards",
+                "preference_data", "stop_resume_branch"),
+    "howto": ("add_a_reward", "read_the_charts", "why_it_does_not_learn", "memory_by_card", "log_elsewhere", "use_vllm",
+              "several_gpus", "ship_it", "coming_from_trl", "coming_from_unsloth"),
+    "explanations": ("the_packed_step", "sampling_in_place", "what_is_exact", "how_patching_works", "which_models"),
+}
 
 
 def floors():
@@ -37,11 +43,19 @@ def chapters(folder):
 
 
 def heading(path):
-    "(title, sentence) of a notebook: its H1 and the quoted line below."
-    text = "".join(json.loads((root / "nbs" / path).read_text(encoding="utf-8"))["cells"][0]["source"])
+    "(title, sentence) of a page: its H1 and the quoted line below or, in a text, the first paragraph."
+    text = (root / "nbs" / path).read_text(encoding="utf-8")
+    if path.endswith(".ipynb"): text = "".join(json.loads(text)["cells"][0]["source"])
     title, _, rest = text.partition("\n")
-    sentence = re.search(r"^> (.*)$", rest, re.M)
+    sentence = re.search(r"^> (.*)$" if path.endswith(".ipynb") else r"^(\w.*)$", rest, re.M)
     return title.removeprefix("# "), sentence[1] if sentence else ""
+
+
+def front(path):
+    "{name: words} of a notebook's second cell, where it says what machine it needs, how long it takes and what it costs."
+    cells = json.loads((root / "nbs" / path).read_text(encoding="utf-8"))["cells"]
+    line = "".join(cells[1]["source"]).partition("\n")[0]
+    return dict(re.findall(r"\*\*(\w[\w-]*)\*\* (.+?)(?= · \*\*|$)", line))
 
 
 def numbered(path):
@@ -93,7 +107,7 @@ def listed(node):
 
 def page(path):
     "The address of a notebook's page below the site: nbdev drops a chapter's number."
-    return re.sub(r"(^|/)\d+[a-z0-9]*_", r"\1", path.lower()).replace(".ipynb", ".html")
+    return re.sub(r"(^|/)\d+[a-z0-9]*_", r"\1", path.lower()).replace(".ipynb", ".html").replace(".md", ".html")
 
 
 def path_of(chapter):
@@ -108,7 +122,8 @@ def llms():
         lines += ["", f"## {section['section']}", ""]
         for path in listed(section["contents"]):
             title, sentence = heading(path)
-            lines.append(f"- [{title}]({ini['documentation']}{page(path)}.md): {sentence}")
+            text = ".md" if path.endswith(".ipynb") else "" # nbdev keeps a page's Markdown beside it
+            lines.append(f"- [{title}]({ini['documentation']}{page(path)}{text}): {sentence}")
     return "\n".join([f"# {ini['name']}", "", f"> {ini['description']}", *lines, ""])
 
 

@@ -24,7 +24,9 @@ def final_text(completion, # a string, or a list of chat messages
                ) -> str: # the answer's text, without surrounding white space
     "The part of a completion that is to be judged."
     if isinstance(completion, str): text = completion
-    else: text = completion[-1].get("content") or "" if completion else ""
+    else:
+        own = [m for m in completion if m.get("role", "assistant") == "assistant"] # a tool's words are not the model's
+        text = own[-1].get("content") or "" if own else ""
     text = after_thinking(text)
     inside = tagged(text)
     return (text if inside is None else inside).strip()

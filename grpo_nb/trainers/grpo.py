@@ -10,8 +10,8 @@ __all__ = ['WIDTHS', 'OLD', 'SAMPLING', 'SEES_LOGPS', 'ASYNC_OBJECT', 'ALIASES',
            'count_packs', 'extreme', 'real_positions', 'corrects', 'deferred', 'weights_stay', 'put_off', 'held_at',
            'generate_and_score', 'reference', 'sampler_ratio', 'wants_reference', 'ask', 'ask_for_trl', 'trls_loss',
            'complete_buffer', 'log_correction', 'compute_rloo_loss', 'rloo_settings', 'rloo_inputs', 'init',
-           'guarded_rewards', 'calculate_rewards', 'check_call', 'check_and_score', 'check_reward_funcs', 'tell_apart',
-           'reward_names', 'training_step', 'log', 'patches']
+           'guarded_rewards', 'calculate_rewards', 'has_environments', 'check_call', 'check_and_score',
+           'check_reward_funcs', 'tell_apart', 'reward_names', 'training_step', 'log', 'patches']
 
 # %% ../../nbs/trainers/13_grpo.ipynb #4a6ff8d9
 from contextlib import ExitStack, contextmanager
@@ -630,6 +630,11 @@ def calculate_rewards(original): # -> the replacement of `_calculate_rewards`
         with guarded_rewards(self): return original(self, inputs, prompts, completions, completion_ids_list)
     return _calculate_rewards
 
+# %% ../../nbs/trainers/13_grpo.ipynb #e17a0c02
+def has_environments(trainer) -> bool:
+    "Whether a trainer's completions play in environments, which TRL passes to the rewards."
+    return any(getattr(trainer, name, None) is not None for name in ("environments", "environment_factories"))
+
 # %% ../../nbs/trainers/13_grpo.ipynb #2b34cef5
 ASYNC_OBJECT = "is an object with an async __call__, which this TRL does not take for async; give an async function that calls it"
 
@@ -641,7 +646,7 @@ def check_call(trainer, columns) -> None: # raises `RewardError` and `ValueError
     if functions and {"prompts", "completions"} & set(taken):
         raise ValueError(f"dataset: its column {taken[0]!r} has the name of an argument that rewards get from TRL; rename it.")
     if functions and taken: say(f"the column {taken[0]!r} of the data set does not reach the rewards: TRL passes its own.")
-    passed = (*PASSED, *(["environments"] if getattr(trainer, "environments", None) is not None else []))
+    passed = (*PASSED, *(["environments"] if has_environments(trainer) else []))
     for function, name in functions:
         why = why_not_called(function, columns, passed)
         if is_async(function) and not getattr(trainer, "_has_async_funcs", True): why = ASYNC_OBJECT
