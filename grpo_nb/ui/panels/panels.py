@@ -51,6 +51,7 @@ class HyperparameterPanel(Page):
         self._base = self._first(model, config, lora, dataset if isinstance(dataset, dict) else None)
         self.opened = dict(self._base.config) # the configuration that it opened with
         self.advice, self.cost, self.cost_note, self._prompt = [], None, "", None
+        self.sampled = None, {} # max_completion_length, and the lengths that the doctor found under it
         self._boxes, self._broken = {}, {} # by setting: its widgets; what is wrong with what was typed there
         self._pages, self._quiet, self._listeners = {}, False, []
         self._later = Later(lambda: self._look(), failed=self._failed)
@@ -268,12 +269,14 @@ def check(self:HyperparameterPanel) -> list: # of Finding
     "What is to be said about these settings."
     return advise(self._base.changed(rewards=self.rewards.choices()), self.loaded, self.prompt_length())
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #4a81a953
+# %% ../../../nbs/ui/panels/03_panels.ipynb #6a03f87e
 @patch
 def estimate(self:HyperparameterPanel): # a memory.Estimate; None where there is none, and `cost_note` says why
     "Peak memory and time of a step, by part."
     self.cost_note, rows = "", len(self.rows) if hasattr(self.rows, "__len__") else None
-    try: return self._estimate(prompt_length=self.prompt_length(), rows=rows)
+    most, lengths = self.sampled
+    if most != self.get("max_completion_length"): lengths = dict(prompt_length=self.prompt_length())
+    try: return self._estimate(rows=rows, **lengths)
     except OSError: self.cost_note = "The model's configuration is not on this machine yet; the estimate appears once it is."
     except (ValueError, TypeError) as error: self.cost_note = f"No estimate: {error}"
 
@@ -288,7 +291,17 @@ def _estimate(self:HyperparameterPanel, **more):
     more |= dict(peft=lora, load_in_4bit=four, dtype=getattr(torch, dtype))
     return memory.estimate(self._base.model["model_name"], self._base.config, **more)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #d50e4b87
+# %% ../../../nbs/ui/panels/03_panels.ipynb #5bd2bd5e
+@patch
+def take_lengths(self:HyperparameterPanel,
+                 load, # the `load` of the doctor's estimate
+                 ) -> None:
+    "Estimate with the lengths that the doctor sampled."
+    self.sampled = load.longest, dict(prompt_length=load.prompt, completion_length=load.mean)
+    self.cost = None
+    if self._widget is not None: self._later()
+
+# %% ../../../nbs/ui/panels/03_panels.ipynb #97d66c16
 @patch
 def cost_html(self:HyperparameterPanel) -> str: # HTML
     "The estimate as a line, a bar and its parts."
@@ -304,7 +317,13 @@ def _times(found): # text
     "How long a step takes, and the run where its length is known."
     sampling, training = (time_text(found.seconds[part]) for part in ("sampling", "training"))
     run = f" · {time_text(found.run_seconds)} for {found.steps:,} steps" if found.steps else ""
-    return f"{time_text(found.step_seconds)} a step ({sampling} sampling, {training} training){run}"
+    return f"{time_text(found.step_seconds)} a step ({sampling} sampling, {training} training){run}; {_lengths(found.load)}"
+
+
+def _lengths(load): # text
+    "For which lengths the estimate holds."
+    if load.mean >= load.longest: return f"if every completion reaches {load.longest:,} tokens"
+    return f"for completions of {load.mean:,.0f} tokens, as the doctor sampled them"
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #00aaa02f
 COLOURS = "#3578c6", "#3a9d6e", "#cf6a32", "#b9529f", "#c9962e", "#2aa3b3", "#8a7bd1", "#8b9a3c", "#c9564a"
