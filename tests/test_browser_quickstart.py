@@ -27,6 +27,7 @@ def test_quickstart_draws_live(tmp_path, request):
         )
         first = step_shown(page)
         page.screenshot(path=shots / "quickstart_running.png")
+        page.locator(".grpo-nb").screenshot(path=shots / "charts_running.png")
         page.wait_for_timeout(3000)
         assert 0 < first < step_shown(page) <= 100
         page.wait_for_function("() => document.querySelector('.grpo-nb-step')?.textContent === 'step 100'", timeout=240_000)

@@ -28,7 +28,8 @@ from ...ground.text import plain
 from .live import LiveCharts
 from ..parts.svg import page, picture
 from ..parts.display import Once, frontend
-from ..parts.view import View
+from ..parts.page import PATIENCE, on
+from ..parts.view import Later, View
 
 # %% ../../../nbs/ui/charts/08_charts.ipynb #c02b3973
 _all_ = ["LiveCharts"]
@@ -76,17 +77,24 @@ def _widget_class():
             if charts is not None: charts._asked(content)
     return ChartsWidget
 
-# %% ../../../nbs/ui/charts/08_charts.ipynb #93306123
+# %% ../../../nbs/ui/charts/08_charts.ipynb #f66e5c33
 @patch
 def _make(self:LiveCharts): return _widget_class()(self)
+
+@patch
+def _display_(self:LiveCharts): # an anywidget
+    "The charts for marimo, which runs them as they are."
+    return self.widget
 
 @patch
 def show(self:LiveCharts): # the charts
     "Show the charts here and keep them up to date; call it in the notebook's main thread."
     if self.mode == "auto": self.mode = frontend()
     if self.mode == "text": return self
+    self._shown = time.monotonic()
     View.show(self)
-    if not isinstance(self._copy, Once): self._picture_due = time.monotonic() + self._picture_wait
+    if not isinstance(self._copy, Once): self._picture_due = self._shown + self._picture_wait
+    if self._widget is not None: Later(on(self._renew_copy), PATIENCE + 0.5)()
     return self
 
 # %% ../../../nbs/ui/charts/08_charts.ipynb #da215550

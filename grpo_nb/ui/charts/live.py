@@ -45,7 +45,7 @@ class LiveCharts(View):
 
     def __len__(self): return sum(len(rows) for rows in self.runs)
 
-# %% ../../../nbs/ui/charts/03_live.ipynb #2579bad0
+# %% ../../../nbs/ui/charts/03_live.ipynb #fdfd76ef
 @patch
 def _reset(self:LiveCharts):
     "Charts of no run."
@@ -58,7 +58,7 @@ def _reset(self:LiveCharts):
     self._sending = threading.RLock() # one thread talks to the page at a time
     self._sent_version, self._sent_said = 0, None # what the page has
     self._left_out, self._whole_due, self._whole_wait = 0, 0.0, 2.0 # rows the page lacks; when it gets all; seconds till then
-    self._last, self._live = 0.0, False # when something was sent; whether a page has answered
+    self._last, self._shown, self._live = 0.0, 0.0, False # when something was sent; when it was shown; whether a page has asked
     self._picture_due, self._picture_wait = math.inf, 2.0 # when the picture is renewed; seconds till the next time
     self._soon = Later(lambda: self._tick(), lambda: self._pause(), self._failed, steady=True)
     self._look = Later(lambda: self._read_on(), 2.0, self._failed, steady=True)
