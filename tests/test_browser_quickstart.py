@@ -20,10 +20,10 @@ def test_quickstart_draws_live(tmp_path, request):
         lab.write("quickstart.ipynb", cells)
         lab.open(page, "quickstart.ipynb")
         lab.run_all(page)
-        page.wait_for_selector(".grpo-nb .main-svg", timeout=300_000)
+        page.wait_for_selector(".grpo-nb .main-svg", timeout=1_200_000)
         page.locator(".grpo-nb").scroll_into_view_if_needed()
         page.wait_for_function(
-            "() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=120_000
+            "() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=600_000
         )
         first = step_shown(page)
         page.screenshot(path=shots / "quickstart_running.png")
