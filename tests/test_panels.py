@@ -188,7 +188,21 @@ def test_estimate(folder, loaded):
     assert panel.estimate().peak > 0 and 10 < panel.prompt_length() < 64
 
 
+def test_the_estimate_takes_the_lengths_that_the_doctor_sampled(folder):
+    from types import SimpleNamespace
+    panel = HyperparameterPanel(folder, dict(max_completion_length=400), rewards=["correctness"])
+    panel.cost = panel.estimate()
+    assert panel.cost.load.mean == 400 and "if every completion reaches 400 tokens" in panel.cost_html()
+    panel.take_lengths(SimpleNamespace(longest=400, prompt=37, mean=25.0))
+    panel.cost = panel.estimate()
+    assert (panel.cost.load.prompt, panel.cost.load.mean) == (37, 25.0)
+    assert "for completions of 25 tokens, as the doctor sampled them" in panel.cost_html()
+    panel.set(max_completion_length=600)
+    assert panel.estimate().load.mean == 600, "what was cut off at 400 may go on"
+
+
 # ---- rewards
+
 
 def test_rewards_are_what_the_run_takes(loaded):
     from grpo_nb.tasks.rewards import check_rewards
