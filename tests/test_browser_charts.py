@@ -164,7 +164,7 @@ def test_the_pointer_shows_numbers_and_what_a_reader_chose_stays(tmp_path):
         all_log = f"(({TYPES})([...document.querySelectorAll('.grpo-nb-plot')])).every(t => t === 'log')"
         page.wait_for_function(all_log, timeout=120_000)
         assert page.evaluate(RANGE) == zoomed
-        for cell, n in ((1, 12), (2, 3)): # all charts, and back
+        for cell, n in ((1, 14), (2, 3)): # all charts, and back
             page.locator(".jp-Cell").nth(cell).locator(".jp-InputArea").click()
             lab.menu(page, "Run", "Run Selected Cell")
             page.wait_for_function(f"document.querySelectorAll('.grpo-nb-card').length === {n}", timeout=120_000)
