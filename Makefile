@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 N ?= 2
 
-.PHONY: demo test test-gallery pages check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
+.PHONY: demo test test-gallery pages check-sources check-docs test-kernel-notebooks test-trl-quick test-browser-quick chromium test-trl fingerprints test-vllm test-oldest-notebook test-front-ends pictures test-fast test-slow test-drawn test-browser lint export readme sidebar docs clean setup
 
 setup: $(VENV)/.ready
 
@@ -89,7 +89,18 @@ fingerprints: setup
 OLDEST_TESTS ?= tests/test_run.py tests/test_control.py tests/test_charts.py tests/test_completions.py tests/test_lab.py tests/test_panels.py \
                 tests/test_events.py tests/test_browser_classic.py
 test-oldest-notebook: setup
-	@python=$$($(BIN)/python tools/oldest_notebook.py) && $$python -m pytest -n 2 -m "not slow and not gpu" $(OLDEST_TESTS)
+	@python=$$($(BIN)/python tools/front_ends.py oldest) && $$python -m pytest -n 2 -m "not slow and not gpu" $(OLDEST_TESTS)
+
+# Notebook 7, Voila and marimo, in .front-ends/, and a PNG of the charts, whose package is there too. Weekly, not in `make test`.
+FRONT_TESTS ?= tests/test_browser_charts.py tests/test_browser_runs.py tests/test_browser_studio.py tests/test_browser_fronts.py
+test-front-ends: setup chromium
+	@python=$$($(BIN)/python tools/front_ends.py others) && $$python -m pytest -m browser $(FRONT_TESTS) -k "notebook or fronts" \
+	  && $$python -m pytest -k png tests/test_charts.py tests/test_runs_page.py
+
+# The pictures of the documentation anew, from the tests that take them: all, or `make pictures OF=tests/test_browser_quickstart.py`.
+OF ?= tests/test_browser_quickstart.py tests/test_browser_studio.py
+pictures: setup chromium
+	$(BIN)/python tools/pictures.py $(OF)
 
 test-fast: setup
 	$(BIN)/pytest -n 2 -x

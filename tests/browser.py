@@ -1,4 +1,4 @@
-"""Drive a real JupyterLab in Chromium: start one on a free port, open a notebook, run all its cells, take a picture.
+"""Drive a real JupyterLab or Notebook 7 in Chromium: start one on a free port, open a notebook, run all its cells, take a picture.
 
 A helper of the tests marked `browser`, and of anybody who wants to look:
 
@@ -18,7 +18,10 @@ import tempfile
 import time
 import urllib.request
 import uuid
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import pytest
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
@@ -47,6 +50,8 @@ def free_port():
 
 class JupyterLab:
     "A JupyterLab server over a folder of its own, with settings of its own; a context manager."
+    module, page = "jupyterlab", "doc/tree" # what is started; where a notebook alone is shown
+    own_errors = () # what a page of an empty notebook throws by itself
     def __init__(self, folder, # where notebooks lie; made if it is not there
                  dark=False): # the dark theme
         self.folder, self.dark, self.token = Path(folder), dark, uuid.uuid4().hex
@@ -76,7 +81,7 @@ class JupyterLab:
             self.url, self.log = f"http://127.0.0.1:{self.port}", open(self.folder / ".lab" / "server.log", "w")
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={self.port}",
+                    sys.executable, "-m", self.module, "--no-browser", "--allow-root", f"--port={self.port}",
                     "--ServerApp.port_retries=0", "--ip=127.0.0.1", f"--IdentityProvider.token={self.token}",
                     f"--ServerApp.root_dir={self.folder}",
                 ],
@@ -86,7 +91,7 @@ class JupyterLab:
             )
             if self._answers(): return self
             self.__exit__()
-        raise RuntimeError("JupyterLab did not start:\n" + (home / "server.log").read_text()[-2000:])
+        raise RuntimeError(f"{self.module} did not start:\n" + (home / "server.log").read_text()[-2000:])
 
     def _answers(self):
         "Whether the server comes up: within three minutes, or not at all."
@@ -131,9 +136,15 @@ class JupyterLab:
             try: yield context.pages[0] if context.pages else context.new_page()
             finally: context.close()
 
+    def errors(self, page):
+        "A list that fills with what a page throws, without what the front end throws by itself."
+        heard = []
+        page.on("pageerror", lambda error: str(error) in self.own_errors or heard.append(str(error)))
+        return heard
+
     def open(self, page, name):
         "Open a notebook alone (no side bars), with its kernel ready."
-        page.goto(f"{self.url}/doc/tree/{name}?token={self.token}")
+        page.goto(f"{self.url}/{self.page}/{name}?token={self.token}")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
         for _ in range(720):
             accept = page.locator(".jp-Dialog .jp-mod-accept")
@@ -168,3 +179,26 @@ class JupyterLab:
         page.wait_for_function("""() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'
             && ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('*'))""",
             timeout=timeout_s * 1000)
+
+
+class Notebook7(JupyterLab):
+    "A server of Notebook 7, which is made of JupyterLab's parts and shows one notebook a page."
+    module, page = "notebook", "notebooks"
+    own_errors = ("Cannot read properties of undefined (reading 'schema')",)
+
+    def wait_idle(self, page, timeout_s=240):
+        page.wait_for_timeout(400)
+        page.wait_for_function("[...document.querySelectorAll('.jp-InputPrompt')].every(p => !p.textContent.includes('*'))",
+                               timeout=timeout_s * 1000)
+
+
+def notebook_version():
+    "The first number of the installed `notebook`; 0 where there is none."
+    try: return int(version("notebook").split(".")[0])
+    except PackageNotFoundError: return 0
+
+
+def fronts():
+    "The front ends as parameters of a test; Notebook 7 is skipped where it is not installed (`make test-front-ends` brings it)."
+    lacking = pytest.mark.skipif(notebook_version() < 7, reason="there is no Notebook 7: run it with `make test-front-ends`")
+    return [pytest.param(JupyterLab, id="lab"), pytest.param(Notebook7, id="notebook", marks=lacking)]

@@ -1,8 +1,8 @@
-"""The charts in a real JupyterLab: they draw live with their marks, survive a reload, save files, leave a picture behind."""
+"""Charts in JupyterLab and Notebook 7: they draw live with their marks, survive a reload, save files, leave a picture behind."""
 import json
 
 import pytest
-from browser import JupyterLab, available
+from browser import JupyterLab, available, fronts
 
 SLOW = 4 # a busy machine is several times slower; the numbers of a quiet one are printed
 
@@ -66,9 +66,9 @@ def frames(request):
     return sizes, lambda page: page.on("websocket", lambda ws: ws.on("framereceived", heard))
 
 
-def a_picture_stays(folder):
+def a_picture_stays(front, folder):
     "Tomorrow, when no kernel knows this notebook's charts, the file still shows a picture of them."
-    with JupyterLab(folder) as lab, lab.browser(width=700) as page:
+    with front(folder) as lab, lab.browser(width=700) as page:
         lab.open(page, "live.ipynb")
         page.wait_for_timeout(3000)
         assert page.locator(".grpo-nb-static svg").count() == 3 and page.locator(".grpo-nb-static").is_visible()
@@ -78,12 +78,12 @@ def a_picture_stays(folder):
         assert not page.get_by_text("Error displaying widget").is_visible()
 
 
+@pytest.mark.parametrize("front", fronts())
 @pytest.mark.parametrize("silent", [10, 10_000])
-def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
+def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent, front):
     sizes, listen = frames
-    with JupyterLab(tmp_path) as lab, lab.browser(width=1280) as page:
-        errors = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
+    with front(tmp_path) as lab, lab.browser(width=1280) as page:
+        errors = lab.errors(page)
         listen(page)
         lab.write("live.ipynb", [SHOW, TRAIN.replace("SILENT", str(silent))])
         lab.open(page, "live.ipynb")
@@ -109,12 +109,12 @@ def test_charts_draw_live_reload_and_stay(tmp_path, frames, silent):
         lab.save(page)
         page.reload()
         page.wait_for_selector(".grpo-nb .main-svg", timeout=240_000)
-        page.wait_for_timeout(1000)
-        assert step_shown(page) == silent + 60 and page.locator(".grpo-nb").count() == 1
+        page.wait_for_function("n => document.querySelector('.grpo-nb-step').textContent === n", arg=f"step {silent + 60:,}")
+        page.wait_for_function("document.querySelectorAll('.grpo-nb').length === 1")
         check_marks(page, silent + 20)
         check_files(page, tmp_path, silent + 60)
         assert errors == []
-    a_picture_stays(tmp_path)
+    a_picture_stays(front, tmp_path)
 
 
 FILL = """
@@ -164,7 +164,7 @@ def test_the_pointer_shows_numbers_and_what_a_reader_chose_stays(tmp_path):
         all_log = f"(({TYPES})([...document.querySelectorAll('.grpo-nb-plot')])).every(t => t === 'log')"
         page.wait_for_function(all_log, timeout=120_000)
         assert page.evaluate(RANGE) == zoomed
-        for cell, n in ((1, 12), (2, 3)): # all charts, and back
+        for cell, n in ((1, 14), (2, 3)): # all charts, and back
             page.locator(".jp-Cell").nth(cell).locator(".jp-InputArea").click()
             lab.menu(page, "Run", "Run Selected Cell")
             page.wait_for_function(f"document.querySelectorAll('.grpo-nb-card').length === {n}", timeout=120_000)

@@ -20,13 +20,14 @@ def test_quickstart_draws_live(tmp_path, request):
         lab.write("quickstart.ipynb", cells)
         lab.open(page, "quickstart.ipynb")
         lab.run_all(page)
-        page.wait_for_selector(".grpo-nb .main-svg", timeout=300_000)
+        page.wait_for_selector(".grpo-nb .main-svg", timeout=1_200_000)
         page.locator(".grpo-nb").scroll_into_view_if_needed()
         page.wait_for_function(
-            "() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=120_000
+            "() => (document.querySelectorAll('.grpo-nb-plot')[0]?.data ?? []).at(-1)?.x.length > 20", timeout=600_000
         )
         first = step_shown(page)
         page.screenshot(path=shots / "quickstart_running.png")
+        page.locator(".grpo-nb").screenshot(path=shots / "charts_running.png")
         page.wait_for_timeout(3000)
         assert 0 < first < step_shown(page) <= 100
         page.wait_for_function("() => document.querySelector('.grpo-nb-step')?.textContent === 'step 100'", timeout=240_000)

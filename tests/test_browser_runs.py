@@ -1,6 +1,6 @@
-"""The page Runs in a real JupyterLab: found, sorted and ticked in the page, drawn over each other, saved, and kept in the file."""
+"""The page Runs in JupyterLab and Notebook 7: found, sorted and ticked, drawn over each other, saved, and kept in the file."""
 import pytest
-from browser import JupyterLab, available
+from browser import available, fronts
 from runs_made import HOSTILE, append, log_of, make_run
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(available()), reason=available() or "a browser is there")]
@@ -71,10 +71,10 @@ def a_report_alone(page, path):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_runs_of_yesterday_and_of_another_process(tmp_path, folder):
-    with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
-        errors = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
+@pytest.mark.parametrize("front", fronts())
+def test_runs_of_yesterday_and_of_another_process(tmp_path, folder, front):
+    with front(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
+        errors = lab.errors(page)
         lab.write("a.ipynb", ["import grpo_nb", "page = grpo_nb.runs('made').page()\npage"])
         lab.open(page, "a.ipynb")
         lab.run_all(page)

@@ -1,9 +1,9 @@
-"""The studio in a real JupyterLab: choose, examine, start, watch, pause, change, resume, reload, read, probe, stop, go on."""
+"""The studio in JupyterLab and Notebook 7: choose, examine, start, pause, change, resume, reload, read, probe, stop, go on."""
 import re
 from pathlib import Path
 
 import pytest
-from browser import JupyterLab, available
+from browser import JupyterLab, available, fronts
 
 pytestmark = [
     pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1800),
@@ -168,11 +168,11 @@ def save_stop_and_go_on(page, u):
     u.wait_state("stopped")
 
 
-def test_a_session_in_the_studio(tmp_path, request):
+@pytest.mark.parametrize("front", fronts())
+def test_a_session_in_the_studio(tmp_path, request, front):
     shots = Path(request.config.getoption("--shots") or tmp_path)
-    with JupyterLab(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
-        errors, u = [], Page(page, shots)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+    with front(tmp_path) as lab, lab.browser(width=1280, height=1000) as page:
+        errors, u = lab.errors(page), Page(page, shots)
         lab.write("studio.ipynb", [SETUP, STUDIO])
         lab.open(page, "studio.ipynb")
         lab.run_all(page)

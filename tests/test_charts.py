@@ -231,7 +231,7 @@ def test_files(tmp_path):
     assert page.count("</script>") == 3 and "<script>x()" not in page
     charts.to_csv(tmp_path / "a.csv")
     lines = (tmp_path / "a.csv").read_text().splitlines()
-    assert lines[0].startswith("step,reward") and len(lines) == 30
+    assert lines[0].startswith("step,time,seconds,tokens,reward") and len(lines) == 30
 
 
 def test_a_long_run_leaves_a_bounded_picture():
@@ -410,7 +410,9 @@ def test_a_png_names_the_package_that_it_needs(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install resvg-py"): charts.to_png(tmp_path / "a.png")
     monkeypatch.undo()
     pytest.importorskip("resvg_py")
-    assert charts.to_png(tmp_path / "a.png", theme="dark").read_bytes()[:4] == b"\x89PNG"
+    for scale, wide in ((2, 720), (1.5, 540), (0.01, 4)): # one panel and its margins are 360 wide
+        data = LiveCharts("kl").to_png(tmp_path / "a.png", theme="dark", scale=scale).read_bytes()
+        assert data[:4] == b"\x89PNG" and int.from_bytes(data[16:20], "big") == wide
 
 
 # ---- a constant is drawn as a constant, and nothing is drawn that cannot be
@@ -550,7 +552,9 @@ def test_several_runs_are_drawn_in_one_set_of_charts():
     ((message, _),) = charts._updates()
     assert (message["r"], message["at"], message["n"]) == (0, 1, 1)
     assert charts.text().count("step") == 3 and charts.history[-1] == {"run": "b", "step": 3, "reward": 6.0, "kl": 0.1}
-    assert charts.to_csv().splitlines()[::5] == ["run,step,reward,kl,completions/mean_length", "a,3,3.0,0.1,"]
+    head, *_, last = charts.to_csv().splitlines()
+    assert head == "run,step,time,seconds,tokens,reward,completions/mean_length,kl"
+    assert last.startswith("b,3,") and last.endswith("6.0,,0.1")
     shown = charts.panels()[0]
     assert [l.label for l in shown.lines] == ["live", "a", "b"] and shown.says.startswith("Reward: b 6 at step 3")
 

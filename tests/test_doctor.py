@@ -464,6 +464,26 @@ def test_verdicts():
     assert stream(*of("reward", [v + 0.004 * i for i, v in enumerate(noise)]))[0].verdict().answer == "yes"
 
 
+def test_what_a_short_run_leaves_open_is_said_with_what_would_settle_it():
+    from grpo_nb.advice.live import Accuracy, questions_needed
+    from grpo_nb.ground.events import RunFinished, RunStarted
+    chance = random.Random(1)
+    for n, said in ((25, "Ended after 25 steps, too few to say by the reward alone: the mean"), (3, "3 logs of the reward")):
+        watcher, _ = stream(*of("reward", [0.4 + chance.gauss(0, 0.05) for _ in range(n)]))
+        assert watcher.verdict().answer == "too early" and "Too early" in watcher.verdict().text
+        watcher.events.emit(RunFinished(step=n, metrics={}))
+        watcher.events.drain(5)
+        found = watcher.verdict()
+        assert found.answer == "too short" and said in found.text and "oo early" not in found.text and "max_steps" in found.text
+        watcher.accuracy += [Accuracy(0, 30, 100), Accuracy(n, 36, 100)]
+        assert "about 940 questions" in watcher.verdict().text and "max_steps" not in watcher.verdict().text
+        watcher.events.emit(RunStarted(step=n, total_steps=100))
+        watcher.events.drain(5)
+        assert watcher.verdict().answer == "too early", "it goes on"
+    assert questions_needed(Accuracy(0, 30, 100), Accuracy(1, 30, 100)) is None
+    assert questions_needed(Accuracy(0, 0, 100), Accuracy(1, 90, 100)) is None
+
+
 def test_held_out(world):
     from grpo_nb.advice.live import Accuracy, Watcher
     watcher = Watcher(Bus())

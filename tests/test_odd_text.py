@@ -170,7 +170,7 @@ def test_a_picture_is_always_well_formed(text):
 def test_tables_and_files(text):
     made = charts(text)
     rows = list(csv.reader(io.StringIO(made.to_csv())))
-    assert rows[0] == ["step", *map(encodable, made._seen)] or "\r" in text
+    assert rows[0] == ["step", "time", "seconds", "tokens", *map(encodable, made._seen)] or "\r" in text
     safe = next(csv.reader(io.StringIO(made.to_csv(formulas=False))))
     assert not any(re.match(r"\s*[=+\-@]", name) for name in safe)
     file(made.to_csv)

@@ -188,7 +188,14 @@ def test_estimate(folder, loaded):
     assert panel.estimate().peak > 0 and 10 < panel.prompt_length() < 64
 
 
+def test_the_estimate_says_for_which_lengths_it_holds(folder):
+    panel = HyperparameterPanel(folder, dict(max_completion_length=400), rewards=["correctness"])
+    panel.cost = panel.estimate()
+    assert panel.cost.load.mean == 400 and "if every completion reaches 400 tokens" in panel.cost_html()
+
+
 # ---- rewards
+
 
 def test_rewards_are_what_the_run_takes(loaded):
     from grpo_nb.tasks.rewards import check_rewards

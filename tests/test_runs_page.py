@@ -78,8 +78,8 @@ def test_only_settings_that_differ(kept):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("sad-red-crow", "The run failed: NameError: name 'answers' is not defined. Too early"),
-    ("new-oak-lynx", "The process was killed at step 12. Too early"), ("late-moon-owl", "better beyond chance"),
+    ("sad-red-crow", "The run failed: NameError: name 'answers' is not defined. Ended after"),
+    ("new-oak-lynx", "The process was killed at step 12. Ended after"), ("late-moon-owl", "better beyond chance"),
 ])
 def test_the_verdict_says_how_a_run_ended(kept, name, words): assert words in verdict_of(runs(kept)[name])
 

@@ -104,7 +104,7 @@ def test_what_was_set_by_hand_survives_a_cell_that_is_run_again():
 
 
 def test_the_studio_of_a_cell_takes_over(made, tmp_path, monkeypatch):
-    import grpo_nb.ui.studio.studio as module
+    import grpo_nb.ui.studio.made as module
     monkeypatch.setattr(module, "_cell", lambda model: "cell 7")
     config = {**CONFIG, "output_dir": str(tmp_path / "run")}
     one = studio(*made, TASK.train, length, config)

@@ -21,7 +21,7 @@ from ..ground.text import plain, written
 from ..record.record import Record
 from ..record.runs import Runs
 
-# %% ../../nbs/advice/08_compare.ipynb #f6f27a98
+# %% ../../nbs/advice/08_compare.ipynb #f3e7cfb2
 ENDS = {"failed": "The run failed: {error}.", "killed": "The process was killed at step {step}."}
 
 @patch
@@ -29,6 +29,7 @@ def verdict(self:Record) -> Learning:
     "Whether the run was learning, from what stands in its folder."
     watcher = Watcher(Bus(), rules=[])
     for log in self.logs: watcher._heard(StepLogged(step=log["step"], metrics=log["metrics"]))
+    watcher.ended = self.state not in ("running", "paused")
     watcher.accuracy = [Accuracy(row["step"], row["correct"], row["n"]) for row in self.held_out]
     found = watcher.verdict()
     if self.state not in ENDS: return found

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['as_csv', 'write_csv', 'the_trackio', 'Tracked', 'from_trackio']
 
-# %% ../../nbs/record/08_export.ipynb #1611adff
+# %% ../../nbs/record/08_export.ipynb #b72f3c5d
 import contextvars
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -39,16 +40,19 @@ def as_csv(runs, # records or live runs
 @patch
 def to_csv(self:Record,
            path=None, # a file to write; None: return the text
+           formulas:bool=True, # as in `as_csv`
            ) -> str|Path: # the text, or the file
     "All metrics as CSV."
-    return write_csv([self], path)
+    return write_csv([self], path, formulas)
 
 
-def write_csv(runs, # records or live runs
+def write_csv(runs, # records, live runs, or tables of live charts: what has a name and logs
               path=None, # a file to write; None: return the text
+              formulas:bool=True, # as in `as_csv`
               ) -> str|Path: # the text, or the file
     "All metrics of runs as CSV, in a file or as text."
-    text = as_csv(runs)
+    if path is not None and not isinstance(path, (str, os.PathLike)): raise TypeError(f"path={path!r} must be a file, or None.")
+    text = as_csv(runs, formulas)
     if path is None: return text
     path = Path(path).expanduser()
     replace(path, text)

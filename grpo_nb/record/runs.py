@@ -239,9 +239,10 @@ def _repr_html_(self:Runs):
 @patch
 def to_csv(self:Runs,
            path=None, # a file to write; None: return the text
+           formulas:bool=True, # False: a text that a spreadsheet would compute gets a ' before it
            ) -> str|Path: # the text, or the file
     "All metrics of these runs as CSV, with a column for the run's name."
-    return write_csv(self, path)
+    return write_csv(self, path, formulas)
 
 @patch
 def to_trackio(self:Runs,

@@ -56,6 +56,9 @@ CHARTS |= {
                          ("held_out/seconds", "held-out questions")), zero=True),
     "memory": Chart("Memory", ("memory/peak_gib",), label="peak", unit="GiB", least=0,
                     lines=(("memory/held_gib", "held now"),), raw=True, zero=True),
+    "positions": Chart("Computed positions", ("packing/tokens",), label="positions", unit="positions a step", least=0),
+    "efficiency": Chart("Positions that hold a token", ("packing/efficiency",), label="share", unit="share of positions", least=0,
+                        most=1),
 }
 
 # %% ../../../nbs/ui/charts/01_chart.ipynb #18a26a06
@@ -81,8 +84,8 @@ def chosen(charts, # names out of `CHARTS`, or `Chart` values; one alone; or "al
 # %% ../../../nbs/ui/charts/01_chart.ipynb #e1804dd3
 BOOKKEEPING = ("epoch", "num_tokens", "num_input_tokens_seen", "step_time", "total_flos", "train_*", "eval_runtime", "*_per_second",
                "eval_model_preparation_time", "frac_reward_zero_std", "clip_ratio*", "completions/*", "completion_length",
-               "rewards/*/std", "rewards/*/mean", "sampling/*", "resample/*", "held_out/*", "curriculum/*", "time/*", "memory/*",
-               "step/*", "profiling/*", "kl", "reward", "reward_std")
+               "rewards/*/std", "rewards/*/mean", "sampling/*", "packing/*", "resample/*", "held_out/*", "curriculum/*",
+               "time/*", "memory/*", "step/*", "profiling/*", "kl", "reward", "reward_std")
 
 def base(name:str) -> str: # of an evaluation's metric the training metric that it repeats
     "A metric's name without the `eval_` that an evaluation puts before it."

@@ -61,6 +61,19 @@ def row(self:Rows, i:int) -> dict:
     "One row with what it had; a NaN counts as not logged."
     return {"step": int(self.steps[i]), **{name: v[i] for name, v in self.values.items() if not math.isnan(v[i])}}
 
+# %% ../../../nbs/ui/charts/02_rows.ipynb #d8e734ab
+@patch(as_prop=True)
+def logs(self:Rows) -> list: # dicts with step, time, tokens and metrics; None where it is not known
+    "The rows as a run's folder has them."
+    def known(value): return None if math.isnan(value) else value
+    rows = [self.row(i) for i in range(len(self))]
+    return [dict(step=row.pop("step"), time=known(at), tokens=known(n), metrics=row)
+            for row, at, n in zip(rows, self.times, self.tokens)]
+
+# %% ../../../nbs/ui/charts/02_rows.ipynb #a2d4079e
+@patch(as_prop=True)
+def started(self:Rows) -> float|None: return None if math.isnan(self.began) else self.began # in seconds since the epoch
+
 @patch
 def latest(self:Rows, metric:str) -> tuple: # (step, value), NaN where there is none
     "The last value of a metric that is a number, and its step."

@@ -294,7 +294,14 @@ def _estimate(self:HyperparameterPanel, **more):
     more |= dict(peft=lora, load_in_4bit=four, dtype=getattr(torch, dtype))
     return memory.of_run(self._base.model["model_name"], self._base.config, prompts, **more)
 
-# %% ../../../nbs/ui/panels/03_panels.ipynb #d50e4b87
+# %% ../../../nbs/ui/panels/03_panels.ipynb #26edb70f
+@patch
+def look_again(self:HyperparameterPanel) -> None:
+    "Estimate anew: the doctor has looked how long completions are."
+    self.cost = None
+    if self._widget is not None: self._later()
+
+# %% ../../../nbs/ui/panels/03_panels.ipynb #85043df9
 @patch
 def cost_html(self:HyperparameterPanel) -> str: # HTML
     "The estimate as a line, a bar and its parts."
@@ -310,7 +317,13 @@ def _times(found): # text
     "How long a step takes, and the run where its length is known."
     sampling, training = (time_text(found.seconds[part]) for part in ("sampling", "training"))
     run = f" · {time_text(found.run_seconds)} for {found.steps:,} steps" if found.steps else ""
-    return f"{time_text(found.step_seconds)} a step ({sampling} sampling, {training} training){run}"
+    return f"{time_text(found.step_seconds)} a step ({sampling} sampling, {training} training){run}; {_lengths(found.load)}"
+
+
+def _lengths(load): # text
+    "For which lengths the estimate holds."
+    if load.mean >= load.longest: return f"if every completion reaches {load.longest:,} tokens"
+    return f"for completions of {load.mean:,.0f} tokens, as the doctor sampled them"
 
 # %% ../../../nbs/ui/panels/03_panels.ipynb #00aaa02f
 COLOURS = "#3578c6", "#3a9d6e", "#cf6a32", "#b9529f", "#c9962e", "#2aa3b3", "#8a7bd1", "#8b9a3c", "#c9564a"

@@ -30,9 +30,10 @@ class Examination(Page):
                  apply, # called with a finding's change, a dict of settings
                  why_not=lambda: "", # called without arguments: why it cannot be done now; empty where it can
                  busy=lambda what: None, # told what is going on, and "" when it is over
+                 told=lambda report: None, # called with each report
                  ):
         super().__init__()
-        self.case, self.apply, self.why_not, self.busy = case, apply, why_not, busy
+        self.case, self.apply, self.why_not, self.busy, self.told = case, apply, why_not, busy, told
         self.more = {} # of `doctor`, for every examination: tools, trainer_class
         self.report, self.problem, self._rows, self._thread, self._applied = None, "", [], None, set()
 
@@ -61,7 +62,9 @@ def _is_going(self:Examination):
 def _work(self:Examination, options, raises=False):
     "Ask the doctor and show what it says."
     self.problem = ""
-    try: self.report, self._applied = doctor(*self.case(), **self.more, **options), set()
+    try:
+        self.report, self._applied = doctor(*self.case(), **self.more, **options), set()
+        self.told(self.report)
     except Exception as error: # it is shown in place; in the foreground it is raised
         self.problem = f"{error_text(error)}"
         if raises: raise
