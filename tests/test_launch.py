@@ -77,7 +77,7 @@ def until(true, seconds=PATIENCE):
     (dict(run=dict(nam="x")), TypeError, ["'name'"]),
     (dict(learning_rat=1), TypeError, ["learning_rat", "learning_rate"]),
     (dict(rewards=lambda completions, solution: []), ValueError, ["'solution'", "'answer'"]),
-], ids=str)
+])
 def test_refused(parts, tmp_path, change, kind, words):
     with pytest.raises(kind) as found: make(parts, tmp_path, **change)
     assert all(word in str(found.value) for word in words), str(found.value)

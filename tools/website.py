@@ -17,7 +17,7 @@ root = Path(__file__).resolve().parent.parent
 START = ("index.ipynb", "gallery.ipynb", "settings.ipynb", "glossary.ipynb", "map.ipynb", "changelog.md")
 SECTIONS = {"Tutorials": "tutorials", "Gallery": "gallery", "How to": "howto", "How it works": "explanations"}
 ORDER = { # a folder that is not here, and what is not named in one, is in the order of its names
-    "tutorials": ("quickstart", "real_model", "real_model_gpu", "studio", "write_a_patch"),
+    "tutorials": ("quickstart", "studio", "write_a_patch"),
     "gallery": ("writing_rewards", "is_it_learning", "it_does_not_fit", "loss_types", "calculator_agent", "code_rewards",
                 "preference_data", "stop_resume_branch"),
     "howto": ("add_a_reward", "read_the_charts", "why_it_does_not_learn", "memory_by_card", "log_elsewhere", "use_vllm",
