@@ -22,7 +22,7 @@ from grpo_nb.patch.anchor import function_of, source_of
 from grpo_nb.patch.core import PatchError, look_up
 from grpo_nb.patch.fingerprint import fingerprint
 from grpo_nb.patch.undo import Undo
-from grpo_nb.trainers import drift, patch, seams, self_check, state
+from grpo_nb.trainers import drift, patch, seams, self_check as comparison, state
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("unpatched")]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -407,7 +407,7 @@ def first(tmp_path, capsys, model=None, dtype=None, self_check=True, **config):
     trainer = grpo_trainer(model or tiny(), tmp_path, **config)
     if dtype: trainer.model.to(dtype)
     prepare(trainer, 2, 2, 1, [generation_batch(16)], check=self_check)
-    self_check.told.clear()
+    comparison.told.clear()
     capsys.readouterr()
     (_, grads), = optimiser_steps(trainer, [2])[0]
     return trainer, grads, capsys.readouterr().out
@@ -524,7 +524,7 @@ def test_other_trainers_are_compared(algorithm, bf16, tmp_path, capsys):
     patch.PatchFastRL(algorithm)
     runs = []
     for check in (True, False):
-        self_check.told.clear()
+        comparison.told.clear()
         capsys.readouterr()
         trainer = test_joint.make(algorithm, tmp_path / str(check), self_check=check, bf16=bf16)
         runs.append((*test_joint.trained(trainer), capsys.readouterr().out))
@@ -543,7 +543,7 @@ def test_dropout_and_what_cannot_be_compared(tmp_path, capsys):
     other = tiny(attention_dropout=0.1)
     _, _, out = first(tmp_path, capsys, other)
     assert "is not compared with TRL's own loss: the attention drops" in out or "takes the path" in out
-    with mock.patch.object(self_check, "compare", side_effect=RuntimeError("no memory")):
+    with mock.patch.object(comparison, "compare", side_effect=RuntimeError("no memory")):
         trainer, _, out = first(tmp_path, capsys)
     assert "could not be compared with TRL's own loss: RuntimeError: no memory" in out and not state.state_of(trainer).differs
 

@@ -143,7 +143,7 @@ def test_config_is_what_the_run_takes():
     (dict(r=128), "max_lora_rank", 128),
     (dict(r=0), "r", 16),
     (dict(lora_dropout=1.0), "lora_dropout", 0.0),
-    (dict(learning_rate=0), "learning_rate", 1e-5),
+    (dict(learning_rate=0), "learning_rate", 5e-5),
     (dict(warmup_steps=9, max_steps=9), "warmup_steps", 0),
     (dict(top_k=5), "top_k", 0),
     (dict(max_tokens_per_pack=10), "max_tokens_per_pack", None),
@@ -181,7 +181,7 @@ def test_estimate(folder, loaded):
     small, large = (
         HyperparameterPanel(folder, dict(max_completion_length=n), rewards=["correctness"]).estimate() for n in (16, 400)
     )
-    assert 0 < small.peak < large.peak and set(small.seconds) == {"sampling", "training"}
+    assert 0 < small.peak < large.peak and set(small.seconds) == {"sampling", "training", "rest"}
     unknown = HyperparameterPanel("nobody/has-this", rewards=["correctness"])
     assert unknown.estimate() is None and "not on this machine" in unknown.cost_note
     panel = HyperparameterPanel(loaded[0], rewards=["correctness"], dataset=loaded[2].train, tokenizer=loaded[1])

@@ -42,7 +42,7 @@ def _add_demo(commands):
     "`grpo-nb demo`."
     demo = commands.add_parser("demo", help="train a real or a tiny model on a task and measure it before and after",
                                allow_abbrev=False)
-    demo.add_argument("--model", help="small: SmolLM2-135M-Instruct; tiny: made here (default: small for a task in plain English, else tiny)")
+    demo.add_argument("--model", help="small: SmolLM2-135M-Instruct; tiny: made here (default: small for English tasks, else tiny)")
     demo.add_argument("--task", help="one of grpo_nb.tasks that the model can be trained on (default: larger, or sort_digits)")
     demo.add_argument("--seed", type=int, default=0, help="of the model, the task and the run (default: %(default)s)")
     demo.add_argument("--steps", type=int, help="optimiser steps (default: 24, or 100 of the tiny model)")

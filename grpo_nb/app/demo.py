@@ -140,7 +140,7 @@ def demo(task:str|None=None, # one of `tasks.available()` that the model can be 
          steps:int|None=None, # optimiser steps; None: 24 of the small model, 100 of the tiny one
          output_dir=None, # a folder for the trained adapter; None: it is not kept
          progress=lambda phase, done, total, value: None, # called as the work goes on; value: the loss or the reward
-         model:str|None=None, # "small" (SmolLM2-135M-Instruct), "tiny" (made here); None: small for a task in plain English, else tiny
+         model:str|None=None, # "small" (SmolLM2-135M-Instruct), "tiny" (made here); None: small for English tasks, else tiny
          ) -> dict: # model, task, accuracy_before, accuracy_after, steps, seconds, rewards' ends, by_place, examples
     "Train a model with GRPO and measure it before and after; an interrupt raises `KeyboardInterrupt` after its step."
     plan = check_demo(task, steps, seed, output_dir, model)
