@@ -367,6 +367,7 @@ def test_the_printed_script_runs_and_does_the_same(tmp_path):
         assert len(a) == 2 and a == pytest.approx(b, rel=1e-4, abs=1e-7), name
 
 
+@pytest.mark.slow # half a minute
 def test_trl_command_trains_from_our_files(tmp_path):
     "`trl grpo --config` itself, on a tiny model."
     task = tasks.get("sort_digits", n_train=8, n_test=2)
