@@ -65,7 +65,7 @@ class _Run:
 
     def note(self, engine, prompts, counts, limits, sampling) -> None:
         "What is asked for, and that nothing of it is done."
-        self.engine, self.prompts, self.sampling, self.limits = engine, prompts, sampling, limits
+        self.engine, self.prompts, self.counts, self.sampling, self.limits = engine, prompts, counts, sampling, limits
         self.owner = [i for i, n in enumerate(counts) for _ in range(n)]
         self.waiting, self.left = deque(range(len(self.owner))), list(counts)
         self.done, self.prefilling, self.matched, self.ahead = [None] * len(self.owner), 0.0, {}, 1
@@ -246,9 +246,22 @@ def go(self:_Run) -> None:
 def so_far(self:_Run) -> list: # one a completion: (tokens, whether it has come to its end)
     "What was drawn by now."
     t, found = self.table, [(done[0], True) if done else ([], False) for done in self.done]
-    for slot, row in enumerate(t.row_of):
+    for slot, row in enumerate(t.row_of if t is not None else ()): # None: before the first prompt
         if row is not None: found[row] = t.out[slot, :int(t.count[slot])].tolist(), not bool(t.alive[slot])
     return found
+
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #5704dbe9
+@patch
+def rollouts(self:_Run, started:float) -> Rollouts: # started: when `generate` was called
+    "Run until every row is done; an interrupt brings `so_far` along, for whoever asked for the end."
+    try: self.go()
+    except KeyboardInterrupt as left:
+        left.so_far = self.so_far()
+        raise
+    ids, logps, why = zip(*self.done)
+    seconds = time.perf_counter() - started
+    return Rollouts([list(p) for p in self.prompts], self.counts, list(ids), list(logps), list(why),
+                    dict(prefill=self.prefilling, decode=seconds - self.prefilling, all=seconds))
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #9023fa39
 class InPlace(Engine):
@@ -292,7 +305,7 @@ def _check_logits(self:InPlace):
                   f"{tolerance:g}: this {type(self.decoder.base).__name__} does something that is not known here. "
                   "Use engine='hf'.")
 
-# %% ../../../nbs/engines/inplace/06_engine.ipynb #abb9ce47
+# %% ../../../nbs/engines/inplace/06_engine.ipynb #269528c7
 @patch
 @torch.no_grad()
 def generate(self:InPlace, prompts, n=1, sampling=Sampling()):
@@ -304,15 +317,7 @@ def generate(self:InPlace, prompts, n=1, sampling=Sampling()):
     if self.decoder.stale(): self.decoder = Decoder(self.model)
     self.decoder.refresh(self.dtype)
     with self.decoder.evaluating():
-        run = _Run(self, prompts, counts, limits, sampling)
-        try: run.go()
-        except KeyboardInterrupt as left:
-            left.so_far = run.so_far() # whoever asked for the end may look at what there is
-            raise
-    ids, logps, why = zip(*run.done)
-    seconds = time.perf_counter() - started
-    return Rollouts([list(p) for p in prompts], counts, list(ids), list(logps), list(why),
-                    dict(prefill=run.prefilling, decode=seconds - run.prefilling, all=seconds))
+        return _Run(self, prompts, counts, limits, sampling).rollouts(started)
 
 # %% ../../../nbs/engines/inplace/06_engine.ipynb #b56a237c
 @patch
