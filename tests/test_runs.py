@@ -626,3 +626,9 @@ def test_a_run_that_is_let_go_of_frees_what_it_held(tmp_path):
         until = time.time() + 20
         while time.time() < until and any(r() is not None for r in found.values()): gc.collect() or time.sleep(0.05)
         assert not [name for name, r in found.items() if r() is not None], end
+
+
+def test_a_list_of_runs_needs_no_trainer():
+    "Whoever looks at yesterday's runs does not wait for TRL."
+    code = "import sys, grpo_nb; grpo_nb.runs; raise SystemExit(any(name in sys.modules for name in ('trl', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -26,7 +26,6 @@ from ..ground.events import (Bus, CheckpointSaved, CompletionsLogged, Finding, M
 from ..ground.text import clock_text, put
 from .channel import ENDED, PLAN, STATUS, TOLD, answered, as_event, as_row, ask, place
 from .launcher import FAILED, LOGS, RUN, checkpoint_in
-from .parcel import pack
 from ..record.files import Lines, append, check_name, claim, gives_signs, lives, read_json, this_process, three_words, write_json
 from ..record.record import Record, as_logs
 from ..record.writer import COMPLETIONS, FINDINGS, HELD_OUT, METRICS
@@ -140,10 +139,11 @@ def start(self:Watched,
     live = self._reader() if background is None and self._reader else bool(background)
     return self if live else self.wait()
 
-# %% ../../nbs/launch/05_watched.ipynb #ce22f615
+# %% ../../nbs/launch/05_watched.ipynb #a4be9719
 @patch
 def _claim(self:Watched):
     "Make the run's folder, with all that goes along; nothing is left where that cannot be."
+    from grpo_nb.launch.parcel import pack # with the trainers behind it, which whoever only looks at a run does not need
     self.folder, name = claim(self._runs_in, self.name)
     if name != self.name: put(f"grpo_nb: {self._runs_in} has a run named {self.name!r} already; this one is {name!r}.")
     self.name = name

@@ -47,7 +47,7 @@ def note(self:PassRates, key:str, passed:int, tried:int) -> None:
     before = self.found.get(key, (0.0, 0.0))
     self.found[key] = before[0] / 2 + passed, before[1] / 2 + tried
 
-# %% ../../nbs/trainers/19_curriculum.ipynb #6f898140
+# %% ../../nbs/trainers/19_curriculum.ipynb #5953ac38
 FLOOR = 0.05 # the weight of what lies outside the band
 
 class Pool:
@@ -57,10 +57,10 @@ class Pool:
                  held_out=(), # keys of prompts that are never drawn
                  ):
         self.rows, self.column = rows, column
-        asked = [key_of({"prompt": prompt}) for prompt in rows["prompt"]]
-        self.keys = asked if column is None else [str(value) for value in rows[column]]
+        self.prompts = [key_of({"prompt": prompt}) for prompt in rows["prompt"]] # the key of each row's prompt, whatever the column
+        self.keys = self.prompts if column is None else [str(value) for value in rows[column]]
         held_out = set(held_out)
-        self.open = [i for i, key in enumerate(asked) if key not in held_out]
+        self.open = [i for i, key in enumerate(self.prompts) if key not in held_out]
 
     def __len__(self): return len(self.open)
 

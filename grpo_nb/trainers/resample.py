@@ -122,7 +122,7 @@ class Batch:
         args, state = self.trainer.args, state_of(self.trainer)
         return args.seed, self.trainer.state.global_step, state.micro, self.rounds
 
-# %% ../../nbs/trainers/20_resample.ipynb #a014dd25
+# %% ../../nbs/trainers/20_resample.ipynb #be7381d9
 @patch
 def mine(self:Batch, rows:list) -> list:
     "This process's part of the rows of all."
@@ -133,7 +133,7 @@ def mine(self:Batch, rows:list) -> list:
 def draw(self:Batch, n:int) -> list: # of rows, this process's, each prompt once a completion; fewer groups where there are no more
     "Prompts that were not asked in this batch."
     args, pool, kept = self.trainer.args, pool_of(self.trainer), self.teaching.curriculum
-    without = [i for i, prompt in enumerate(pool.rows["prompt"]) if key_of({"prompt": prompt}) in self.asked] if self.asked else ()
+    without = [i for i, key in enumerate(pool.prompts) if key in self.asked]
     rates = (kept.rates, args.curriculum_low, args.curriculum_high) if kept else ()
     numbers = pool.draw(n, self.seed, *rates, without=without)
     numbers = numbers[:len(numbers) // self.even * self.even]
