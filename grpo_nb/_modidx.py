@@ -2021,6 +2021,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'grpo_nb.models.padding.changes_at': ( 'models/padding.html#changes_at',
                                                                                'grpo_nb/models/padding.py'),
                                         'grpo_nb.models.padding.draws': ('models/padding.html#draws', 'grpo_nb/models/padding.py'),
+                                        'grpo_nb.models.padding.is_spread': ('models/padding.html#is_spread', 'grpo_nb/models/padding.py'),
                                         'grpo_nb.models.padding.logits_of': ('models/padding.html#logits_of', 'grpo_nb/models/padding.py'),
                                         'grpo_nb.models.padding.made_up_row': ( 'models/padding.html#made_up_row',
                                                                                 'grpo_nb/models/padding.py'),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...ground.events import say
 from ...models.foreign import coats, passes_over
+from ...models.padding import is_spread
 from ...models.unwrap import causal_lm
 from ...ops.decode.epilogues import Adapter
 from ...ops.layer.fuse import FORWARDS, is_lora, is_plain
@@ -377,7 +378,7 @@ def evaluating(self:Decoder):
     finally:
         for m in training: m.training = True
 
-# %% ../../../nbs/engines/inplace/03_layers.ipynb #d71e5c16
+# %% ../../../nbs/engines/inplace/03_layers.ipynb #d4ec20c1
 KNOWN = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3") # config.model_type
 
 
@@ -393,8 +394,7 @@ def _why_not_rope(config, length): # empty where its tables serve that long
 
 def _why_not_placed(base): # empty where all parameters are here
     "Why the parameters cannot be read where they are."
-    spread = "full_tensor", "ds_id", "_is_flat_param" # as FSDP2, DeepSpeed and FSDP1 mark them
-    if any(hasattr(p, mark) for p in base.parameters() for mark in spread): return "its parameters are spread over processes"
+    if is_spread(base): return "its parameters are spread over processes"
     places = {p.device for p in base.parameters()}
     return "its parameters are on several devices" if len(places) > 1 or "meta" in {p.type for p in places} else ""
 
